@@ -1,0 +1,2 @@
+//! WriteApi.
+fn main() {}

@@ -1,0 +1,220 @@
+//! Every metric of the service, in the Prometheus text format.
+//!
+//! A metric belongs here if an operator would graph it or be woken by it. The documentation of a field is also its help
+//! text. Units are in the names; labels have few values, all known in advance. There is no global registry: whoever
+//! counts something is handed the [`Metrics`].
+
+use prometheus::{
+    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
+};
+
+/// Upper bounds in seconds for things that take from a millisecond to hours.
+const EVENT_SECONDS: &[f64] = &[
+    0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0,
+    30.0, 60.0, 300.0, 1800.0, 7200.0, 36000.0,
+];
+
+/// Upper bounds in seconds for calls to a neighbour.
+const CALL_SECONDS: &[f64] =
+    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0];
+
+macro_rules! metrics {
+    ($($(#[doc = $help:literal])+ $field:ident: $type:ident($name:literal $(, $arg:expr)*),)+) => {
+        /// All metrics, by what they measure.
+        pub struct Metrics {
+            registry: Registry,
+            $($(#[doc = $help])+ pub $field: $type,)+
+        }
+
+        impl Metrics {
+            /// A fresh set, all at zero.
+            pub fn new() -> Self {
+                let registry = Registry::new();
+                $(
+                    let help = concat!($($help),+).trim();
+                    let $field = build::$type($name, help $(, $arg)*);
+                    registry.register(Box::new($field.clone())).expect("metric names are unique");
+                )+
+                Metrics { registry, $($field,)+ }
+            }
+        }
+    };
+}
+
+metrics! {
+    /// Events by kind and outcome: done, retried, deferred, released, dead_lettered, forwarded, panicked.
+    events: IntCounterVec("write_api_events_total", &["kind", "outcome"]),
+    /// Time from the start of an event's task to its outcome, by kind.
+    event_seconds: HistogramVec("write_api_event_duration_seconds", EVENT_SECONDS, &["kind"]),
+    /// Events being worked on, by lane.
+    events_in_flight: IntGaugeVec("write_api_events_in_flight", &["lane"]),
+    /// SQS calls by action and result: ok, error, timeout.
+    sqs_calls: IntCounterVec("write_api_sqs_requests_total", &["action", "result"]),
+    /// Messages whose visibility was extended, by result: ok, refused, error.
+    extensions: IntCounterVec("write_api_visibility_extensions_total", &["result"]),
+    /// Tries of partner calls by status: the HTTP status, or connect, timeout, broken.
+    partner_calls: IntCounterVec("write_api_partner_requests_total", &["status"]),
+    /// Time of one try of a partner call, from its write to its last byte.
+    partner_seconds: Histogram("write_api_partner_request_duration_seconds", CALL_SECONDS),
+    /// Partner calls in flight.
+    partner_in_flight: IntGauge("write_api_partner_in_flight"),
+    /// 1 while the partner's breaker is open and no call but probes is made.
+    partner_breaker_open: IntGauge("write_api_partner_breaker_open"),
+    /// Pages of listings read from Postgres.
+    pages: IntCounter("write_api_pages_read_total"),
+    /// Batches of answers committed.
+    batches: IntCounter("write_api_batches_committed_total"),
+    /// Listings that reached their terminal state, by state: valued, failed.
+    rows: IntCounterVec("write_api_rows_committed_total", &["state"]),
+    /// Writes refused because their owner had lost the run.
+    fenced: IntCounter("write_api_fenced_writes_total"),
+    /// Kafka delivery reports by result: ok, error.
+    kafka_deliveries: IntCounterVec("write_api_kafka_deliveries_total", &["result"]),
+    /// Outbox rows that wait to be sent.
+    outbox_pending: IntGauge("write_api_outbox_pending"),
+    /// Age in seconds of the oldest outbox row that waits; 0 without one.
+    outbox_lag: IntGauge("write_api_outbox_lag_seconds"),
+    /// Outbox rows sent.
+    outbox_sent: IntCounter("write_api_outbox_sent_total"),
+    /// Bytes in live allocations.
+    jemalloc_allocated: IntGauge("write_api_jemalloc_allocated_bytes"),
+    /// Bytes in pages with live allocations.
+    jemalloc_active: IntGauge("write_api_jemalloc_active_bytes"),
+    /// Bytes of the allocator in physical memory, at most.
+    jemalloc_resident: IntGauge("write_api_jemalloc_resident_bytes"),
+    /// Bytes of address space kept by the allocator without memory behind them.
+    jemalloc_retained: IntGauge("write_api_jemalloc_retained_bytes"),
+    /// Resident memory of the process in bytes.
+    process_rss: IntGauge("process_resident_memory_bytes"),
+    /// Processor time of the process, user and system together.
+    process_cpu: Counter("process_cpu_seconds_total"),
+    /// Open file descriptors of the process.
+    process_fds: IntGauge("process_open_fds"),
+    /// Start of the process in seconds since the epoch.
+    process_start: Gauge("process_start_time_seconds"),
+}
+
+use prometheus::{Counter, Gauge};
+
+#[allow(non_snake_case, reason = "one builder for each metric type, named as the type so that the macro finds it")]
+mod build {
+    use super::*;
+
+    const VALID: &str = "metric names and labels are literals that a test builds";
+
+    pub(super) fn IntCounter(name: &str, help: &str) -> IntCounter {
+        IntCounter::new(name, help).expect(VALID)
+    }
+    pub(super) fn IntGauge(name: &str, help: &str) -> IntGauge {
+        IntGauge::new(name, help).expect(VALID)
+    }
+    pub(super) fn Counter(name: &str, help: &str) -> Counter {
+        Counter::new(name, help).expect(VALID)
+    }
+    pub(super) fn Gauge(name: &str, help: &str) -> Gauge {
+        Gauge::new(name, help).expect(VALID)
+    }
+    pub(super) fn IntCounterVec(name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+        IntCounterVec::new(Opts::new(name, help), labels).expect(VALID)
+    }
+    pub(super) fn IntGaugeVec(name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
+        IntGaugeVec::new(Opts::new(name, help), labels).expect(VALID)
+    }
+    pub(super) fn Histogram(name: &str, help: &str, buckets: &[f64]) -> Histogram {
+        Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec())).expect(VALID)
+    }
+    pub(super) fn HistogramVec(name: &str, help: &str, buckets: &[f64], labels: &[&str]) -> HistogramVec {
+        HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels).expect(VALID)
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Metrics {
+    /// All metrics in the Prometheus text format, version 0.0.4. The figures of the process and of the allocator are
+    /// read at this moment.
+    pub fn render(&self) -> String {
+        self.read_process();
+        self.read_allocator();
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text).expect("writing to memory cannot fail");
+        String::from_utf8(text).expect("the text format is UTF-8")
+    }
+
+    fn read_process(&self) {
+        if let Some(process) = Process::read() {
+            self.process_rss.set(process.rss_bytes);
+            self.process_start.set(process.started_at);
+            let counted = self.process_cpu.get();
+            self.process_cpu.inc_by((process.cpu_seconds - counted).max(0.0));
+        }
+        if let Ok(descriptors) = std::fs::read_dir("/proc/self/fd") {
+            // One of them is the directory being read.
+            self.process_fds.set(descriptors.count() as i64 - 1);
+        }
+    }
+
+    fn read_allocator(&self) {
+        use tikv_jemalloc_ctl::{epoch, stats};
+        // jemalloc's statistics are a snapshot that advancing the epoch renews.
+        if epoch::advance().is_err() {
+            return;
+        }
+        let set = |gauge: &IntGauge, value: tikv_jemalloc_ctl::Result<usize>| {
+            if let Ok(bytes) = value {
+                gauge.set(bytes as i64);
+            }
+        };
+        set(&self.jemalloc_allocated, stats::allocated::read());
+        set(&self.jemalloc_active, stats::active::read());
+        set(&self.jemalloc_resident, stats::resident::read());
+        set(&self.jemalloc_retained, stats::retained::read());
+    }
+}
+
+/// What Linux says of this process.
+struct Process {
+    rss_bytes: i64,
+    cpu_seconds: f64,
+    started_at: f64,
+}
+
+impl Process {
+    /// Reads `/proc/self/stat` (see proc(5)); `None` where it is not there.
+    fn read() -> Option<Process> {
+        let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+        // The command name, field 2, may hold spaces and brackets; the fields after it are plain.
+        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        let field = |number: usize| fields.get(number - 3).and_then(|text| text.parse::<f64>().ok());
+        // SAFETY: sysconf reads a constant of the system.
+        let (ticks, page) = unsafe { (libc::sysconf(libc::_SC_CLK_TCK), libc::sysconf(libc::_SC_PAGESIZE)) };
+        let ticks = ticks as f64;
+        let boot = std::fs::read_to_string("/proc/stat").ok()?;
+        let boot: f64 = boot.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
+        Some(Process {
+            rss_bytes: field(24)? as i64 * page,
+            cpu_seconds: (field(14)? + field(15)?) / ticks,
+            started_at: boot + field(22)? / ticks,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_names_what_was_counted_and_the_process() {
+        let metrics = Metrics::new();
+        metrics.events.with_label_values(&["listing.upsert", "done"]).inc();
+        let text = metrics.render();
+        assert!(text.contains(r#"write_api_events_total{kind="listing.upsert",outcome="done"} 1"#), "{text}");
+        assert!(text.contains("# HELP write_api_pages_read_total Pages of listings read from Postgres."), "{text}");
+        assert!(metrics.process_rss.get() > 1_000_000, "{text}");
+    }
+}
