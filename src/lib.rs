@@ -1,7 +1,13 @@
 //! WriteApi: an SQS event worker whose memory follows concurrency, never rows.
 
 pub mod config;
+pub mod db;
+pub mod events;
+pub mod health;
+pub mod lifecycle;
 pub mod metrics;
+pub mod queue;
+pub mod telemetry;
 
 // The tests measure what the service measures, so they run on its allocator as well.
 #[cfg(test)]

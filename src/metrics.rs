@@ -43,7 +43,7 @@ macro_rules! metrics {
 }
 
 metrics! {
-    /// Events by kind and outcome: done, retried, deferred, released, dead_lettered, forwarded, panicked.
+    /// Events by kind and outcome: done, forwarded, retried, deferred, released, lost, dead_lettered.
     events: IntCounterVec("write_api_events_total", &["kind", "outcome"]),
     /// Time from the start of an event's task to its outcome, by kind.
     event_seconds: HistogramVec("write_api_event_duration_seconds", EVENT_SECONDS, &["kind"]),
@@ -51,7 +51,7 @@ metrics! {
     events_in_flight: IntGaugeVec("write_api_events_in_flight", &["lane"]),
     /// SQS calls by action and result: ok, error, timeout.
     sqs_calls: IntCounterVec("write_api_sqs_requests_total", &["action", "result"]),
-    /// Messages whose visibility was extended, by result: ok, refused, error.
+    /// Messages whose visibility was extended, by result: ok, refused, error, late.
     extensions: IntCounterVec("write_api_visibility_extensions_total", &["result"]),
     /// Tries of partner calls by status: the HTTP status, or connect, timeout, broken.
     partner_calls: IntCounterVec("write_api_partner_requests_total", &["status"]),

@@ -1,0 +1,191 @@
+//! Postgres: all SQL of the service lives in this room.
+//!
+//! Every statement is bounded twice (the server's `statement_timeout` and a client-side bound, since a connection whose
+//! peer vanished would otherwise be waited for until the kernel gives up), and every statement may be repeated: what it
+//! writes is keyed by event, run or listing, so a repeat after a lost answer changes nothing. That is why
+//! [`Database::run`] can retry whatever failed for a reason that passes.
+
+pub mod listings;
+pub mod outbox;
+pub mod publications;
+pub mod runs;
+pub mod valuations;
+
+use std::time::Duration;
+
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
+use tokio::time::{Instant, timeout};
+
+use crate::config::{self, Backoff};
+
+/// The migrations, compiled in.
+static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
+
+/// How much longer than the server the client waits for a statement: the server's own error says more.
+const CLIENT_MARGIN: Duration = Duration::from_secs(2);
+
+/// Waits between the tries of one statement.
+const RETRY: Backoff = Backoff { base: Duration::from_millis(50), cap: Duration::from_secs(2) };
+
+/// How long a statement is retried before the event as a whole is given back to its queue.
+const RETRY_FOR: Duration = Duration::from_secs(20);
+
+/// Why Postgres did not do what was asked. Two kinds, because callers do two different things.
+#[derive(Debug, thiserror::Error)]
+pub enum DbError {
+    /// Postgres could not be reached or asked to be tried again, and went on so: the event is retried later.
+    #[error("Postgres is unavailable for {what}: {source}")]
+    Unavailable {
+        /// The statement, in words.
+        what: &'static str,
+        /// The last failure.
+        source: sqlx::Error,
+    },
+    /// Postgres will never accept this: retrying is no use.
+    #[error("Postgres refused {what}: {source}")]
+    Refused {
+        /// The statement, in words.
+        what: &'static str,
+        /// Its answer.
+        source: sqlx::Error,
+    },
+}
+
+/// A pool of connections; cloning shares it.
+#[derive(Clone)]
+pub struct Database {
+    pool: PgPool,
+    bound: Duration,
+}
+
+impl Database {
+    /// A pool that connects when first used, so that the service starts without Postgres and says so in `/readyz`.
+    pub fn new(config: &config::Database) -> anyhow::Result<Self> {
+        let pool = PgPoolOptions::new()
+            .max_connections(config.max_connections)
+            .acquire_timeout(config.acquire_timeout)
+            .idle_timeout(Duration::from_secs(60))
+            // A ping before each use would double the statements; a broken connection shows at its use and is retried.
+            .test_before_acquire(false)
+            .connect_lazy_with(connect_options(config)?);
+        Ok(Database { pool, bound: config.statement_timeout + CLIENT_MARGIN })
+    }
+
+    /// Applies the migrations that are missing.
+    pub async fn migrate(&self) -> anyhow::Result<()> {
+        MIGRATIONS.run(&self.pool).await?;
+        Ok(())
+    }
+
+    /// One round trip, not retried, for health checks.
+    pub async fn ping(&self) -> Result<(), DbError> {
+        let what = "a ping";
+        let result = timeout(self.bound.min(Duration::from_secs(5)), sqlx::query("SELECT 1").execute(&self.pool)).await;
+        match result {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(source)) => Err(DbError::Unavailable { what, source }),
+            Err(_) => Err(DbError::Unavailable { what, source: sqlx::Error::PoolTimedOut }),
+        }
+    }
+
+    /// Closes all connections, waiting for those in use.
+    pub async fn close(&self) {
+        self.pool.close().await;
+    }
+
+    /// Runs `work` on a connection, bounded, and again while the failure is one that passes. `what` names the work in
+    /// errors. `work` must be repeatable.
+    async fn run<T>(
+        &self,
+        what: &'static str,
+        work: impl AsyncFn(&mut PgConnection) -> sqlx::Result<T>,
+    ) -> Result<T, DbError> {
+        let deadline = Instant::now() + RETRY_FOR;
+        let mut attempt = 1;
+        loop {
+            let source = match self.once(&work).await {
+                Ok(value) => return Ok(value),
+                Err(error) => error,
+            };
+            match class(&source) {
+                Class::Refused => return Err(DbError::Refused { what, source }),
+                Class::Passing if Instant::now() < deadline => {
+                    tracing::debug!(what, attempt, error = %source, "statement failed, trying again");
+                    tokio::time::sleep(RETRY.wait(attempt)).await;
+                    attempt += 1;
+                }
+                Class::Passing | Class::Other => return Err(DbError::Unavailable { what, source }),
+            }
+        }
+    }
+
+    async fn once<T>(&self, work: &impl AsyncFn(&mut PgConnection) -> sqlx::Result<T>) -> sqlx::Result<T> {
+        let mut connection = self.pool.acquire().await?;
+        let result = match timeout(self.bound, work(&mut connection)).await {
+            Ok(result) => result,
+            Err(_) => Err(sqlx::Error::Io(std::io::Error::new(
+                std::io::ErrorKind::TimedOut,
+                format!("no answer within {:?}", self.bound),
+            ))),
+        };
+        if let Err(error) = &result
+            && spoils_connection(error)
+        {
+            connection.close_on_drop();
+        }
+        result
+    }
+}
+
+/// Options of every connection to Postgres, the keeper's included.
+pub fn connect_options(config: &config::Database) -> anyhow::Result<PgConnectOptions> {
+    let options: PgConnectOptions =
+        config.url.reveal().parse().map_err(|_| anyhow::anyhow!("database.url is not a Postgres URL"))?;
+    let statement_timeout = config.statement_timeout.as_millis().to_string();
+    Ok(options.application_name("write-api").options([
+        ("statement_timeout", statement_timeout.as_str()),
+        ("lock_timeout", statement_timeout.as_str()),
+        ("idle_in_transaction_session_timeout", "60000"),
+    ]))
+}
+
+enum Class {
+    /// Worth trying again at once: lost connection, restart, deadlock, serialization failure, full pool.
+    Passing,
+    /// The data or a constraint is at fault.
+    Refused,
+    /// Anything else, such as a missing table: waiting for an operator.
+    Other,
+}
+
+/// Sorts a failure by SQLSTATE (PostgreSQL manual, appendix A).
+fn class(error: &sqlx::Error) -> Class {
+    match error {
+        sqlx::Error::Database(error) => match error.code().as_deref() {
+            // Data exceptions, integrity constraint violations.
+            Some(code) if code.starts_with("22") || code.starts_with("23") => Class::Refused,
+            // Connection exceptions, rollbacks (deadlock, serialization), resources, operator intervention (shutdown,
+            // cancelled statement), a server that became read-only.
+            Some(code) if ["08", "40", "53", "57"].iter().any(|c| code.starts_with(c)) || code == "25006" => {
+                Class::Passing
+            }
+            _ => Class::Other,
+        },
+        sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed => {
+            Class::Passing
+        }
+        _ => Class::Other,
+    }
+}
+
+/// Whether the connection must not be used again. A read-only server is one that lost its role: the next connection may
+/// find the new primary.
+fn spoils_connection(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Database(error) => {
+            error.code().is_some_and(|code| code == "25006" || code.starts_with("57P") || code.starts_with("08"))
+        }
+        sqlx::Error::Io(_) | sqlx::Error::Protocol(_) => true,
+        _ => false,
+    }
+}

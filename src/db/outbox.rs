@@ -1,0 +1,103 @@
+//! The outbox: rows written with the results that they announce, claimed and sent by relays.
+
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use super::{Database, DbError};
+
+/// A row that this relay claimed.
+#[derive(Debug, Clone)]
+pub struct OutboxRow {
+    /// Id of the event.
+    pub event_id: Uuid,
+    /// The lane that it goes to.
+    pub lane: String,
+    /// The CloudEvents document.
+    pub body: String,
+}
+
+/// What waits.
+#[derive(Debug, Clone, Copy)]
+pub struct Backlog {
+    /// Rows that wait to be sent.
+    pub pending: i64,
+    /// Age of the oldest in seconds; 0 without one.
+    pub oldest_seconds: f64,
+}
+
+impl Database {
+    /// Claims up to `limit` rows that nobody else has claimed, the oldest first, for `claim`.
+    pub async fn claim_outbox(&self, relay: Uuid, limit: i64, claim: Duration) -> Result<Vec<OutboxRow>, DbError> {
+        self.run("a claim of outbox rows", async |connection| {
+            // SKIP LOCKED: two relays take different rows. Never a cursor over a sequence: that skips late commits.
+            sqlx::query_as!(
+                OutboxRow,
+                r#"
+                UPDATE outbox SET claimed_by = $1, claimed_until = clock_timestamp() + make_interval(secs => $3)
+                WHERE event_id IN (
+                    SELECT event_id FROM outbox
+                    WHERE sent_at IS NULL AND (claimed_until IS NULL OR claimed_until < clock_timestamp())
+                    ORDER BY created_at
+                    LIMIT $2
+                    FOR UPDATE SKIP LOCKED
+                )
+                RETURNING event_id, lane, body
+                "#,
+                relay,
+                limit,
+                claim.as_secs_f64(),
+            )
+            .fetch_all(connection)
+            .await
+        })
+        .await
+    }
+
+    /// Marks rows as sent. A row that another relay sent meanwhile stays as that one marked it.
+    pub async fn mark_sent(&self, event_ids: &[Uuid]) -> Result<(), DbError> {
+        self.run("the marking of sent outbox rows", async |connection| {
+            sqlx::query!(
+                "UPDATE outbox SET sent_at = clock_timestamp() WHERE event_id = ANY ($1) AND sent_at IS NULL",
+                event_ids,
+            )
+            .execute(connection)
+            .await?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Gives claimed rows back at once, because sending them failed.
+    pub async fn unclaim_outbox(&self, relay: Uuid, event_ids: &[Uuid]) -> Result<(), DbError> {
+        self.run("the return of outbox rows", async |connection| {
+            sqlx::query!(
+                "UPDATE outbox SET claimed_by = NULL, claimed_until = NULL
+                 WHERE event_id = ANY ($2) AND claimed_by = $1 AND sent_at IS NULL",
+                relay,
+                event_ids,
+            )
+            .execute(connection)
+            .await?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// How much waits, for the metrics.
+    pub async fn outbox_backlog(&self) -> Result<Backlog, DbError> {
+        self.run("a look at the outbox", async |connection| {
+            sqlx::query_as!(
+                Backlog,
+                r#"
+                SELECT count(*) AS "pending!",
+                       coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0)::float8 AS "oldest_seconds!"
+                FROM outbox WHERE sent_at IS NULL
+                "#,
+            )
+            .fetch_one(connection)
+            .await
+        })
+        .await
+    }
+}

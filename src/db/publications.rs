@@ -1,0 +1,197 @@
+//! Publications: post-processing of a run, one publisher per run at a time.
+
+use std::time::Duration;
+
+use sqlx::Connection;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::{Database, DbError};
+
+/// A publication that this process works on.
+#[derive(Debug, Clone)]
+pub struct OwnedPublication {
+    /// Proof of being the run's publisher, named by every write.
+    pub token: Uuid,
+    /// Every valuation up to this listing id is published.
+    pub cursor: i64,
+    /// When the run was completed.
+    pub completed_at: OffsetDateTime,
+    /// W3C trace context of the run's event.
+    pub traceparent: Option<String>,
+    /// 1 for the first attempt.
+    pub attempts: i32,
+}
+
+/// What came of claiming a publication.
+#[derive(Debug)]
+pub enum PublicationClaim {
+    /// It is ours.
+    Owned(Box<OwnedPublication>),
+    /// The run has a publisher, whose lease ends after this time unless it is renewed.
+    Busy(Duration),
+    /// It is complete: the event was delivered again.
+    Complete,
+    /// Another event with the same id came first.
+    OtherEvent,
+    /// The run is not complete yet.
+    RunUnfinished,
+    /// There is no such run.
+    RunUnknown,
+}
+
+impl Database {
+    /// Takes the publication of a complete run unless the run has a publisher already.
+    pub async fn claim_publication(
+        &self,
+        event_id: &str,
+        digest: &[u8; 32],
+        run_id: &str,
+        lease: Duration,
+    ) -> Result<PublicationClaim, DbError> {
+        let token = Uuid::new_v4();
+        self.run("the claim of a publication", async |connection| {
+            let mut transaction = connection.begin().await?;
+            let run = sqlx::query!(
+                r#"
+                SELECT completed_at, traceparent, publisher IS NOT NULL AS "published_by_someone!",
+                       coalesce(extract(epoch FROM publisher_lease_until - clock_timestamp()), 0)::float8 AS "left!"
+                FROM runs WHERE run_id = $1
+                FOR UPDATE
+                "#,
+                run_id,
+            )
+            .fetch_optional(&mut *transaction)
+            .await?;
+            let Some(run) = run else { return Ok(PublicationClaim::RunUnknown) };
+            let Some(completed_at) = run.completed_at else { return Ok(PublicationClaim::RunUnfinished) };
+            sqlx::query!(
+                "INSERT INTO publications (event_id, digest, run_id) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+                event_id,
+                digest,
+                run_id,
+            )
+            .execute(&mut *transaction)
+            .await?;
+            let present = sqlx::query!("SELECT digest, state FROM publications WHERE event_id = $1", event_id)
+                .fetch_one(&mut *transaction)
+                .await?;
+            if present.digest != digest {
+                return Ok(PublicationClaim::OtherEvent);
+            }
+            if present.state == "complete" {
+                return Ok(PublicationClaim::Complete);
+            }
+            if run.published_by_someone && run.left > 0.0 {
+                return Ok(PublicationClaim::Busy(Duration::from_secs_f64(run.left)));
+            }
+            sqlx::query!(
+                "UPDATE runs SET publisher = $2, publisher_lease_until = clock_timestamp() + make_interval(secs => $3)
+                 WHERE run_id = $1",
+                run_id,
+                token,
+                lease.as_secs_f64(),
+            )
+            .execute(&mut *transaction)
+            .await?;
+            let publication = sqlx::query!(
+                "UPDATE publications SET attempts = attempts + 1 WHERE event_id = $1 RETURNING cursor, attempts",
+                event_id,
+            )
+            .fetch_one(&mut *transaction)
+            .await?;
+            transaction.commit().await?;
+            Ok(PublicationClaim::Owned(Box::new(OwnedPublication {
+                token,
+                cursor: publication.cursor,
+                completed_at,
+                traceparent: run.traceparent,
+                attempts: publication.attempts,
+            })))
+        })
+        .await
+    }
+
+    /// Moves the cursor to `cursor`, `records` further. `false`: the run has another publisher and nothing was written.
+    pub async fn advance_publication(
+        &self,
+        event_id: &str,
+        token: Uuid,
+        cursor: i64,
+        records: i64,
+    ) -> Result<bool, DbError> {
+        self.run("the cursor of a publication", async |connection| {
+            // A repeat after a lost answer finds the cursor there already and counts nothing.
+            let moved = sqlx::query!(
+                r#"
+                UPDATE publications AS p SET
+                    published = p.published + CASE WHEN p.cursor < $3 THEN $4::bigint ELSE 0 END,
+                    cursor = greatest(p.cursor, $3), last_error = NULL
+                FROM runs AS r
+                WHERE p.event_id = $1 AND r.run_id = p.run_id AND r.publisher = $2
+                "#,
+                event_id,
+                token,
+                cursor,
+                records,
+            )
+            .execute(connection)
+            .await?;
+            Ok(moved.rows_affected() == 1)
+        })
+        .await
+    }
+
+    /// Completes the publication and frees the run for another. `false`: the run has another publisher.
+    pub async fn complete_publication(&self, event_id: &str, token: Uuid) -> Result<bool, DbError> {
+        self.run("the completion of a publication", async |connection| {
+            let done = sqlx::query!(
+                r#"
+                WITH free AS (
+                    UPDATE runs SET publisher = NULL, publisher_lease_until = NULL WHERE publisher = $2 RETURNING run_id
+                )
+                UPDATE publications AS p SET state = 'complete', completed_at = clock_timestamp(), last_error = NULL
+                FROM free WHERE p.event_id = $1 AND p.run_id = free.run_id
+                "#,
+                event_id,
+                token,
+            )
+            .execute(&mut *connection)
+            .await?;
+            if done.rows_affected() == 1 {
+                return Ok(true);
+            }
+            // Either the run was lost, or this very statement was committed and its answer lost.
+            let complete = sqlx::query_scalar!(
+                r#"SELECT state = 'complete' AS "complete!" FROM publications WHERE event_id = $1"#,
+                event_id
+            )
+            .fetch_one(connection)
+            .await?;
+            Ok(complete)
+        })
+        .await
+    }
+
+    /// Gives the run back, so that the next delivery need not wait for the lease. `error` is shown to operators.
+    pub async fn release_publication(&self, event_id: &str, token: Uuid, error: Option<&str>) -> Result<(), DbError> {
+        self.run("the release of a publication", async |connection| {
+            sqlx::query!(
+                r#"
+                WITH free AS (
+                    UPDATE runs SET publisher = NULL, publisher_lease_until = NULL WHERE publisher = $2 RETURNING run_id
+                )
+                UPDATE publications AS p SET last_error = coalesce($3, p.last_error)
+                FROM free WHERE p.event_id = $1 AND p.run_id = free.run_id
+                "#,
+                event_id,
+                token,
+                error,
+            )
+            .execute(connection)
+            .await?;
+            Ok(())
+        })
+        .await
+    }
+}

@@ -1,0 +1,383 @@
+//! Runs: opening, owning, progress, completion.
+//!
+//! A run has one owner at a time, told by a token. Whoever claims a run gets a fresh token; every later write names it,
+//! so an owner that lost the run (its process was suspended, its lease ran out) writes nothing. Leases are measured by
+//! the clock of the database alone.
+
+use std::time::Duration;
+
+use sqlx::postgres::PgConnection;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::valuations::Answers;
+use super::{Database, DbError};
+
+/// What a refresh event asks for.
+#[derive(Debug, Clone)]
+pub struct RunRequest<'a> {
+    /// Id of the event.
+    pub run_id: &'a str,
+    /// SHA-256 over source, type and data.
+    pub digest: [u8; 32],
+    /// CloudEvents source.
+    pub source: &'a str,
+    /// CloudEvents time.
+    pub event_time: OffsetDateTime,
+    /// W3C trace context.
+    pub traceparent: Option<&'a str>,
+    /// Zip codes, without repeats; `None` for all.
+    pub zip_codes: Option<&'a [i32]>,
+    /// The most listings; `None` for all.
+    pub limit: Option<i64>,
+}
+
+/// The listings of a run, fixed when it was opened.
+#[derive(Debug, Clone)]
+pub struct Set {
+    /// The run.
+    pub run_id: String,
+    /// Zip codes; `None` for all.
+    pub zip_codes: Option<Vec<i32>>,
+    /// Upper bound, inclusive.
+    pub last_listing_id: i64,
+    /// Listings that appeared later are not part of it.
+    pub opened_at: OffsetDateTime,
+}
+
+/// A run that this process owns.
+#[derive(Debug, Clone)]
+pub struct OwnedRun {
+    /// What is to be done.
+    pub set: Set,
+    /// Proof of ownership, named by every write.
+    pub token: Uuid,
+    /// How many listings matched at the opening.
+    pub selected: i64,
+    /// Every listing up to here is terminal.
+    pub cursor: i64,
+    /// Listings with a valuation.
+    pub valued: i64,
+    /// Listings that failed for good.
+    pub failed: i64,
+    /// 1 for the first attempt.
+    pub attempts: i32,
+}
+
+/// What came of claiming a run.
+#[derive(Debug)]
+pub enum RunClaim {
+    /// It is ours.
+    Owned(Box<OwnedRun>),
+    /// Another attempt works on it; its lease ends after this time unless it is renewed.
+    Busy(Duration),
+    /// It is complete: the event was delivered again.
+    Complete,
+    /// Another event with the same id came first.
+    OtherEvent,
+}
+
+/// How far a run is after a commit.
+#[derive(Debug, Clone, Copy)]
+pub struct Progress {
+    /// Listings with a valuation.
+    pub valued: i64,
+    /// Listings that failed for good.
+    pub failed: i64,
+    /// Rows of this batch that were not there before.
+    pub inserted: i64,
+}
+
+impl Database {
+    /// Opens the run if it is new and takes it unless another attempt holds it.
+    pub async fn claim_run(&self, request: &RunRequest<'_>, lease: Duration) -> Result<RunClaim, DbError> {
+        self.run("the claim of a run", async |connection| {
+            // A run can be closed by its owner between two looks; three rounds are more than that needs.
+            for _ in 0..3 {
+                if let Some(owned) = take_run(connection, request, lease).await? {
+                    return Ok(RunClaim::Owned(Box::new(owned)));
+                }
+                let found = sqlx::query!(
+                    r#"
+                    SELECT digest, state, coalesce(extract(epoch FROM lease_until - clock_timestamp()), 0)::float8 AS "left!"
+                    FROM runs WHERE run_id = $1
+                    "#,
+                    request.run_id,
+                )
+                .fetch_optional(&mut *connection)
+                .await?;
+                match found {
+                    None => open_run(connection, request).await?,
+                    Some(run) if run.digest != request.digest => return Ok(RunClaim::OtherEvent),
+                    Some(run) if run.state == "complete" => return Ok(RunClaim::Complete),
+                    Some(run) if run.left > 0.0 => return Ok(RunClaim::Busy(Duration::from_secs_f64(run.left))),
+                    Some(_) => {}
+                }
+            }
+            Ok(RunClaim::Busy(lease))
+        })
+        .await
+    }
+
+    /// Commits terminal states, counts them and moves the cursor, in one statement that first locks the run's row and
+    /// checks the owner. `None`: the run is no longer ours and nothing was written.
+    pub async fn commit_answers(
+        &self,
+        run_id: &str,
+        token: Uuid,
+        answers: &Answers,
+        cursor: i64,
+    ) -> Result<Option<Progress>, DbError> {
+        self.run("a batch of valuations", async |connection| {
+            sqlx::query_as!(
+                Progress,
+                r#"
+                WITH run AS MATERIALIZED (
+                    -- The lock and the fence: without this row nothing below has anything to do.
+                    SELECT run_id, event_time FROM runs
+                    WHERE run_id = $1 AND owner = $2 AND state = 'running'
+                    FOR UPDATE
+                ), answer AS (
+                    SELECT * FROM unnest(
+                        $3::bigint[], $4::integer[], $5::bigint[], $6::bigint[], $7::double precision[], $8::text[])
+                        AS a (listing_id, zip_code, list_price_cents, valuation_cents, confidence, failure)
+                ), inserted AS (
+                    INSERT INTO valuations
+                        (run_id, listing_id, zip_code, list_price_cents, valuation_cents, confidence, failure)
+                    SELECT run.run_id, answer.* FROM run CROSS JOIN answer
+                    ON CONFLICT (run_id, listing_id) DO NOTHING
+                    RETURNING listing_id, valuation_cents, confidence
+                ), current AS (
+                    -- In the order of ids, so that two runs over the same listings cannot deadlock.
+                    INSERT INTO listing_valuations AS present
+                        (listing_id, run_id, event_time, valuation_cents, confidence)
+                    SELECT inserted.listing_id, run.run_id, run.event_time, inserted.valuation_cents, inserted.confidence
+                    FROM run CROSS JOIN inserted
+                    WHERE inserted.valuation_cents IS NOT NULL
+                    ORDER BY inserted.listing_id
+                    ON CONFLICT (listing_id) DO UPDATE SET
+                        run_id = excluded.run_id,
+                        event_time = excluded.event_time,
+                        valuation_cents = excluded.valuation_cents,
+                        confidence = excluded.confidence
+                    WHERE (excluded.event_time, excluded.run_id) > (present.event_time, present.run_id)
+                ), count AS (
+                    SELECT count(*) FILTER (WHERE valuation_cents IS NOT NULL) AS valued,
+                           count(*) FILTER (WHERE valuation_cents IS NULL) AS failed
+                    FROM inserted
+                )
+                UPDATE runs SET
+                    valued = runs.valued + count.valued,
+                    failed = runs.failed + count.failed,
+                    cursor = greatest(runs.cursor, $9),
+                    last_error = NULL
+                FROM run CROSS JOIN count
+                WHERE runs.run_id = run.run_id
+                RETURNING runs.valued, runs.failed, (count.valued + count.failed) AS "inserted!"
+                "#,
+                run_id,
+                token,
+                &answers.listing_ids,
+                &answers.zip_codes,
+                &answers.list_prices_cents,
+                &answers.valuations_cents as &[Option<i64>],
+                &answers.confidences as &[Option<f64>],
+                &answers.failures as &[Option<String>],
+                cursor,
+            )
+            .fetch_optional(connection)
+            .await
+        })
+        .await
+    }
+
+    /// Completes a run whose every listing is terminal and writes the event of its post-processing, together or not at
+    /// all. `false`: the run is no longer ours and nothing was written.
+    pub async fn complete_run(
+        &self,
+        run_id: &str,
+        token: Uuid,
+        lane: &str,
+        event_id: Uuid,
+        body: &str,
+    ) -> Result<bool, DbError> {
+        self.run("the completion of a run", async |connection| {
+            let done = sqlx::query!(
+                r#"
+                WITH done AS (
+                    UPDATE runs SET
+                        state = 'complete', completed_at = clock_timestamp(), cursor = last_listing_id,
+                        selected = valued + failed, owner = NULL, lease_until = NULL, last_error = NULL
+                    WHERE run_id = $1 AND owner = $2 AND state = 'running'
+                    RETURNING run_id
+                )
+                INSERT INTO outbox (event_id, lane, body) SELECT $3, $4, $5 FROM done
+                ON CONFLICT (event_id) DO NOTHING
+                "#,
+                run_id,
+                token,
+                event_id,
+                lane,
+                body,
+            )
+            .execute(&mut *connection)
+            .await?;
+            if done.rows_affected() == 1 {
+                return Ok(true);
+            }
+            // Nothing written: either the run was lost, or this very statement was committed and its answer lost.
+            let there =
+                sqlx::query_scalar!(r#"SELECT EXISTS (SELECT FROM outbox WHERE event_id = $1) AS "there!""#, event_id)
+                    .fetch_one(connection)
+                    .await?;
+            Ok(there)
+        })
+        .await
+    }
+
+    /// Gives the run back, so that the next delivery need not wait for the lease. `error` is shown to operators.
+    pub async fn release_run(&self, run_id: &str, token: Uuid, error: Option<&str>) -> Result<(), DbError> {
+        self.run("the release of a run", async |connection| {
+            sqlx::query!(
+                "UPDATE runs SET owner = NULL, lease_until = NULL, last_error = coalesce($3, last_error)
+                 WHERE run_id = $1 AND owner = $2",
+                run_id,
+                token,
+                error,
+            )
+            .execute(connection)
+            .await?;
+            Ok(())
+        })
+        .await
+    }
+}
+
+async fn take_run(
+    connection: &mut PgConnection,
+    request: &RunRequest<'_>,
+    lease: Duration,
+) -> sqlx::Result<Option<OwnedRun>> {
+    let token = Uuid::new_v4();
+    let taken = sqlx::query!(
+        r#"
+        UPDATE runs SET owner = $2, lease_until = clock_timestamp() + make_interval(secs => $3), attempts = attempts + 1
+        WHERE run_id = $1 AND digest = $4 AND state = 'running'
+          AND (lease_until IS NULL OR lease_until < clock_timestamp())
+        RETURNING zip_codes, last_listing_id, opened_at, selected, cursor, valued, failed, attempts
+        "#,
+        request.run_id,
+        token,
+        lease.as_secs_f64(),
+        &request.digest,
+    )
+    .fetch_optional(connection)
+    .await?;
+    Ok(taken.map(|run| OwnedRun {
+        set: Set {
+            run_id: request.run_id.to_owned(),
+            zip_codes: run.zip_codes,
+            last_listing_id: run.last_listing_id,
+            opened_at: run.opened_at,
+        },
+        token,
+        selected: run.selected,
+        cursor: run.cursor,
+        valued: run.valued,
+        failed: run.failed,
+        attempts: run.attempts,
+    }))
+}
+
+/// Fixes the set: how many listings match and which is the last of them. An empty set ends before the first id.
+async fn open_run(connection: &mut PgConnection, request: &RunRequest<'_>) -> sqlx::Result<()> {
+    let r = request;
+    match r.zip_codes {
+        None => {
+            sqlx::query!(
+                r#"
+                INSERT INTO runs (run_id, digest, event_source, event_time, traceparent, row_limit, last_listing_id, selected)
+                SELECT $1, $2, $3, $4, $5, $6, coalesce(max(listing_id), '-9223372036854775808'), count(*)
+                FROM (SELECT listing_id FROM listings ORDER BY listing_id LIMIT $6) AS matches
+                ON CONFLICT (run_id) DO NOTHING
+                "#,
+                r.run_id,
+                &r.digest,
+                r.source,
+                r.event_time,
+                r.traceparent,
+                r.limit,
+            )
+            .execute(connection)
+            .await?;
+        }
+        Some(zip_codes) => {
+            sqlx::query!(
+                r#"
+                INSERT INTO runs
+                    (run_id, digest, event_source, event_time, traceparent, row_limit, zip_codes, last_listing_id, selected)
+                SELECT $1, $2, $3, $4, $5, $6, $7, coalesce(max(listing_id), '-9223372036854775808'), count(*)
+                FROM (
+                    SELECT listing_id FROM listings WHERE zip_code = ANY ($7) ORDER BY listing_id LIMIT $6
+                ) AS matches
+                ON CONFLICT (run_id) DO NOTHING
+                "#,
+                r.run_id,
+                &r.digest,
+                r.source,
+                r.event_time,
+                r.traceparent,
+                r.limit,
+                zip_codes,
+            )
+            .execute(connection)
+            .await?;
+        }
+    }
+    Ok(())
+}
+
+/// Renews the leases of runs that are being refreshed. Returns the tokens that still hold theirs; the others have lost
+/// their run. Used by the keeper on a connection of its own, so that a full pool cannot cost a lease.
+pub async fn renew_owners(
+    connection: &mut PgConnection,
+    run_ids: &[String],
+    tokens: &[Uuid],
+    lease: Duration,
+) -> sqlx::Result<Vec<Uuid>> {
+    sqlx::query_scalar!(
+        r#"
+        UPDATE runs SET lease_until = clock_timestamp() + make_interval(secs => $3)
+        FROM unnest($1::text[], $2::uuid[]) AS held (run_id, token)
+        WHERE runs.run_id = held.run_id AND runs.owner = held.token AND runs.state = 'running'
+        RETURNING held.token AS "token!"
+        "#,
+        run_ids,
+        tokens,
+        lease.as_secs_f64(),
+    )
+    .fetch_all(connection)
+    .await
+}
+
+/// As [`renew_owners`], for runs that are being published.
+pub async fn renew_publishers(
+    connection: &mut PgConnection,
+    run_ids: &[String],
+    tokens: &[Uuid],
+    lease: Duration,
+) -> sqlx::Result<Vec<Uuid>> {
+    sqlx::query_scalar!(
+        r#"
+        UPDATE runs SET publisher_lease_until = clock_timestamp() + make_interval(secs => $3)
+        FROM unnest($1::text[], $2::uuid[]) AS held (run_id, token)
+        WHERE runs.run_id = held.run_id AND runs.publisher = held.token
+        RETURNING held.token AS "token!"
+        "#,
+        run_ids,
+        tokens,
+        lease.as_secs_f64(),
+    )
+    .fetch_all(connection)
+    .await
+}

@@ -1,0 +1,390 @@
+//! From the body of a message to an event: wrappers off, CloudEvents 1.0 read, everything checked.
+//!
+//! Accepted are a CloudEvent in structured mode, an SNS notification with one of these inside, and an EventBridge event,
+//! whose own id, time and detail-type count unless its detail is a CloudEvent. Whatever else arrives is refused with a
+//! word to filter by and a sentence that names the thing and the value.
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
+use sha2::{Digest, Sha256};
+use std::borrow::Cow;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use uuid::Uuid;
+
+use crate::queue::Refusal;
+
+/// Kind of [`LISTING_UPSERT`] in logs and metrics.
+pub const KIND_UPSERT: &str = "listing.upsert";
+/// Kind of [`VALUATIONS_REFRESH`] in logs and metrics.
+pub const KIND_REFRESH: &str = "valuations.refresh";
+/// Kind of [`VALUATIONS_PUBLISH`] in logs and metrics.
+pub const KIND_PUBLISH: &str = "valuations.publish";
+
+/// CloudEvents type: one listing to write.
+pub const LISTING_UPSERT: &str = "writeapi.listing.upsert.v1";
+/// CloudEvents type: ask the partner for valuations.
+pub const VALUATIONS_REFRESH: &str = "writeapi.valuations.refresh.v1";
+/// CloudEvents type: publish the valuations of a run.
+pub const VALUATIONS_PUBLISH: &str = "writeapi.valuations.publish.v1";
+
+/// The largest body, in bytes: what SNS and older SQS queues carry.
+pub const MAX_BODY_BYTES: usize = 256 * 1024;
+
+/// The deepest nesting of objects and arrays.
+pub const MAX_DEPTH: usize = 32;
+
+/// The longest id and source, in bytes: they become keys and headers.
+const MAX_NAME_BYTES: usize = 256;
+
+/// Wrappers around wrappers: EventBridge to SNS to SQS is two.
+const MAX_WRAPPERS: usize = 3;
+
+/// An event whose envelope is good. Its data are still JSON text.
+#[derive(Debug, Clone)]
+pub struct Event<'a> {
+    /// Stable id, given by the producer.
+    pub id: Cow<'a, str>,
+    /// Where it comes from.
+    pub source: Cow<'a, str>,
+    /// CloudEvents type.
+    pub kind: Cow<'a, str>,
+    /// When it happened.
+    pub time: OffsetDateTime,
+    /// W3C trace context.
+    pub traceparent: Option<Cow<'a, str>>,
+    data: Cow<'a, str>,
+}
+
+/// Every field that one of the accepted shapes has at its top level. Read once, without copying.
+#[derive(Deserialize)]
+struct Shapes<'a> {
+    #[serde(borrow)]
+    specversion: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    id: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    source: Option<Cow<'a, str>>,
+    #[serde(borrow, rename = "type")]
+    kind: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    time: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    datacontenttype: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    traceparent: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    data: Option<&'a RawValue>,
+    data_base64: Option<serde::de::IgnoredAny>,
+    #[serde(borrow, rename = "Type")]
+    sns_type: Option<Cow<'a, str>>,
+    #[serde(borrow, rename = "Message")]
+    sns_message: Option<Cow<'a, str>>,
+    #[serde(borrow, rename = "detail-type")]
+    detail_type: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    detail: Option<&'a RawValue>,
+}
+
+fn refuse(code: &'static str, reason: impl Into<String>) -> Refusal {
+    Refusal { code, reason: reason.into() }
+}
+
+impl<'a> Event<'a> {
+    /// Reads the body of a message.
+    pub fn decode(body: &'a str) -> Result<Event<'a>, Refusal> {
+        if body.len() > MAX_BODY_BYTES {
+            let reason = format!("the body has {} bytes, at most {MAX_BODY_BYTES} are accepted", body.len());
+            return Err(refuse("too_large", reason));
+        }
+        Self::unwrap(body, MAX_WRAPPERS)
+    }
+
+    fn unwrap(text: &'a str, wrappers_left: usize) -> Result<Event<'a>, Refusal> {
+        check_text(text)?;
+        let shapes: Shapes<'a> =
+            serde_json::from_str(text).map_err(|error| refuse("invalid_json", format!("not a JSON event: {error}")))?;
+        if shapes.specversion.is_some() {
+            return Self::cloud_event(shapes);
+        }
+        if wrappers_left == 0 {
+            return Err(refuse("invalid_envelope", format!("more than {MAX_WRAPPERS} wrappers around the event")));
+        }
+        if shapes.sns_type.as_deref() == Some("Notification") {
+            let message = shapes
+                .sns_message
+                .ok_or_else(|| refuse("invalid_envelope", "the SNS notification has no Message"))?;
+            // The inner document is text inside text, so what was read of it can only be owned.
+            return Ok(match message {
+                Cow::Borrowed(inner) => Self::unwrap(inner, wrappers_left - 1)?,
+                Cow::Owned(inner) => Event::unwrap(&inner, wrappers_left - 1)?.into_owned(),
+            });
+        }
+        if let (Some(_), Some(detail)) = (&shapes.detail_type, shapes.detail) {
+            return Self::event_bridge(shapes, detail, wrappers_left - 1);
+        }
+        Err(refuse(
+            "invalid_envelope",
+            "neither a CloudEvent (no specversion), nor an SNS notification, nor an EventBridge event",
+        ))
+    }
+
+    fn event_bridge(shapes: Shapes<'a>, detail: &'a RawValue, wrappers_left: usize) -> Result<Event<'a>, Refusal> {
+        #[derive(Deserialize)]
+        struct Probe {
+            specversion: Option<serde::de::IgnoredAny>,
+        }
+        let inner: Result<Probe, _> = serde_json::from_str(detail.get());
+        if matches!(inner, Ok(Probe { specversion: Some(_) })) {
+            return Self::unwrap(detail.get(), wrappers_left);
+        }
+        Self::cloud_event(Shapes {
+            specversion: Some("1.0".into()),
+            kind: shapes.detail_type.clone(),
+            data: Some(detail),
+            datacontenttype: None,
+            data_base64: None,
+            ..shapes
+        })
+    }
+
+    fn cloud_event(shapes: Shapes<'a>) -> Result<Event<'a>, Refusal> {
+        let version = shapes.specversion.as_deref().unwrap_or_default();
+        if version != "1.0" {
+            let reason = format!("specversion {version:?} is not supported, only \"1.0\" is");
+            return Err(refuse("unknown_version", reason));
+        }
+        let id = name("id", shapes.id)?;
+        let source = name("source", shapes.source)?;
+        let kind = name("type", shapes.kind)?;
+        let time = shapes.time.ok_or_else(|| refuse("invalid_envelope", "time is missing"))?;
+        let time = OffsetDateTime::parse(&time, &Rfc3339).map_err(|error| {
+            refuse("invalid_envelope", format!("time {time:?} is not RFC 3339, such as 2026-01-31T02:00:00Z: {error}"))
+        })?;
+        if shapes.data_base64.is_some() {
+            return Err(refuse("invalid_envelope", "data_base64 is not supported, send JSON in data"));
+        }
+        if let Some(content_type) = shapes.datacontenttype {
+            let essence = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+            if essence != "application/json" && !essence.ends_with("+json") {
+                let reason = format!("datacontenttype {content_type:?} is not supported, only JSON is");
+                return Err(refuse("invalid_envelope", reason));
+            }
+        }
+        let data = shapes.data.ok_or_else(|| refuse("invalid_data", "data is missing"))?;
+        // A trace context is a courtesy: a broken one is dropped, not the event.
+        let traceparent = shapes.traceparent.filter(|text| text.len() == 55 && text.is_ascii());
+        Ok(Event { id, source, kind, time, traceparent, data: Cow::Borrowed(data.get()) })
+    }
+
+    fn into_owned(self) -> Event<'static> {
+        fn own(text: Cow<'_, str>) -> Cow<'static, str> {
+            Cow::Owned(text.into_owned())
+        }
+        Event {
+            id: own(self.id),
+            source: own(self.source),
+            kind: own(self.kind),
+            time: self.time,
+            traceparent: self.traceparent.map(own),
+            data: own(self.data),
+        }
+    }
+
+    /// The data as `T`.
+    pub fn data<T: DeserializeOwned>(&self) -> Result<T, Refusal> {
+        serde_json::from_str(&self.data)
+            .map_err(|error| refuse("invalid_data", format!("data of {} cannot be read: {error}", self.kind)))
+    }
+
+    /// SHA-256 over source, type and data: two events with the same id are the same event if this is equal. The data
+    /// are compared as JSON values, so white space and the order of keys do not count.
+    pub fn digest(&self) -> Result<[u8; 32], Refusal> {
+        let data: serde_json::Value = self.data()?;
+        let mut hash = Sha256::new();
+        // Serialising a Value writes its keys in order. A length before each part keeps the parts apart.
+        for part in [self.source.as_ref(), self.kind.as_ref(), data.to_string().as_str()] {
+            hash.update((part.len() as u64).to_be_bytes());
+            hash.update(part.as_bytes());
+        }
+        Ok(hash.finalize().into())
+    }
+}
+
+/// A field that must be there, not empty, and fit to be a key.
+fn name<'a>(field: &str, value: Option<Cow<'a, str>>) -> Result<Cow<'a, str>, Refusal> {
+    let value = value.ok_or_else(|| refuse("invalid_envelope", format!("{field} is missing")))?;
+    if value.is_empty() || value.len() > MAX_NAME_BYTES || value.chars().any(char::is_control) {
+        let shown: String = value.chars().take(64).collect();
+        let reason = format!("{field} {shown:?} must have 1 to {MAX_NAME_BYTES} bytes and no control characters");
+        return Err(refuse("invalid_envelope", reason));
+    }
+    Ok(value)
+}
+
+/// One look at the bytes before any parser: the depth of nesting, and NUL characters, which JSON can write and Postgres
+/// cannot store.
+fn check_text(text: &str) -> Result<(), Refusal> {
+    let bytes = text.as_bytes();
+    let (mut depth, mut in_string, mut index) = (0usize, false, 0);
+    while index < bytes.len() {
+        match bytes[index] {
+            b'\\' if in_string => {
+                // Within a string inside a string the backslash is doubled, and the inner document is checked by itself.
+                if bytes[index + 1..].starts_with(b"u0000") {
+                    return Err(refuse("invalid_data", "a text contains the character U+0000, which cannot be stored"));
+                }
+                index += 1;
+            }
+            b'"' => in_string = !in_string,
+            b'{' | b'[' if !in_string => {
+                depth += 1;
+                if depth > MAX_DEPTH {
+                    return Err(refuse("too_deep", format!("nested more than {MAX_DEPTH} levels deep")));
+                }
+            }
+            b'}' | b']' if !in_string => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        index += 1;
+    }
+    Ok(())
+}
+
+/// The post-processing event of a run, the same whenever it is made.
+pub fn publish_event(run_id: &str, time: OffsetDateTime, traceparent: Option<&str>) -> (Uuid, String) {
+    let id = publish_event_id(run_id);
+    let body = cloud_event(&id.to_string(), VALUATIONS_PUBLISH, time, traceparent, &serde_json::json!({"run_id": run_id}));
+    (id, body)
+}
+
+/// UUIDv5 of `<run_id>:publish` in the namespace of URLs' sibling, OIDs.
+fn publish_event_id(run_id: &str) -> Uuid {
+    Uuid::new_v5(&Uuid::NAMESPACE_OID, format!("{run_id}:publish").as_bytes())
+}
+
+/// A CloudEvent of this service in structured mode.
+pub fn cloud_event(
+    id: &str,
+    kind: &str,
+    time: OffsetDateTime,
+    traceparent: Option<&str>,
+    data: &serde_json::Value,
+) -> String {
+    let mut event = serde_json::json!({
+        "specversion": "1.0",
+        "id": id,
+        "source": SOURCE,
+        "type": kind,
+        "time": time.format(&Rfc3339).expect("years have four digits"),
+        "datacontenttype": "application/json",
+        "data": data,
+    });
+    if let Some(traceparent) = traceparent {
+        event["traceparent"] = traceparent.into();
+    }
+    event.to_string()
+}
+
+/// CloudEvents source of the events that this service makes.
+pub const SOURCE: &str = "/write-api";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn good() -> serde_json::Value {
+        json!({
+            "specversion": "1.0", "id": "e-1", "source": "/test", "type": VALUATIONS_REFRESH,
+            "time": "2026-01-31T02:00:00Z", "data": {"zip_codes": null, "limit": 10}
+        })
+    }
+
+    fn code(body: &str) -> &'static str {
+        Event::decode(body).map(|event| event.id.into_owned()).expect_err(body).code
+    }
+
+    #[test]
+    fn a_cloud_event_is_read_without_copies() {
+        let body = good().to_string();
+        let event = Event::decode(&body).expect("good");
+        assert_eq!((event.id.as_ref(), event.kind.as_ref()), ("e-1", VALUATIONS_REFRESH));
+        assert!(matches!(event.id, Cow::Borrowed(_)));
+    }
+
+    #[test]
+    fn wrappers_come_off() {
+        let plain = good().to_string();
+        let sns = json!({"Type": "Notification", "MessageId": "x", "Message": plain}).to_string();
+        let bridge = json!({"version": "0", "id": "b-1", "detail-type": "x", "source": "s", "time": "2026-01-31T02:00:00Z",
+            "detail": good()});
+        let bridge_in_sns = json!({"Type": "Notification", "Message": bridge.to_string()}).to_string();
+        for body in [sns, bridge.to_string(), bridge_in_sns] {
+            let event = Event::decode(&body).expect(&body);
+            assert_eq!(event.id, "e-1");
+            assert_eq!(event.digest(), Event::decode(&plain).expect("good").digest());
+        }
+    }
+
+    #[test]
+    fn an_event_bridge_event_without_a_cloud_event_gives_its_own_names() {
+        let body = json!({"version": "0", "id": "night-1", "detail-type": VALUATIONS_REFRESH, "source": "scheduler",
+            "time": "2026-01-31T02:00:00Z", "detail": {"limit": 17000}})
+        .to_string();
+        let event = Event::decode(&body).expect("good");
+        assert_eq!((event.id.as_ref(), event.kind.as_ref()), ("night-1", VALUATIONS_REFRESH));
+        assert_eq!(event.data::<serde_json::Value>().expect("JSON"), json!({"limit": 17000}));
+    }
+
+    #[test]
+    fn each_unreadable_body_has_its_code() {
+        let with = |field: &str, value: serde_json::Value| {
+            let mut event = good();
+            event[field] = value;
+            event.to_string()
+        };
+        let without = |field: &str| {
+            let mut event = good();
+            event.as_object_mut().expect("object").remove(field);
+            event.to_string()
+        };
+        assert_eq!(code("not json"), "invalid_json");
+        assert_eq!(code(""), "invalid_json");
+        assert_eq!(code("[1]"), "invalid_json");
+        assert_eq!(code("{}"), "invalid_envelope");
+        assert_eq!(code(&with("specversion", json!("0.3"))), "unknown_version");
+        assert_eq!(code(&with("time", json!("yesterday"))), "invalid_envelope");
+        assert_eq!(code(&with("id", json!(""))), "invalid_envelope");
+        assert_eq!(code(&with("id", json!("a\nb"))), "invalid_envelope");
+        assert_eq!(code(&with("id", json!("x".repeat(257)))), "invalid_envelope");
+        assert_eq!(code(&with("datacontenttype", json!("text/xml"))), "invalid_envelope");
+        assert_eq!(code(&without("data")), "invalid_data");
+        assert_eq!(code(&without("time")), "invalid_envelope");
+        assert_eq!(code(&with("data", json!({"description": "a\u{0}b"}))), "invalid_data");
+        assert_eq!(code(&with("data", json!("x".repeat(MAX_BODY_BYTES)))), "too_large");
+        let deep = format!(r#"{{"specversion":"1.0","x":{}{}}}"#, "[".repeat(100_000), "]".repeat(100_000));
+        assert_eq!(code(&deep), "too_deep");
+        let four = (0..4).fold(good().to_string(), |inner, _| json!({"Type": "Notification", "Message": inner}).to_string());
+        assert_eq!(code(&four), "invalid_envelope");
+    }
+
+    #[test]
+    fn the_same_event_has_the_same_digest_and_another_has_another() {
+        let one = good().to_string();
+        let spaced = serde_json::to_string_pretty(&good()).expect("JSON");
+        let mut other = good();
+        other["data"]["limit"] = json!(11);
+        let digest = |body: &str| Event::decode(body).expect("good").digest().expect("JSON");
+        assert_eq!(digest(&one), digest(&spaced));
+        assert_ne!(digest(&one), digest(&other.to_string()));
+    }
+
+    #[test]
+    fn a_text_that_mentions_u0000_is_no_nul() {
+        let mut event = good();
+        event["data"] = json!({"description": "a backslash: \\u0000"});
+        assert!(Event::decode(&event.to_string()).is_ok());
+    }
+}

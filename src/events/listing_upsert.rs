@@ -1,0 +1,38 @@
+//! `listing.upsert`: one listing, one statement, milliseconds.
+
+use super::envelope::Event;
+use crate::db::listings::Listing;
+use crate::db::{Database, DbError};
+use crate::queue::{Outcome, Refusal};
+
+/// Writes the listing unless a newer event has written it already.
+pub(super) async fn handle(database: &Database, event: &Event<'_>) -> Result<Outcome, Refusal> {
+    let listing: Listing = event.data()?;
+    check(&listing)?;
+    Ok(match database.upsert_listing(&listing, event.time, &event.id).await {
+        Ok(true) => Outcome::Done { rows: 1, note: "".into() },
+        Ok(false) => Outcome::Done { rows: 0, note: "a newer event, or this one, was there already".into() },
+        Err(error @ DbError::Refused { .. }) => {
+            return Err(Refusal { code: "invalid_data", reason: error.to_string() });
+        }
+        Err(error @ DbError::Unavailable { .. }) => Outcome::Retry(error.into()),
+    })
+}
+
+/// What the types let through and no home has.
+fn check(listing: &Listing) -> Result<(), Refusal> {
+    let wrong = |field: &str, value: i64| Refusal {
+        code: "invalid_data",
+        reason: format!("{field} {value} of listing {} must not be negative", listing.listing_id),
+    };
+    let not_negative = [
+        ("zip_code", i64::from(listing.zip_code)),
+        ("list_price_cents", listing.list_price_cents),
+        ("bedrooms", i64::from(listing.bedrooms)),
+        ("living_square_feet", i64::from(listing.living_square_feet)),
+    ];
+    match not_negative.into_iter().find(|(_, value)| *value < 0) {
+        Some((field, value)) => Err(wrong(field, value)),
+        None => Ok(()),
+    }
+}

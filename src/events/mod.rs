@@ -1,0 +1,149 @@
+//! What events mean: decoding, and one file for each kind.
+//!
+//! [`Events`] is the handler that the consumers are given. It decodes a delivery, sends a slow event that came in on the
+//! common lane to its own, and runs the rest where it is.
+
+pub mod envelope;
+mod listing_upsert;
+pub mod relay;
+mod valuations_publish;
+mod valuations_refresh;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use tokio::sync::{Notify, OnceCell, Semaphore};
+
+use crate::config;
+use crate::db::Database;
+use crate::kafka::Publisher;
+use crate::metrics::Metrics;
+use crate::partner::Partner;
+use crate::queue::sqs::{Queue, Sqs, SqsError};
+use crate::queue::{Delivery, Handler, Outcome, Refusal};
+use envelope::{
+    Event, KIND_PUBLISH, KIND_REFRESH, KIND_UPSERT, LISTING_UPSERT, VALUATIONS_PUBLISH, VALUATIONS_REFRESH,
+};
+
+/// Names of the lanes, in logs, metrics and the outbox.
+pub mod lane {
+    /// What producers send to.
+    pub const EVENTS: &str = "events";
+    /// `valuations.refresh`.
+    pub const VALUATIONS: &str = "valuations";
+    /// `valuations.publish`.
+    pub const POST_PROCESSING: &str = "post_processing";
+}
+
+/// How long a deferred publish event waits for its run when there is no lease to go by.
+const UNFINISHED_RUN_WAIT: Duration = Duration::from_secs(30);
+
+/// The lanes that events are sent to, looked up when first needed: the service starts without SQS.
+pub struct LaneQueues {
+    sqs: Sqs,
+    valuations: (String, OnceCell<Queue>),
+    post_processing: (String, OnceCell<Queue>),
+}
+
+impl LaneQueues {
+    /// Lanes by the queue names of `lanes`.
+    pub fn new(sqs: Sqs, lanes: &config::Lanes) -> Self {
+        LaneQueues {
+            sqs,
+            valuations: (lanes.valuations.queue.clone(), OnceCell::new()),
+            post_processing: (lanes.post_processing.queue.clone(), OnceCell::new()),
+        }
+    }
+
+    /// The queue of a lane, by the lane's name in the outbox. Only slow lanes are ever sent to.
+    async fn queue(&self, lane: &str) -> Result<&Queue, SqsError> {
+        let (name, cell) = if lane == lane::VALUATIONS { &self.valuations } else { &self.post_processing };
+        cell.get_or_try_init(|| self.sqs.queue(name)).await
+    }
+}
+
+/// Everything that events need, and their handler.
+pub struct Events {
+    /// Postgres.
+    pub database: Database,
+    /// The partner's API.
+    pub partner: Partner,
+    /// Kafka.
+    pub publisher: Publisher,
+    /// Client for forwarding.
+    pub sqs: Sqs,
+    /// Where to forward to.
+    pub lanes: Arc<LaneQueues>,
+    /// Page and batch sizes of the slow event.
+    pub refresh: config::Refresh,
+    /// Pages that may be in memory, over all runs of the process.
+    pub pages: Arc<Semaphore>,
+    /// Valuations a page of post-processing.
+    pub publish_page_size: usize,
+    /// Wakes the relay after a commit.
+    pub outbox: Arc<Notify>,
+    /// Counts.
+    pub metrics: Arc<Metrics>,
+}
+
+impl Handler for Events {
+    fn handle<'a>(&'a self, delivery: &'a Delivery) -> BoxFuture<'a, Outcome> {
+        async move {
+            match self.dispatch(delivery).await {
+                Ok(outcome) => outcome,
+                Err(refusal) => Outcome::Refuse(refusal),
+            }
+        }
+        .boxed()
+    }
+}
+
+impl Events {
+    async fn dispatch(&self, delivery: &Delivery) -> Result<Outcome, Refusal> {
+        let event = Event::decode(&delivery.message.body)?;
+        let kind = match event.kind.as_ref() {
+            LISTING_UPSERT => KIND_UPSERT,
+            VALUATIONS_REFRESH => KIND_REFRESH,
+            VALUATIONS_PUBLISH => KIND_PUBLISH,
+            unknown => {
+                let reason = format!(
+                    "type {unknown:?} is unknown; known are {LISTING_UPSERT}, {VALUATIONS_REFRESH}, {VALUATIONS_PUBLISH}"
+                );
+                return Err(Refusal { code: "unknown_type", reason });
+            }
+        };
+        delivery.identify(kind, &event.id);
+        match kind {
+            KIND_UPSERT => listing_upsert::handle(&self.database, &event).await,
+            KIND_REFRESH => {
+                let data = valuations_refresh::decode(&event)?;
+                if delivery.lane != lane::VALUATIONS {
+                    return Ok(self.forward(delivery, lane::VALUATIONS).await);
+                }
+                valuations_refresh::handle(self, &event, &data, delivery).await
+            }
+            _ => {
+                let data = valuations_publish::decode(&event)?;
+                if delivery.lane != lane::POST_PROCESSING {
+                    return Ok(self.forward(delivery, lane::POST_PROCESSING).await);
+                }
+                valuations_publish::handle(self, &event, &data, delivery).await
+            }
+        }
+    }
+
+    /// Sends the body unchanged to its lane. If the delete afterwards is lost, the event arrives there twice, and its id
+    /// absorbs the second.
+    async fn forward(&self, delivery: &Delivery, to: &'static str) -> Outcome {
+        let sent = async {
+            let queue = self.lanes.queue(to).await?;
+            self.sqs.send(queue, &delivery.message.body, None).await
+        };
+        match sent.await {
+            Ok(()) => Outcome::Forwarded(to),
+            Err(error) => Outcome::Retry(error.into()),
+        }
+    }
+}

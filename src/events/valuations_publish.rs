@@ -1,0 +1,162 @@
+//! `valuations.publish`: post-processing of a complete run. A page of valuations, all its records in parallel, the
+//! cursor; and the next page is read meanwhile.
+
+use futures::TryFutureExt;
+use serde::Deserialize;
+
+use super::envelope::Event;
+use super::valuations_refresh::{AFTER_LEASE, other_event};
+use super::{Events, UNFINISHED_RUN_WAIT};
+use crate::db::publications::{OwnedPublication, PublicationClaim};
+use crate::db::{DbError, valuations};
+use crate::kafka::{Records, Valuation};
+use crate::queue::lease::{Role, StopReason};
+use crate::queue::{Delivery, Outcome, Refusal};
+
+/// What a publish event asks for.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Data {
+    run_id: String,
+}
+
+/// Reads and checks the data of a publish event.
+pub(super) fn decode(event: &Event<'_>) -> Result<Data, Refusal> {
+    event.data()
+}
+
+enum Ended {
+    AllPublished { rows: u64 },
+    Stopped(StopReason),
+    Failed(anyhow::Error),
+}
+
+/// Claims the publication, publishes, and ends it.
+pub(super) async fn handle(
+    events: &Events,
+    event: &Event<'_>,
+    data: &Data,
+    delivery: &Delivery,
+) -> Result<Outcome, Refusal> {
+    let digest = event.digest()?;
+    let run_id = data.run_id.as_str();
+    let claim = events.database.claim_publication(&event.id, &digest, run_id, delivery.lease.run_lease()).await;
+    let publication = match claim {
+        Ok(PublicationClaim::Owned(publication)) => *publication,
+        Ok(PublicationClaim::Complete) => {
+            return Ok(Outcome::Done { rows: 0, note: "the publication was complete already".into() });
+        }
+        Ok(PublicationClaim::Busy(left)) => {
+            return Ok(Outcome::Defer(left + AFTER_LEASE, "the run has a publisher".into()));
+        }
+        Ok(PublicationClaim::RunUnfinished) => {
+            return Ok(Outcome::Defer(UNFINISHED_RUN_WAIT, "the run is not complete yet".into()));
+        }
+        Ok(PublicationClaim::RunUnknown) => {
+            return Err(Refusal { code: "unknown_run", reason: format!("there is no run {run_id:?}") });
+        }
+        Ok(PublicationClaim::OtherEvent) => return Err(other_event(&event.id)),
+        Err(error @ DbError::Refused { .. }) => {
+            return Err(Refusal { code: "invalid_data", reason: error.to_string() });
+        }
+        Err(error @ DbError::Unavailable { .. }) => return Ok(Outcome::Retry(error.into())),
+    };
+    delivery.lease.hold_run(Role::Publisher, run_id, publication.token);
+    let ended = publish(events, event, run_id, &publication, delivery).await;
+    Ok(end(events, event, &publication, delivery, ended).await)
+}
+
+async fn publish(
+    events: &Events,
+    event: &Event<'_>,
+    run_id: &str,
+    publication: &OwnedPublication,
+    delivery: &Delivery,
+) -> Ended {
+    let records = Records::new(run_id, publication.completed_at, publication.traceparent.as_deref());
+    let limit = events.publish_page_size;
+    let read = |cursor| events.database.read_valuations(run_id, cursor, limit);
+    let mut stopped = std::pin::pin!(delivery.lease.stopped());
+    let mut rows = 0;
+    let mut page = match read(publication.cursor).await {
+        Ok(page) => page,
+        Err(error) => return Ended::Failed(error.into()),
+    };
+    while let Some(last) = page.last().map(|valuation| valuation.listing_id) {
+        let next = async {
+            if page.len() < limit { Ok(Vec::new()) } else { read(last).await }
+        };
+        let sent = events.publisher.publish_page(page.iter().map(|valuation| records.record(&input(valuation))));
+        let both = async { tokio::try_join!(sent.map_err(anyhow::Error::from), next.map_err(anyhow::Error::from)) };
+        let (_, next_page) = tokio::select! {
+            // A page under way is finished: its records are out, and a cursor that lags would send them again.
+            biased;
+            both = both => match both {
+                Ok(both) => both,
+                Err(error) => return Ended::Failed(error),
+            },
+            () = delivery.lease.lost() => return Ended::Stopped(StopReason::Lost),
+        };
+        let published = page.len();
+        match events.database.advance_publication(&event.id, publication.token, last, published as i64).await {
+            Ok(true) => rows += published as u64,
+            Ok(false) => {
+                events.metrics.fenced.inc();
+                return Ended::Stopped(StopReason::Lost);
+            }
+            Err(error) => return Ended::Failed(error.into()),
+        }
+        page = next_page;
+        if !page.is_empty()
+            && let Some(reason) = futures::FutureExt::now_or_never(&mut stopped)
+        {
+            return Ended::Stopped(reason);
+        }
+    }
+    Ended::AllPublished { rows }
+}
+
+fn input(valuation: &valuations::Valuation) -> Valuation {
+    Valuation {
+        listing_id: valuation.listing_id,
+        zip_code: valuation.zip_code,
+        list_price_cents: valuation.list_price_cents,
+        valuation_cents: valuation.valuation_cents,
+        confidence: valuation.confidence,
+    }
+}
+
+/// Completes the publication or gives it back.
+async fn end(
+    events: &Events,
+    event: &Event<'_>,
+    publication: &OwnedPublication,
+    delivery: &Delivery,
+    ended: Ended,
+) -> Outcome {
+    delivery.lease.forget_run();
+    let (outcome, error) = match ended {
+        Ended::AllPublished { rows } => {
+            match events.database.complete_publication(&event.id, publication.token).await {
+                Ok(true) => return Outcome::Done { rows, note: "".into() },
+                Ok(false) => return Outcome::Lost,
+                Err(error) => (Outcome::Retry(error.into()), None),
+            }
+        }
+        Ended::Stopped(StopReason::Lost) => return Outcome::Lost,
+        Ended::Stopped(StopReason::Shutdown) => (Outcome::Release("stopped between two pages".into()), None),
+        Ended::Stopped(StopReason::ReceiveCap) => {
+            (Outcome::Release("handed over before SQS's 12 h are over".into()), None)
+        }
+        Ended::Failed(error) => {
+            let shown = format!("{error:#}");
+            (Outcome::Retry(error), Some(shown))
+        }
+    };
+    if let Err(error) =
+        events.database.release_publication(&event.id, publication.token, error.as_deref()).await
+    {
+        tracing::warn!(event_id = %event.id, %error, "the run could not be given back; its lease has to run out");
+    }
+    outcome
+}

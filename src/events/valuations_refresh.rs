@@ -1,0 +1,187 @@
+//! `valuations.refresh`: the slow event. Pages of listings in, one partner call each, batches of answers out.
+//!
+//! The run is claimed, worked on, and ended; what happens in between is [`Work`], one task that does four things at
+//! once: it reads the next page while calls are out, starts calls as permits allow, collects answers, and commits them
+//! in batches. Its memory is bounded by permits and pages, whatever the number of listings: a call's future exists only
+//! once it has its permit, and a page only while the process-wide budget of pages has room.
+
+mod progress;
+mod work;
+
+use std::time::Duration;
+
+use serde::Deserialize;
+use time::OffsetDateTime;
+
+use self::work::{Ended, Work};
+use super::envelope::{self, Event};
+use super::{Events, lane};
+use crate::db::DbError;
+use crate::db::runs::{OwnedRun, RunClaim, RunRequest};
+use crate::queue::lease::{Role, StopReason};
+use crate::queue::{Delivery, Outcome, Refusal};
+
+/// A second delivery of a live run goes back until its lease has ended, and this much longer.
+pub(super) const AFTER_LEASE: Duration = Duration::from_secs(1);
+
+/// The most zip codes of one event; there are fewer than 42,000 in use.
+const MAX_ZIP_CODES: usize = 50_000;
+
+/// What a refresh event asks for. A misspelt filter must not select everything, so unknown fields are refused.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Wire {
+    zip_codes: Option<Vec<i32>>,
+    limit: Option<i64>,
+}
+
+/// What a refresh event asks for, checked.
+pub(super) struct Data {
+    zip_codes: Option<Vec<i32>>,
+    limit: Option<i64>,
+}
+
+/// Reads and checks the data of a refresh event.
+pub(super) fn decode(event: &Event<'_>) -> Result<Data, Refusal> {
+    let Wire { zip_codes, limit } = event.data()?;
+    let refuse = |reason| Err(Refusal { code: "invalid_data", reason });
+    if let Some(limit) = limit.filter(|limit| *limit < 0) {
+        return refuse(format!("limit {limit} must not be negative; null means all"));
+    }
+    let zip_codes = match zip_codes {
+        Some(mut zip_codes) => {
+            if zip_codes.len() > MAX_ZIP_CODES {
+                return refuse(format!("zip_codes has {} entries, at most {MAX_ZIP_CODES}", zip_codes.len()));
+            }
+            // Sorted and without repeats, so that no listing is selected twice.
+            zip_codes.sort_unstable();
+            zip_codes.dedup();
+            Some(zip_codes)
+        }
+        None => None,
+    };
+    Ok(Data { zip_codes, limit })
+}
+
+/// Claims the run, works on it, and ends it.
+pub(super) async fn handle(
+    events: &Events,
+    event: &Event<'_>,
+    data: &Data,
+    delivery: &Delivery,
+) -> Result<Outcome, Refusal> {
+    let run = match claim(events, event, data, delivery).await? {
+        Ok(run) => run,
+        Err(outcome) => return Ok(outcome),
+    };
+    delivery.lease.hold_run(Role::Owner, &run.set.run_id, run.token);
+    if run.attempts > 1 {
+        tracing::info!(
+            event_id = run.set.run_id,
+            cursor = run.cursor,
+            done = run.valued + run.failed,
+            selected = run.selected,
+            attempt = run.attempts,
+            "run resumed"
+        );
+    }
+    let (ended, calls_dropped) = Work::new(events, &run, delivery).run().await;
+    Ok(end(events, event, &run, delivery, ended, calls_dropped).await)
+}
+
+async fn claim(
+    events: &Events,
+    event: &Event<'_>,
+    data: &Data,
+    delivery: &Delivery,
+) -> Result<Result<OwnedRun, Outcome>, Refusal> {
+    let request = RunRequest {
+        run_id: &event.id,
+        digest: event.digest()?,
+        source: &event.source,
+        event_time: event.time,
+        traceparent: event.traceparent.as_deref(),
+        zip_codes: data.zip_codes.as_deref(),
+        limit: data.limit,
+    };
+    Ok(match events.database.claim_run(&request, delivery.lease.run_lease()).await {
+        Ok(RunClaim::Owned(run)) => Ok(*run),
+        Ok(RunClaim::Busy(left)) => Err(Outcome::Defer(left + AFTER_LEASE, "another attempt works on the run".into())),
+        Ok(RunClaim::Complete) => Err(Outcome::Done { rows: 0, note: "the run was complete already".into() }),
+        Ok(RunClaim::OtherEvent) => return Err(other_event(&event.id)),
+        Err(DbError::Refused { what, source }) => {
+            let reason = format!("Postgres refused {what}: {source}");
+            return Err(Refusal { code: "invalid_data", reason });
+        }
+        Err(error @ DbError::Unavailable { .. }) => Err(Outcome::Retry(error.into())),
+    })
+}
+
+/// The refusal of an event whose id was used for another one.
+pub(super) fn other_event(id: &str) -> Refusal {
+    let reason = format!("another event with id {id:?} but different source, type or data came first");
+    Refusal { code: "id_reused", reason }
+}
+
+/// Completes the run or gives it back.
+async fn end(
+    events: &Events,
+    event: &Event<'_>,
+    run: &OwnedRun,
+    delivery: &Delivery,
+    ended: Ended,
+    calls_dropped: usize,
+) -> Outcome {
+    let run_id = run.set.run_id.as_str();
+    let (outcome, error) = match ended {
+        Ended::AllTerminal { rows } => match complete(events, event, run, delivery).await {
+            Ok(true) => {
+                let note = if rows == 0 && run.selected == 0 { "no listing matches" } else { "" };
+                return Outcome::Done { rows, note: note.into() };
+            }
+            Ok(false) => return Outcome::Lost,
+            Err(error) => (None, Some(error.into())),
+        },
+        Ended::Stopped(StopReason::Lost) => return Outcome::Lost,
+        Ended::Stopped(StopReason::Shutdown) => {
+            (Some(Outcome::Release(format!("stopped with {calls_dropped} calls unanswered").into())), None)
+        }
+        Ended::Stopped(StopReason::ReceiveCap) => {
+            (Some(Outcome::Release("handed over before SQS's 12 h are over".into())), None)
+        }
+        Ended::Failed(error) => (None, Some(error)),
+    };
+    // Whatever happens to this write, the lease ends by itself.
+    delivery.lease.forget_run();
+    let shown = error.as_ref().map(|error: &anyhow::Error| format!("{error:#}"));
+    if let Err(error) = events.database.release_run(run_id, run.token, shown.as_deref()).await {
+        tracing::warn!(event_id = run_id, error = %error, "the run could not be given back; its lease has to run out");
+    }
+    match (outcome, error) {
+        (Some(outcome), _) => outcome,
+        (None, error) => Outcome::Retry(error.unwrap_or_else(|| anyhow::anyhow!("the run ended without a result"))),
+    }
+}
+
+async fn complete(
+    events: &Events,
+    event: &Event<'_>,
+    run: &OwnedRun,
+    delivery: &Delivery,
+) -> Result<bool, DbError> {
+    let run_id = run.set.run_id.as_str();
+    let (publish_id, body) =
+        envelope::publish_event(run_id, OffsetDateTime::now_utc(), event.traceparent.as_deref());
+    // A completed run has no owner: renewing it meanwhile would look like having lost it.
+    delivery.lease.forget_run();
+    let done = events
+        .database
+        .complete_run(run_id, run.token, lane::POST_PROCESSING, publish_id, &body)
+        .await?;
+    if done {
+        events.outbox.notify_one();
+    } else {
+        events.metrics.fenced.inc();
+    }
+    Ok(done)
+}

@@ -1,0 +1,299 @@
+//! The loop of a run: read, call, commit, all at once and all bounded.
+
+use std::collections::VecDeque;
+use std::num::NonZero;
+use std::pin::Pin;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use futures::stream::{FuturesUnordered, StreamExt};
+use futures::{FutureExt, future};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::{Instant, Sleep, sleep_until, timeout_at};
+
+use super::progress::{PageNumber, Progress};
+use crate::db::DbError;
+use crate::db::listings::PageRow;
+use crate::db::runs::{self, OwnedRun};
+use crate::db::valuations::Answers;
+use crate::events::Events;
+use crate::partner::{Permit, Request, RunKey, Verdict};
+use crate::queue::Delivery;
+use crate::queue::lease::StopReason;
+
+/// How long a handover before SQS's 12 h may wait for calls that are out.
+const HANDOVER: Duration = Duration::from_secs(30);
+
+/// Kept of the time to stop for the last commit and for giving the message back.
+const LAST_COMMIT: Duration = Duration::from_millis(500);
+
+/// How the work on a run ended.
+pub(super) enum Ended {
+    /// Every listing of the set is terminal and committed; `rows` of them by this attempt.
+    AllTerminal {
+        /// Rows committed by this attempt.
+        rows: u64,
+    },
+    /// It was told to stop; what was answered is committed, unless the run was lost.
+    Stopped(StopReason),
+    /// It cannot go on now.
+    Failed(anyhow::Error),
+}
+
+/// A page in memory, with its place in the process-wide budget.
+struct Page {
+    number: PageNumber,
+    rows: std::vec::IntoIter<PageRow>,
+    _place: OwnedSemaphorePermit,
+}
+
+/// A page as it was read; `place` goes with it.
+type ReadPage = Result<(Vec<PageRow>, OwnedSemaphorePermit), DbError>;
+
+/// An answered call.
+struct Answer {
+    row: PageRow,
+    page: PageNumber,
+    verdict: Verdict,
+}
+
+pub(super) struct Work<'a> {
+    events: &'a Events,
+    run: &'a OwnedRun,
+    delivery: &'a Delivery,
+    key: RunKey,
+    /// Where the next page begins.
+    read_to: i64,
+    /// The set has no more pages.
+    exhausted: bool,
+    pages: VecDeque<Page>,
+    progress: Progress,
+    batch: Answers,
+    rows_committed: u64,
+}
+
+impl<'a> Work<'a> {
+    pub(super) fn new(events: &'a Events, run: &'a OwnedRun, delivery: &'a Delivery) -> Self {
+        Work {
+            events,
+            run,
+            delivery,
+            key: RunKey::new(&run.set.run_id),
+            read_to: run.cursor,
+            exhausted: false,
+            pages: VecDeque::new(),
+            progress: Progress::new(run.cursor),
+            batch: Answers::default(),
+            rows_committed: 0,
+        }
+    }
+
+    /// Works until all is terminal, or until told to stop. Also returns how many calls were dropped unanswered.
+    pub(super) async fn run(mut self) -> (Ended, usize) {
+        let stopped = self.delivery.lease.stopped();
+        let mut stopped = std::pin::pin!(stopped);
+        let mut calls = FuturesUnordered::new();
+        // Kept over the rounds of the loop: a permit that is waited for anew each time would lose its place in the queue.
+        let mut permit = Box::pin(self.events.partner.permit());
+        let mut reading: Option<BoxFuture<'a, ReadPage>> = None;
+        let mut committing: Option<BoxFuture<'a, Result<Option<runs::Progress>, DbError>>> = None;
+        let mut linger = std::pin::pin!(sleep_until(Instant::now()));
+
+        loop {
+            if reading.is_none() && !self.exhausted && self.pages.len() < 2 {
+                reading = Some(self.read_page());
+            }
+            if committing.is_none() && self.batch_is_due(&linger, calls.is_empty()) {
+                committing = Some(self.commit());
+            }
+            if self.exhausted
+                && self.pages.is_empty()
+                && calls.is_empty()
+                && committing.is_none()
+                && self.batch.listing_ids.is_empty()
+            {
+                return (Ended::AllTerminal { rows: self.rows_committed }, 0);
+            }
+            // Back-pressure: while Postgres is slow, answers pile up only as far as the calls that are out.
+            let may_call = !self.pages.is_empty() && self.batch.listing_ids.len() < self.events.refresh.page_size;
+            tokio::select! {
+                biased;
+                reason = &mut stopped => {
+                    let out = calls.len();
+                    if reason == StopReason::Lost {
+                        return (Ended::Stopped(reason), out);
+                    }
+                    drop(permit);
+                    return self.wind_down(reason, calls, committing).await;
+                }
+                done = optional(&mut committing) => {
+                    committing = None;
+                    if let Err(ended) = self.committed(done) {
+                        return (ended, calls.len());
+                    }
+                }
+                Some(answer) = calls.next(), if !calls.is_empty() => {
+                    if self.batch.listing_ids.is_empty() {
+                        linger.as_mut().reset(Instant::now() + self.events.refresh.batch_linger);
+                    }
+                    self.collect(answer);
+                }
+                page = optional(&mut reading) => {
+                    reading = None;
+                    if let Err(error) = self.page_read(page) {
+                        return (Ended::Failed(error.into()), calls.len());
+                    }
+                }
+                granted = &mut permit, if may_call => {
+                    permit.set(self.events.partner.permit());
+                    if let Some((row, page)) = self.next_row() {
+                        calls.push(self.call(row, page, granted));
+                    }
+                }
+                () = &mut linger, if !self.batch.listing_ids.is_empty() && committing.is_none() => {}
+            }
+        }
+    }
+
+    fn batch_is_due(&self, linger: &Pin<&mut Sleep>, no_calls: bool) -> bool {
+        let rows = self.batch.listing_ids.len();
+        let no_more = no_calls && self.exhausted && self.pages.is_empty();
+        rows > 0 && (rows >= self.events.refresh.page_size || linger.is_elapsed() || no_more)
+    }
+
+    fn read_page(&self) -> BoxFuture<'a, ReadPage> {
+        let (events, run, cursor) = (self.events, self.run, self.read_to);
+        let limit = NonZero::new(events.refresh.page_size).expect("config allows no empty pages");
+        // Only what an earlier attempt may have left beyond the cursor has to be looked up.
+        let resumed = run.attempts > 1;
+        async move {
+            let place = events.pages.clone().acquire_owned().await.expect("the semaphore is never closed");
+            let rows = events.database.read_page(&run.set, cursor, resumed, limit).await?;
+            Ok((rows, place))
+        }
+        .boxed()
+    }
+
+    fn page_read(&mut self, page: ReadPage) -> Result<(), DbError> {
+        let (rows, place) = page?;
+        self.events.metrics.pages.inc();
+        self.exhausted = rows.len() < self.events.refresh.page_size;
+        if let Some(last) = rows.last() {
+            self.read_to = last.listing_id;
+            let number = self.progress.page_read(rows.len(), last.listing_id);
+            self.pages.push_back(Page { number, rows: rows.into_iter(), _place: place });
+        }
+        Ok(())
+    }
+
+    fn next_row(&mut self) -> Option<(PageRow, PageNumber)> {
+        let page = self.pages.front_mut()?;
+        let row = page.rows.next()?;
+        let number = page.number;
+        if page.rows.len() == 0 {
+            self.pages.pop_front();
+        }
+        Some((row, number))
+    }
+
+    fn call(&self, row: PageRow, page: PageNumber, permit: Permit) -> impl Future<Output = Answer> + use<'a> {
+        let partner = &self.events.partner;
+        let key = self.key.clone();
+        async move {
+            let request = Request {
+                listing_id: row.listing_id,
+                zip_code: row.zip_code,
+                list_price_cents: row.list_price_cents,
+                bedrooms: Some(row.bedrooms),
+                living_square_feet: Some(row.living_square_feet),
+            };
+            let verdict = partner.valuation(permit, &key, request).await;
+            Answer { row, page, verdict }
+        }
+    }
+
+    fn collect(&mut self, answer: Answer) {
+        let Answer { row, page, verdict } = answer;
+        if self.batch.listing_ids.capacity() == 0 {
+            self.batch = Answers::with_capacity(self.events.refresh.page_size);
+        }
+        self.progress.row_done(page);
+        self.batch.listing_ids.push(row.listing_id);
+        self.batch.zip_codes.push(row.zip_code);
+        self.batch.list_prices_cents.push(row.list_price_cents);
+        let (valuation, confidence, failure) = match verdict {
+            Verdict::Valued { valuation_cents, confidence } => (Some(valuation_cents), Some(confidence), None),
+            Verdict::Failed { reason } => (None, None, Some(reason)),
+        };
+        self.batch.valuations_cents.push(valuation);
+        self.batch.confidences.push(confidence);
+        self.batch.failures.push(failure);
+    }
+
+    /// Takes the batch as it is. The cursor goes with it: commits are one after another, so when this one is done, all
+    /// rows noted so far are committed.
+    fn commit(&mut self) -> BoxFuture<'a, Result<Option<runs::Progress>, DbError>> {
+        let answers = std::mem::take(&mut self.batch);
+        let cursor = self.progress.cursor();
+        let (events, run) = (self.events, self.run);
+        async move { events.database.commit_answers(&run.set.run_id, run.token, &answers, cursor).await }.boxed()
+    }
+
+    fn committed(&mut self, done: Result<Option<runs::Progress>, DbError>) -> Result<(), Ended> {
+        match done {
+            Ok(Some(progress)) => {
+                self.events.metrics.batches.inc();
+                self.rows_committed += progress.inserted as u64;
+                let terminal = progress.valued + progress.failed;
+                tracing::debug!(event_id = self.run.set.run_id, terminal, selected = self.run.selected, "batch committed");
+                Ok(())
+            }
+            Ok(None) => {
+                self.events.metrics.fenced.inc();
+                tracing::warn!(event_id = self.run.set.run_id, "a batch was refused: the run has another owner");
+                Err(Ended::Stopped(StopReason::Lost))
+            }
+            Err(error) => Err(Ended::Failed(error.into())),
+        }
+    }
+
+    /// No new calls; answers awaited for as long as there is time, and committed.
+    async fn wind_down(
+        mut self,
+        reason: StopReason,
+        mut calls: FuturesUnordered<impl Future<Output = Answer>>,
+        committing: Option<BoxFuture<'a, Result<Option<runs::Progress>, DbError>>>,
+    ) -> (Ended, usize) {
+        self.pages.clear();
+        let deadline = match reason {
+            StopReason::Shutdown => self.delivery.lease.drain_deadline().unwrap_or_else(Instant::now),
+            StopReason::ReceiveCap | StopReason::Lost => Instant::now() + HANDOVER,
+        };
+        let answers_until = deadline.checked_sub(LAST_COMMIT).unwrap_or(deadline);
+        if let Some(committing) = committing
+            && let Err(ended) = self.committed(committing.await)
+        {
+            return (ended, calls.len());
+        }
+        while let Ok(Some(answer)) = timeout_at(answers_until, calls.next()).await {
+            self.collect(answer);
+        }
+        let dropped = calls.len();
+        drop(calls);
+        if !self.batch.listing_ids.is_empty() {
+            let done = self.commit().await;
+            if let Err(ended) = self.committed(done) {
+                return (ended, dropped);
+            }
+        }
+        (Ended::Stopped(reason), dropped)
+    }
+}
+
+/// The future in `slot`, or one that never ends.
+async fn optional<T>(slot: &mut Option<BoxFuture<'_, T>>) -> T {
+    match slot {
+        Some(future) => future.await,
+        None => future::pending().await,
+    }
+}

@@ -1,0 +1,366 @@
+//! One lane's loop: permits, long polls, a task per event, and the end of each message.
+//!
+//! Permits come before the receive, so the service never holds a message that it cannot work on, and a permit travels
+//! with its task: neither an error nor a panic can leak it. An idle lane has one poll in flight; while polls come back
+//! full there are up to `queue.max_polls`.
+
+use std::any::Any;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout};
+
+use super::deleter::Deleter;
+use super::lease::Keeper;
+use super::sqs::{self, BATCH, Queue, Sqs};
+use super::{Delivery, Handler, Message, Outcome};
+use crate::config::{self, Backoff};
+use crate::health::{Beat, Dependency};
+use crate::lifecycle::Stop;
+use crate::metrics::Metrics;
+
+/// How often a loop that waits for permits says that it is alive.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
+
+/// Long poll of the additional loops: short, so that they end soon after the load does.
+const EXTRA_WAIT: Duration = Duration::from_secs(1);
+
+/// Waits after a poll that failed.
+const POLL_RETRY: Backoff = Backoff { base: Duration::from_millis(200), cap: Duration::from_secs(5) };
+
+/// What a consumer is made of.
+pub struct ConsumerParts {
+    /// The lane's name in metrics and logs.
+    pub lane: &'static str,
+    /// Queue name and limit.
+    pub settings: config::Lane,
+    /// Polling, retry and visibility.
+    pub queue: config::Queue,
+    /// Client for everything but extensions.
+    pub sqs: Sqs,
+    /// Keeps messages hidden.
+    pub keeper: Arc<Keeper>,
+    /// Turns deliveries into results.
+    pub handler: Arc<dyn Handler>,
+    /// Counts.
+    pub metrics: Arc<Metrics>,
+    /// Ends the loops.
+    pub stop: Stop,
+    /// Touched at each poll.
+    pub beat: Beat,
+    /// Whether SQS answers.
+    pub dependency: Dependency,
+}
+
+struct Consumer {
+    parts: ConsumerParts,
+    source: Queue,
+    dead: Queue,
+    permits: Arc<Semaphore>,
+    deleter: Deleter,
+    /// How many loops should poll: one when idle.
+    wanted: watch::Sender<usize>,
+}
+
+/// Consumes a lane until it is stopped; returns when every message is ended and deletes are flushed.
+pub async fn consume(parts: ConsumerParts) {
+    let Some((source, dead)) = find_queues(&parts).await else { return };
+    let limit = parts.settings.in_flight;
+    let polls = parts.queue.max_polls;
+    let stop = parts.stop.clone();
+    let consumer = Arc::new(Consumer {
+        deleter: Deleter::start(parts.sqs.clone(), source.clone(), parts.queue.delete_linger),
+        parts,
+        source,
+        dead,
+        permits: Arc::new(Semaphore::new(limit)),
+        wanted: watch::Sender::new(1),
+    });
+    let mut loops = JoinSet::new();
+    for number in 0..polls {
+        loops.spawn(consumer.clone().poll_loop(number));
+    }
+    stop.draining().await;
+    // All permits back: every task has ended its message. Tasks hear of the end of draining themselves.
+    let _ = consumer.permits.acquire_many(limit as u32).await;
+    stop_loops(loops, consumer).await;
+}
+
+/// A parked poll may still bring messages, which its loop gives back; when everything else is done it is cut.
+async fn stop_loops(mut loops: JoinSet<()>, consumer: Arc<Consumer>) {
+    loops.abort_all();
+    while loops.join_next().await.is_some() {}
+    match Arc::try_unwrap(consumer) {
+        Ok(consumer) => {
+            consumer.deleter.flush().await;
+            consumer.parts.beat.retire();
+        }
+        Err(_) => tracing::error!("a task outlived its lane; its message will be delivered again"),
+    }
+}
+
+/// Looks the queues up, for as long as it takes: the service starts without SQS and says so in `/readyz`.
+async fn find_queues(parts: &ConsumerParts) -> Option<(Queue, Queue)> {
+    let name = &parts.settings.queue;
+    let dead = sqs::dead_letter_queue(name);
+    let mut attempt = 1;
+    loop {
+        let found = async { Ok::<_, sqs::SqsError>((parts.sqs.queue(name).await?, parts.sqs.queue(&dead).await?)) };
+        let error = tokio::select! {
+            () = parts.stop.draining() => return None,
+            found = found => match found {
+                Ok(found) => return Some(found),
+                Err(error) => error,
+            },
+        };
+        let hint = if error.is_missing_queue() { "; create it with `write-api setup`" } else { "" };
+        tracing::warn!(lane = parts.lane, attempt, "{error}{hint}");
+        parts.dependency.down(format!("{error}{hint}"));
+        parts.beat.touch();
+        tokio::select! {
+            () = parts.stop.draining() => return None,
+            () = tokio::time::sleep(POLL_RETRY.ceiling(attempt)) => attempt += 1,
+        }
+    }
+}
+
+impl Consumer {
+    async fn poll_loop(self: Arc<Self>, number: usize) {
+        let stop = self.parts.stop.clone();
+        let mut wanted = self.wanted.subscribe();
+        let mut failures = 0;
+        loop {
+            tokio::select! {
+                biased;
+                () = stop.draining() => return,
+                _ = wanted.wait_for(|loops| number < *loops) => {}
+            }
+            let Some(permits) = self.take_permits(number).await else { return };
+            let wait = if number == 0 { self.parts.queue.wait_time } else { EXTRA_WAIT };
+            match self.poll(permits, wait).await {
+                Poll::Received { full, any } => {
+                    failures = 0;
+                    if full {
+                        let most = self.parts.queue.max_polls;
+                        self.wanted.send_if_modified(|loops| {
+                            let more = (*loops * 2).min(most);
+                            std::mem::replace(loops, more) != more
+                        });
+                    } else if !any {
+                        self.wanted.send_if_modified(|loops| std::mem::replace(loops, 1) != 1);
+                    }
+                }
+                Poll::Failed => {
+                    failures += 1;
+                    tokio::select! {
+                        () = stop.draining() => return,
+                        () = tokio::time::sleep(POLL_RETRY.ceiling(failures)) => {}
+                    }
+                }
+                Poll::Stopped => return,
+            }
+        }
+    }
+
+    /// Waits for one permit and takes up to nine more that are free. `None`: the lane is stopping.
+    async fn take_permits(&self, number: usize) -> Option<Vec<OwnedSemaphorePermit>> {
+        let first = loop {
+            tokio::select! {
+                biased;
+                () = self.parts.stop.draining() => return None,
+                permit = timeout(SIGN_OF_LIFE, self.permits.clone().acquire_owned()) => match permit {
+                    Ok(permit) => break permit.expect("the semaphore is never closed"),
+                    // All permits are at work, perhaps for hours: the loop is alive and rightly does not poll.
+                    Err(_) => if number == 0 { self.parts.beat.touch() },
+                }
+            }
+        };
+        let mut permits = vec![first];
+        while permits.len() < BATCH {
+            match self.permits.clone().try_acquire_owned() {
+                Ok(permit) => permits.push(permit),
+                Err(_) => break,
+            }
+        }
+        Some(permits)
+    }
+
+    async fn poll(self: &Arc<Self>, mut permits: Vec<OwnedSemaphorePermit>, wait: Duration) -> Poll {
+        let asked = permits.len();
+        let visibility = self.parts.queue.visibility_timeout;
+        let mut receive = std::pin::pin!(self.parts.sqs.receive(&self.source, asked, wait, visibility));
+        let result = tokio::select! {
+            biased;
+            result = &mut receive => result,
+            () = self.parts.stop.draining() => {
+                // The request is out; what it still brings goes straight back. It holds up nobody.
+                drop(permits);
+                if let Ok(late) = receive.await {
+                    self.give_back(late).await;
+                }
+                return Poll::Stopped;
+            }
+        };
+        self.parts.beat.touch();
+        match result {
+            Ok(messages) => {
+                self.parts.dependency.up();
+                let outcome = Poll::Received { full: messages.len() == asked, any: !messages.is_empty() };
+                for message in messages {
+                    let permit = permits.pop().expect("SQS never delivers more than was asked for");
+                    let lease = self.parts.keeper.hold(
+                        &self.source,
+                        &message.receipt,
+                        message.received_at,
+                        self.parts.stop.clone(),
+                    );
+                    let delivery = Delivery::new(message, self.parts.lane, lease);
+                    tokio::spawn(self.clone().work(delivery, permit));
+                }
+                outcome
+            }
+            Err(error) => {
+                tracing::warn!(lane = self.parts.lane, %error, "poll failed");
+                self.parts.dependency.down(error.to_string());
+                Poll::Failed
+            }
+        }
+    }
+
+    async fn give_back(&self, messages: Vec<Message>) {
+        let entries: Vec<(String, Duration)> =
+            messages.into_iter().map(|message| (message.receipt, Duration::ZERO)).collect();
+        if entries.is_empty() {
+            return;
+        }
+        if let Err(error) = self.parts.sqs.change_visibility(&self.source, &entries).await {
+            tracing::warn!(%error, "late messages were not given back; they come again after their visibility timeout");
+        }
+    }
+
+    /// One event, from its first line to the end of its message.
+    async fn work(self: Arc<Self>, delivery: Delivery, permit: OwnedSemaphorePermit) {
+        let in_flight = self.parts.metrics.events_in_flight.with_label_values(&[self.parts.lane]);
+        in_flight.inc();
+        let started = Instant::now();
+        let handling = AssertUnwindSafe(self.parts.handler.handle(&delivery)).catch_unwind();
+        let outcome = tokio::select! {
+            biased;
+            outcome = handling => match outcome {
+                Ok(outcome) => outcome,
+                Err(panic) => Outcome::Retry(anyhow::anyhow!("the handler panicked: {}", panic_message(&*panic))),
+            },
+            () = self.parts.stop.ended() => Outcome::Release("the time to stop ran out".into()),
+        };
+        self.report(&delivery, &outcome, started.elapsed());
+        self.settle(delivery, outcome).await;
+        in_flight.dec();
+        drop(permit);
+    }
+
+    /// The one log line of an event, and its metrics.
+    fn report(&self, delivery: &Delivery, outcome: &Outcome, took: Duration) {
+        let (kind, event_id) = match delivery.identity() {
+            Some(identity) => (identity.kind, identity.event_id.as_str()),
+            None => ("unknown", ""),
+        };
+        let metrics = &self.parts.metrics;
+        metrics.event_seconds.with_label_values(&[kind]).observe(took.as_secs_f64());
+        metrics.events.with_label_values(&[kind, outcome.name()]).inc();
+        let duration_ms = took.as_secs_f64() * 1000.0;
+        let attempt = delivery.message.receive_count;
+        let (lane, message_id) = (self.parts.lane, delivery.message.id.as_str());
+        macro_rules! line {
+            ($level:ident, $text:literal $(, $field:ident)*) => {
+                tracing::$level!(
+                    event_id, kind, lane, message_id, attempt, duration_ms, outcome = outcome.name() $(, $field)*, $text
+                )
+            };
+        }
+        match outcome {
+            Outcome::Done { rows, note } => {
+                let (rows, note) = (*rows, &**note);
+                line!(info, "event done", rows, note)
+            }
+            Outcome::Forwarded(to) => {
+                let to = *to;
+                line!(info, "event forwarded to its lane", to)
+            }
+            Outcome::Retry(error) => {
+                let error = format!("{error:#}");
+                line!(error, "event failed and will be retried", error)
+            }
+            Outcome::Defer(after, note) => {
+                let (after_seconds, note) = (after.as_secs_f64(), &**note);
+                line!(info, "event deferred", after_seconds, note)
+            }
+            Outcome::Release(note) => {
+                let note = &**note;
+                line!(info, "event given back", note)
+            }
+            Outcome::Lost => line!(warn, "event lost to another worker"),
+            Outcome::Refuse(refusal) => {
+                let (code, reason) = (refusal.code, refusal.reason.as_str());
+                line!(warn, "event refused, sent to the dead-letter queue", code, reason)
+            }
+        }
+    }
+
+    async fn settle(&self, delivery: Delivery, outcome: Outcome) {
+        let attempt = delivery.message.receive_count;
+        let backoff = self.parts.queue.retry;
+        let visible_in = match outcome {
+            Outcome::Done { .. } | Outcome::Forwarded(_) => {
+                self.deleter.delete(delivery.message.receipt, delivery.lease).await;
+                return;
+            }
+            Outcome::Lost => return,
+            Outcome::Refuse(refusal) => {
+                let reason = sqs::reason_json(&refusal, &delivery.message, &self.source.name);
+                match self.parts.sqs.send(&self.dead, &delivery.message.body, Some(&reason)).await {
+                    Ok(()) => {
+                        self.deleter.delete(delivery.message.receipt, delivery.lease).await;
+                        return;
+                    }
+                    Err(error) => {
+                        tracing::error!(%error, "a refused event did not reach its dead-letter queue; trying again later");
+                        backoff.wait(attempt)
+                    }
+                }
+            }
+            Outcome::Retry(_) => backoff.wait(attempt),
+            Outcome::Defer(after, _) => after,
+            Outcome::Release(_) => Duration::ZERO,
+        };
+        let entry = [(delivery.message.receipt.clone(), visible_in)];
+        match self.parts.sqs.change_visibility(&self.source, &entry).await.map(|mut results| results.pop()) {
+            Ok(Some(sqs::Extension::Extended) | None) => {}
+            Ok(Some(sqs::Extension::Refused(reason) | sqs::Extension::Failed(reason))) => {
+                tracing::warn!(reason, "a message was not given back; it comes again after its visibility timeout");
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a message was not given back; it comes again after its visibility timeout");
+            }
+        }
+    }
+}
+
+enum Poll {
+    Received { full: bool, any: bool },
+    Failed,
+    Stopped,
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    if let Some(text) = panic.downcast_ref::<&str>() {
+        text
+    } else if let Some(text) = panic.downcast_ref::<String>() {
+        text
+    } else {
+        "(no message)"
+    }
+}

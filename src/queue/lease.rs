@@ -1,0 +1,450 @@
+//! Keeping messages hidden while they are worked on, and runs owned.
+//!
+//! The keeper is one thread with a runtime, an SQS client and a Postgres connection of its own, so that neither a busy
+//! service, nor its full connection pools, nor a blocked worker thread can cost a lease. From the moment of receipt each
+//! message is extended when half of its time is over, ten to a call. A slow event's run has a lease in Postgres too,
+//! measured by the database's clock and always shorter than the message's: it is renewed first, so when the message
+//! becomes visible to another worker, the run is free.
+//!
+//! A refused extension, a lost run or a deadline that passed means that somebody else may be working on the event: the
+//! work is told to stop by [`Lease::stopped`]. Fencing in the database covers the moment in between.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use futures::future::select;
+use futures::stream::{self, StreamExt};
+use sqlx::ConnectOptions;
+use sqlx::postgres::{PgConnectOptions, PgConnection};
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, timeout};
+use uuid::Uuid;
+
+use super::sqs::{BATCH, Extension, Queue, Sqs};
+use crate::config;
+use crate::health::Beat;
+use crate::lifecycle::Stop;
+use crate::metrics::Metrics;
+
+/// Extension calls in flight.
+const CALLS: usize = 16;
+
+/// Renews run leases: given tokens by run, the ones that still hold theirs. A value, because SQL lives elsewhere.
+pub type Renew = for<'a> fn(
+    &'a mut PgConnection,
+    &'a [String],
+    &'a [Uuid],
+    Duration,
+) -> futures::future::BoxFuture<'a, sqlx::Result<Vec<Uuid>>>;
+
+/// How the two roles of a run are renewed.
+#[derive(Clone, Copy)]
+pub struct Renewals {
+    /// For those who refresh a run.
+    pub owner: Renew,
+    /// For those who publish one.
+    pub publisher: Renew,
+}
+
+/// In which role a run is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Refreshing it.
+    Owner,
+    /// Publishing it.
+    Publisher,
+}
+
+/// Why work on a delivery must stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StopReason {
+    /// The service is stopping: finish what is under way, give the rest back.
+    Shutdown,
+    /// The delivery nears the longest time that SQS grants one receive: give it back at the cursor.
+    ReceiveCap,
+    /// Somebody else may have it: stop at once, write nothing.
+    Lost,
+}
+
+struct RunHold {
+    role: Role,
+    run_id: String,
+    token: Uuid,
+}
+
+struct Held {
+    queue: Queue,
+    receipt: String,
+    received_at: Instant,
+    hidden_until: Instant,
+    run: Option<RunHold>,
+    stop: watch::Sender<Option<StopReason>>,
+}
+
+struct Shared {
+    held: Mutex<HashMap<u64, Held>>,
+    ended: Notify,
+    visibility: Duration,
+    receive_cap: Duration,
+}
+
+impl Shared {
+    fn held(&self) -> MutexGuard<'_, HashMap<u64, Held>> {
+        // A panic while the map is locked leaves it whole: each change is one insert, remove or field.
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How long a run's lease is shorter than the visibility of its message: 5 s, or a fifth where that is less.
+pub fn margin(visibility: Duration) -> Duration {
+    Duration::from_secs(5).min(visibility / 5)
+}
+
+/// The thread that keeps leases.
+pub struct Keeper {
+    shared: Arc<Shared>,
+    next: std::sync::atomic::AtomicU64,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+/// What the keeper needs to start.
+pub struct KeeperSettings {
+    /// Where SQS is.
+    pub aws: config::Aws,
+    /// Visibility and bounds.
+    pub queue: config::Queue,
+    /// Where Postgres is.
+    pub database: PgConnectOptions,
+    /// The SQL.
+    pub renewals: Renewals,
+    /// Counts extensions.
+    pub metrics: Arc<Metrics>,
+    /// Told after each pass.
+    pub beat: Beat,
+}
+
+impl Keeper {
+    /// Starts the thread.
+    pub fn start(settings: KeeperSettings) -> anyhow::Result<Self> {
+        let shared = Arc::new(Shared {
+            held: Mutex::default(),
+            ended: Notify::new(),
+            visibility: settings.queue.visibility_timeout,
+            receive_cap: settings.queue.receive_cap,
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let of_thread = shared.clone();
+        let thread = thread::Builder::new().name("keeper".to_owned()).spawn(move || {
+            runtime.block_on(async {
+                let ended = std::pin::pin!(of_thread.ended.notified());
+                let keeping = std::pin::pin!(keep(&of_thread, settings));
+                select(ended, keeping).await;
+            });
+        })?;
+        Ok(Keeper { shared, next: std::sync::atomic::AtomicU64::new(0), thread: Some(thread) })
+    }
+
+    /// Keeps a message hidden from now until the returned lease is dropped.
+    pub fn hold(&self, queue: &Queue, receipt: &str, received_at: Instant, shutdown: Stop) -> Lease {
+        let id = self.next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let (stop, stopped) = watch::channel(None);
+        let hidden_until = received_at + self.shared.visibility;
+        let held =
+            Held { queue: queue.clone(), receipt: receipt.to_owned(), received_at, hidden_until, run: None, stop };
+        self.shared.held().insert(id, held);
+        Lease { id, shared: self.shared.clone(), stopped, shutdown }
+    }
+
+    /// How many messages are kept.
+    pub fn len(&self) -> usize {
+        self.shared.held().len()
+    }
+
+    /// Whether no message is kept.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Ends the thread. What is still held runs out by itself.
+    pub fn stop(mut self) {
+        self.shared.ended.notify_one();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the keeper's thread panicked");
+        }
+    }
+}
+
+/// Keeps one message hidden while it exists.
+pub struct Lease {
+    id: u64,
+    shared: Arc<Shared>,
+    stopped: watch::Receiver<Option<StopReason>>,
+    shutdown: Stop,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.shared.held().remove(&self.id);
+    }
+}
+
+impl Lease {
+    /// For how long a run may be taken now, so that its lease ends before the message becomes visible again.
+    pub fn run_lease(&self) -> Duration {
+        let visibility = self.shared.visibility;
+        let left = match self.shared.held().get(&self.id) {
+            Some(held) => held.hidden_until.saturating_duration_since(Instant::now()),
+            None => visibility,
+        };
+        left.saturating_sub(margin(visibility)).max(Duration::from_secs(1).min(visibility / 2))
+    }
+
+    /// From now on the keeper renews the run's lease before the message's.
+    pub fn hold_run(&self, role: Role, run_id: &str, token: Uuid) {
+        if let Some(held) = self.shared.held().get_mut(&self.id) {
+            held.run = Some(RunHold { role, run_id: run_id.to_owned(), token });
+        }
+    }
+
+    /// The run is complete or given back: only the message is kept from now on.
+    pub fn forget_run(&self) {
+        if let Some(held) = self.shared.held().get_mut(&self.id) {
+            held.run = None;
+        }
+    }
+
+    /// Waits until the work must stop, and says why.
+    pub async fn stopped(&self) -> StopReason {
+        let mut stopped = self.stopped.clone();
+        let own = async {
+            match stopped.wait_for(Option::is_some).await {
+                Ok(reason) => reason.expect("waited for"),
+                // The keeper is gone, and with it all protection.
+                Err(_) => StopReason::Lost,
+            }
+        };
+        tokio::select! {
+            biased;
+            reason = own => reason,
+            () = self.shutdown.draining() => StopReason::Shutdown,
+        }
+    }
+
+    /// Waits until somebody else may have the message.
+    pub async fn lost(&self) {
+        // A keeper that is gone protects nothing, so that counts as lost too.
+        let _ = self.stopped.clone().wait_for(|reason| *reason == Some(StopReason::Lost)).await;
+    }
+
+    /// Until when work under way may finish after [`StopReason::Shutdown`].
+    pub fn drain_deadline(&self) -> Option<Instant> {
+        self.shutdown.deadline()
+    }
+}
+
+/// An entry whose time is half over.
+struct Due {
+    id: u64,
+    queue: Queue,
+    receipt: String,
+    hidden_until: Instant,
+    hide_for: Duration,
+    run: Option<(Role, String, Uuid)>,
+}
+
+async fn keep(shared: &Shared, settings: KeeperSettings) {
+    let KeeperSettings { aws, queue, database, renewals, metrics, beat } = settings;
+    let sqs = Sqs::new(&aws, &queue, metrics.clone()).await;
+    let mut keeper = Keeping { shared, sqs, database, connection: None, renewals, metrics };
+    let tick = (queue.visibility_timeout / 20).clamp(Duration::from_millis(50), Duration::from_secs(1));
+    let mut ticks = tokio::time::interval(tick);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        keeper.pass().await;
+        beat.touch();
+    }
+}
+
+struct Keeping<'a> {
+    shared: &'a Shared,
+    sqs: Sqs,
+    database: PgConnectOptions,
+    connection: Option<PgConnection>,
+    renewals: Renewals,
+    metrics: Arc<Metrics>,
+}
+
+impl Keeping<'_> {
+    async fn pass(&mut self) {
+        let mut due = self.due();
+        if due.is_empty() {
+            return;
+        }
+        self.renew_runs(&mut due, Role::Owner).await;
+        self.renew_runs(&mut due, Role::Publisher).await;
+        self.extend(due).await;
+    }
+
+    /// Ends what ran out, tells what nears its cap, and collects what is due: per queue in the order of urgency, and
+    /// filled up to whole batches with what is due next.
+    fn due(&self) -> Vec<Due> {
+        let now = Instant::now();
+        let visibility = self.shared.visibility;
+        let mut by_queue: HashMap<Arc<str>, Vec<Due>> = HashMap::new();
+        let held = self.shared.held();
+        for (id, held) in held.iter() {
+            if *held.stop.borrow() == Some(StopReason::Lost) {
+                continue;
+            }
+            let age = now.saturating_duration_since(held.received_at);
+            if held.hidden_until <= now {
+                tracing::warn!(queue = %held.queue.name, ?age, "a message's visibility ran out before it was extended");
+                self.metrics.extensions.with_label_values(&["late"]).inc();
+                held.stop.send_replace(Some(StopReason::Lost));
+                continue;
+            }
+            if age >= self.shared.receive_cap {
+                held.stop.send_if_modified(|reason| reason.replace(StopReason::ReceiveCap).is_none());
+            }
+            // Beyond 12 h SQS refuses, so the last extension is for what is left of them.
+            let left = MOST_PER_RECEIVE.saturating_sub(age);
+            by_queue.entry(held.queue.name.clone()).or_default().push(Due {
+                id: *id,
+                queue: held.queue.clone(),
+                receipt: held.receipt.clone(),
+                hidden_until: held.hidden_until,
+                hide_for: visibility.min(left),
+                run: held.run.as_ref().map(|run| (run.role, run.run_id.clone(), run.token)),
+            });
+        }
+        drop(held);
+        let mut due = Vec::new();
+        for (_, mut entries) in by_queue {
+            entries.sort_by_key(|entry| entry.hidden_until);
+            let half = entries.partition_point(|entry| entry.hidden_until <= now + visibility / 2);
+            // Company costs nothing only if it is nearly due itself.
+            let nearly = entries.partition_point(|entry| entry.hidden_until <= now + visibility * 3 / 4);
+            entries.truncate(half.next_multiple_of(BATCH).min(nearly.max(half)));
+            due.append(&mut entries);
+        }
+        due
+    }
+
+    /// Renews the runs of one role among `due`. Lost ones are stopped; if Postgres does not answer, theirs are left for
+    /// the next pass, because a message must not outlive its run's lease.
+    async fn renew_runs(&mut self, due: &mut Vec<Due>, role: Role) {
+        let (run_ids, tokens): (Vec<String>, Vec<Uuid>) = due
+            .iter()
+            .filter_map(|entry| entry.run.as_ref())
+            .filter(|(of, _, _)| *of == role)
+            .map(|(_, run_id, token)| (run_id.clone(), *token))
+            .unzip();
+        if tokens.is_empty() {
+            return;
+        }
+        let of_role = |entry: &Due| entry.run.as_ref().is_some_and(|(of, _, _)| *of == role);
+        let bound = self.shared.visibility / 4;
+        let kept = match timeout(bound, self.renew(role, &run_ids, &tokens)).await {
+            Ok(Ok(kept)) => kept,
+            failure => {
+                self.connection = None;
+                let error = match failure {
+                    Ok(Err(error)) => error.to_string(),
+                    _ => format!("no answer within {bound:?}"),
+                };
+                tracing::warn!(error, runs = tokens.len(), "run leases could not be renewed; trying again");
+                due.retain(|entry| !of_role(entry));
+                return;
+            }
+        };
+        due.retain(|entry| match &entry.run {
+            Some((of, run_id, token)) if *of == role && !kept.contains(token) => {
+                self.lose(entry.id, *token, run_id);
+                false
+            }
+            _ => true,
+        });
+    }
+
+    async fn renew(&mut self, role: Role, run_ids: &[String], tokens: &[Uuid]) -> sqlx::Result<Vec<Uuid>> {
+        let connection = match &mut self.connection {
+            Some(connection) => connection,
+            none => none.insert(self.database.connect().await?),
+        };
+        let renew = match role {
+            Role::Owner => self.renewals.owner,
+            Role::Publisher => self.renewals.publisher,
+        };
+        // The message is extended right after this, for the whole visibility from then on.
+        let lease = self.shared.visibility - margin(self.shared.visibility);
+        renew(connection, run_ids, tokens, lease).await
+    }
+
+    /// Stops the work on a run that is no longer ours, unless it was given back while we asked.
+    fn lose(&self, id: u64, token: Uuid, run_id: &str) {
+        if let Some(held) = self.shared.held().get_mut(&id)
+            && held.run.as_ref().is_some_and(|run| run.token == token)
+        {
+            tracing::warn!(run_id, "the run has another owner; work on it stops");
+            held.stop.send_replace(Some(StopReason::Lost));
+        }
+    }
+
+    async fn extend(&self, due: Vec<Due>) {
+        let mut by_queue: HashMap<Arc<str>, Vec<Due>> = HashMap::new();
+        for entry in due {
+            by_queue.entry(entry.queue.name.clone()).or_default().push(entry);
+        }
+        let mut calls = Vec::new();
+        for (_, entries) in by_queue {
+            let mut entries = entries.into_iter().peekable();
+            while entries.peek().is_some() {
+                calls.push(self.extend_batch(entries.by_ref().take(BATCH).collect()));
+            }
+        }
+        stream::iter(calls).buffer_unordered(CALLS).for_each(|()| async {}).await;
+    }
+
+    async fn extend_batch(&self, batch: Vec<Due>) {
+        let asked_at = Instant::now();
+        let entries: Vec<(String, Duration)> =
+            batch.iter().map(|entry| (entry.receipt.clone(), entry.hide_for)).collect();
+        let results = match self.sqs.change_visibility(&batch[0].queue, &entries).await {
+            Ok(results) => results,
+            Err(error) => {
+                tracing::warn!(%error, messages = batch.len(), "visibility was not extended; trying again");
+                self.metrics.extensions.with_label_values(&["error"]).inc_by(batch.len() as u64);
+                return;
+            }
+        };
+        let mut held = self.shared.held();
+        for (entry, result) in batch.iter().zip(results) {
+            // Finished meanwhile: whatever SQS said is about a message that is deleted or given back.
+            let Some(held) = held.get_mut(&entry.id) else { continue };
+            let label = match result {
+                Extension::Extended => {
+                    held.hidden_until = asked_at + entry.hide_for;
+                    "ok"
+                }
+                Extension::Refused(reason) => {
+                    tracing::warn!(queue = %entry.queue.name, reason, "SQS refused to extend a message; its work stops");
+                    held.stop.send_replace(Some(StopReason::Lost));
+                    "refused"
+                }
+                Extension::Failed(reason) => {
+                    tracing::warn!(queue = %entry.queue.name, reason, "visibility was not extended; trying again");
+                    "error"
+                }
+            };
+            self.metrics.extensions.with_label_values(&[label]).inc();
+        }
+    }
+}
+
+/// SQS hides a message at most this long from its receive, however often it is extended (SQS developer guide).
+const MOST_PER_RECEIVE: Duration = Duration::from_secs(12 * 3600);

@@ -1,0 +1,126 @@
+//! Queues: receiving messages, keeping them while they are worked on, and ending them.
+//!
+//! A message goes one way: received ([`consumer`]) → leased ([`lease`], which keeps it hidden from others) → handled by
+//! whatever [`Handler`] the consumer was given → ended as its [`Outcome`] says. This room knows nothing of what events
+//! mean. [`sqs`] is the only file of the service that names AWS types.
+
+pub mod consumer;
+pub mod deleter;
+pub mod lease;
+pub mod sqs;
+
+use std::borrow::Cow;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use tokio::time::Instant;
+
+use lease::Lease;
+
+/// A message as it was received: the raw material of an event.
+#[derive(Debug, Clone)]
+pub struct Message {
+    /// SQS's id of the message, the same at every delivery.
+    pub id: String,
+    /// What the producer sent, unchanged.
+    pub body: String,
+    /// The handle of this one delivery, by which the message is extended, released and deleted.
+    pub receipt: String,
+    /// How often the message was received, this time included. It grows with throttles and deploys too, so it says
+    /// nothing about how often work was begun.
+    pub receive_count: u32,
+    /// When this delivery arrived.
+    pub received_at: Instant,
+}
+
+/// One delivery of a message, in the hands of a handler.
+pub struct Delivery {
+    /// The message.
+    pub message: Message,
+    /// The lane it came from, as named in metrics and in the outbox.
+    pub lane: &'static str,
+    /// Keeps the message hidden; says when the work must stop.
+    pub lease: Lease,
+    identity: OnceLock<Identity>,
+}
+
+/// What a handler found out about a delivery, for the log line and the metrics.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// The kind of event; one of a few names.
+    pub kind: &'static str,
+    /// The event's id.
+    pub event_id: String,
+}
+
+impl Delivery {
+    /// A delivery of `message` on `lane`.
+    pub fn new(message: Message, lane: &'static str, lease: Lease) -> Self {
+        Delivery { message, lane, lease, identity: OnceLock::new() }
+    }
+
+    /// Tells what the delivery is, as soon as that is known; a panic later on is then reported with it.
+    pub fn identify(&self, kind: &'static str, event_id: &str) {
+        let _ = self.identity.set(Identity { kind, event_id: event_id.to_owned() });
+    }
+
+    /// What the delivery is, if that was found out.
+    pub fn identity(&self) -> Option<&Identity> {
+        self.identity.get()
+    }
+}
+
+/// How the handling of a delivery ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The result is committed: the message is deleted.
+    Done {
+        /// Listings or records that the event touched, for the log.
+        rows: u64,
+        /// What there is to say beyond success, for the log.
+        note: Cow<'static, str>,
+    },
+    /// It was handed to another lane: the message is deleted.
+    Forwarded(&'static str),
+    /// It failed in a way that may pass: visible again after a backoff.
+    Retry(anyhow::Error),
+    /// Not its time yet, through no fault of its own: visible again after the given time.
+    Defer(Duration, Cow<'static, str>),
+    /// The work was stopped, not failed: visible again at once.
+    Release(Cow<'static, str>),
+    /// Somebody else may have it: nothing is done to the message.
+    Lost,
+    /// It will never succeed: to the dead-letter queue, with the reason.
+    Refuse(Refusal),
+}
+
+impl Outcome {
+    /// A word for metrics and logs.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Outcome::Done { .. } => "done",
+            Outcome::Forwarded(_) => "forwarded",
+            Outcome::Retry(_) => "retried",
+            Outcome::Defer(..) => "deferred",
+            Outcome::Release(_) => "released",
+            Outcome::Lost => "lost",
+            Outcome::Refuse(_) => "dead_lettered",
+        }
+    }
+}
+
+/// Why a message went to the dead-letter queue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// A fixed word to filter by, such as `invalid_json`.
+    pub code: &'static str,
+    /// A sentence naming the thing and the value.
+    pub reason: String,
+}
+
+/// What turns a delivery into a result. The consumer is given one and knows no more about events.
+pub trait Handler: Send + Sync + 'static {
+    /// Handles one delivery. A panic costs this delivery a retry and nothing else.
+    fn handle<'a>(&'a self, delivery: &'a Delivery) -> BoxFuture<'a, Outcome>;
+}

@@ -1,0 +1,447 @@
+//! SQS: the calls that the service makes, each with a bound, and nothing of the SDK's types outside this file.
+//!
+//! Retry follows meaning. A receive, a visibility change and a delete are not retried by the SDK: the poll loop comes
+//! round again, the keeper asks again before the lease ends, and a message that was not deleted is delivered again and
+//! recognised. A send is retried: losing it would cost a whole delivery.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use aws_config::BehaviorVersion;
+use aws_config::retry::RetryConfig;
+use aws_config::stalled_stream_protection::StalledStreamProtectionConfig;
+use aws_config::timeout::TimeoutConfig;
+use aws_sdk_sqs::Client;
+use aws_sdk_sqs::config::Region;
+use aws_sdk_sqs::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
+use aws_sdk_sqs::types::{
+    ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry, MessageAttributeValue,
+    MessageSystemAttributeName, QueueAttributeName, SendMessageBatchRequestEntry,
+};
+use aws_smithy_http_client::tls;
+use tokio::time::Instant;
+
+use super::{Message, Refusal};
+use crate::config;
+use crate::metrics::Metrics;
+
+/// The most entries of one batch call, and messages of one receive.
+pub const BATCH: usize = 10;
+
+/// Name of the message attribute that carries the reason of a refused message, a JSON object of at most 1 KiB.
+pub const REASON_ATTRIBUTE: &str = "reason";
+
+/// Why a call to SQS failed.
+#[derive(Debug, thiserror::Error)]
+#[error("SQS {action} on {queue} failed: {message}")]
+pub struct SqsError {
+    action: &'static str,
+    queue: String,
+    message: String,
+    /// SQS's error code, such as `AWS.SimpleQueueService.NonExistentQueue`, if it answered.
+    pub code: Option<String>,
+    timeout: bool,
+}
+
+impl SqsError {
+    fn new<E>(action: &'static str, queue: &str, error: SdkError<E>) -> Self
+    where
+        E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
+    {
+        let code = error.code().map(str::to_owned);
+        let timeout = matches!(error, SdkError::TimeoutError(_));
+        SqsError { action, queue: queue.to_owned(), message: DisplayErrorContext(error).to_string(), code, timeout }
+    }
+
+    fn no_answer(action: &'static str, queue: &str, bound: Duration) -> Self {
+        let message = format!("no answer within {bound:?}");
+        SqsError { action, queue: queue.to_owned(), message, code: None, timeout: true }
+    }
+
+    /// Whether SQS says that there is no such queue.
+    pub fn is_missing_queue(&self) -> bool {
+        self.code.as_deref().is_some_and(|code| code.contains("NonExistentQueue") || code.contains("QueueDoesNotExist"))
+    }
+}
+
+/// A queue that was looked up.
+#[derive(Debug, Clone)]
+pub struct Queue {
+    /// Its name.
+    pub name: Arc<str>,
+    url: Arc<str>,
+}
+
+/// What became of one entry of a visibility change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Extension {
+    /// It is hidden for the time asked.
+    Extended,
+    /// SQS will not: the receipt is stale, the message is gone, or 12 h are over. The message may be with another.
+    Refused(String),
+    /// SQS did not do it now; asking again may help.
+    Failed(String),
+}
+
+/// A client of SQS; cloning shares its connections.
+#[derive(Clone)]
+pub struct Sqs {
+    client: Client,
+    metrics: Arc<Metrics>,
+    request_timeout: Duration,
+}
+
+impl Sqs {
+    /// A client with connections of its own. Nothing is called yet.
+    pub async fn new(aws: &config::Aws, queue: &config::Queue, metrics: Arc<Metrics>) -> Self {
+        let http = aws_smithy_http_client::Builder::new()
+            .tls_provider(tls::Provider::Rustls(tls::rustls_provider::CryptoMode::Ring))
+            .build_https();
+        let mut loader = aws_config::defaults(BehaviorVersion::latest())
+            .http_client(http)
+            .region(Region::new(aws.region.clone()))
+            .retry_config(RetryConfig::disabled())
+            // Meant for streamed bodies; a long poll is silent by design.
+            .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
+            .timeout_config(
+                TimeoutConfig::builder()
+                    .connect_timeout(queue.request_timeout)
+                    .operation_attempt_timeout(queue.request_timeout)
+                    .build(),
+            );
+        if let Some(url) = &aws.endpoint_url {
+            loader = loader.endpoint_url(url);
+        }
+        Sqs { client: Client::new(&loader.load().await), metrics, request_timeout: queue.request_timeout }
+    }
+
+    fn count<T>(&self, action: &'static str, result: &Result<T, SqsError>) {
+        let result = match result {
+            Ok(_) => "ok",
+            Err(error) if error.timeout => "timeout",
+            Err(_) => "error",
+        };
+        self.metrics.sqs_calls.with_label_values(&[action, result]).inc();
+    }
+
+    /// Bounds a whole call, retries and credentials included: a second line behind the SDK's own attempt timeout.
+    async fn bounded<T>(
+        &self,
+        action: &'static str,
+        queue: &str,
+        bound: Duration,
+        call: impl Future<Output = Result<T, SqsError>>,
+    ) -> Result<T, SqsError> {
+        let result = match tokio::time::timeout(bound, call).await {
+            Ok(result) => result,
+            Err(_) => Err(SqsError::no_answer(action, queue, bound)),
+        };
+        self.count(action, &result);
+        result
+    }
+
+    /// Looks a queue up by name.
+    pub async fn queue(&self, name: &str) -> Result<Queue, SqsError> {
+        let action = "GetQueueUrl";
+        let call = async {
+            let output = self.client.get_queue_url().queue_name(name).send().await;
+            let output = output.map_err(|error| SqsError::new(action, name, error))?;
+            Ok(Queue { name: name.into(), url: output.queue_url.unwrap_or_default().into() })
+        };
+        self.bounded(action, name, self.request_timeout * 2, call).await
+    }
+
+    /// Waits up to `wait` for up to `max` messages, which stay hidden from others for `visibility`.
+    pub async fn receive(
+        &self,
+        queue: &Queue,
+        max: usize,
+        wait: Duration,
+        visibility: Duration,
+    ) -> Result<Vec<Message>, SqsError> {
+        let action = "ReceiveMessage";
+        let bound = wait + self.request_timeout;
+        let call = async {
+            let request = self
+                .client
+                .receive_message()
+                .queue_url(&*queue.url)
+                .max_number_of_messages(max.min(BATCH) as i32)
+                .wait_time_seconds(whole_seconds(wait))
+                .visibility_timeout(whole_seconds(visibility))
+                .message_system_attribute_names(MessageSystemAttributeName::ApproximateReceiveCount)
+                .customize()
+                .config_override(
+                    aws_sdk_sqs::config::Builder::new()
+                        .timeout_config(TimeoutConfig::builder().operation_attempt_timeout(bound).build()),
+                );
+            request.send().await.map_err(|error| SqsError::new(action, &queue.name, error))
+        };
+        let output = self.bounded(action, &queue.name, bound + self.request_timeout, call).await?;
+        let received_at = Instant::now();
+        Ok(output.messages.unwrap_or_default().into_iter().filter_map(|m| received(m, received_at)).collect())
+    }
+
+    /// Deletes up to ten messages. Returns how many SQS did not delete.
+    pub async fn delete(&self, queue: &Queue, receipts: &[String]) -> Result<usize, SqsError> {
+        let action = "DeleteMessageBatch";
+        let call = async {
+            let entries = receipts.iter().enumerate().map(|(index, receipt)| {
+                DeleteMessageBatchRequestEntry::builder()
+                    .id(index.to_string())
+                    .receipt_handle(receipt)
+                    .build()
+                    .expect("id and receipt are set")
+            });
+            let request =
+                self.client.delete_message_batch().queue_url(&*queue.url).set_entries(Some(entries.collect()));
+            request.send().await.map_err(|error| SqsError::new(action, &queue.name, error))
+        };
+        Ok(self.bounded(action, &queue.name, self.request_timeout * 2, call).await?.failed.len())
+    }
+
+    /// Sets how long up to ten messages stay hidden from now on, each by its own time. One result per entry.
+    pub async fn change_visibility(
+        &self,
+        queue: &Queue,
+        entries: &[(String, Duration)],
+    ) -> Result<Vec<Extension>, SqsError> {
+        let action = "ChangeMessageVisibilityBatch";
+        let call = async {
+            let entries = entries.iter().enumerate().map(|(index, (receipt, visibility))| {
+                ChangeMessageVisibilityBatchRequestEntry::builder()
+                    .id(index.to_string())
+                    .receipt_handle(receipt)
+                    .visibility_timeout(whole_seconds(*visibility))
+                    .build()
+                    .expect("id and receipt are set")
+            });
+            let request = self
+                .client
+                .change_message_visibility_batch()
+                .queue_url(&*queue.url)
+                .set_entries(Some(entries.collect()));
+            request.send().await.map_err(|error| SqsError::new(action, &queue.name, error))
+        };
+        let output = self.bounded(action, &queue.name, self.request_timeout * 2, call).await?;
+        let mut results = vec![Extension::Failed("SQS did not mention the entry".to_owned()); entries.len()];
+        let index = |id: &str| id.parse::<usize>().ok().filter(|index| *index < entries.len());
+        for success in output.successful {
+            if let Some(index) = index(&success.id) {
+                results[index] = Extension::Extended;
+            }
+        }
+        for failure in output.failed {
+            if let Some(index) = index(&failure.id) {
+                let message = format!("{}: {}", failure.code, failure.message.unwrap_or_default());
+                // A fault of the sender is about this receipt: stale, gone, or past its 12 h. Another is SQS's own.
+                results[index] =
+                    if failure.sender_fault { Extension::Refused(message) } else { Extension::Failed(message) };
+            }
+        }
+        Ok(results)
+    }
+
+    /// Sends one message, retrying what passes.
+    pub async fn send(&self, queue: &Queue, body: &str, refusal: Option<&str>) -> Result<(), SqsError> {
+        let action = "SendMessage";
+        let call = async {
+            let mut request = self.client.send_message().queue_url(&*queue.url).message_body(body);
+            if let Some(reason) = refusal {
+                let attribute = MessageAttributeValue::builder().data_type("String").string_value(reason).build();
+                request = request.message_attributes(REASON_ATTRIBUTE, attribute.expect("the data type is set"));
+            }
+            let request = request
+                .customize()
+                .config_override(aws_sdk_sqs::config::Builder::new().retry_config(RetryConfig::standard()));
+            request.send().await.map_err(|error| SqsError::new(action, &queue.name, error))?;
+            Ok(())
+        };
+        self.bounded(action, &queue.name, self.request_timeout * 4, call).await
+    }
+
+    /// Sends up to ten messages. Returns, for each, whether SQS accepted it.
+    pub async fn send_batch(&self, queue: &Queue, bodies: &[&str]) -> Result<Vec<bool>, SqsError> {
+        let action = "SendMessageBatch";
+        let call = async {
+            let entries = bodies.iter().enumerate().map(|(index, body)| {
+                SendMessageBatchRequestEntry::builder()
+                    .id(index.to_string())
+                    .message_body(*body)
+                    .build()
+                    .expect("id and body are set")
+            });
+            let request = self
+                .client
+                .send_message_batch()
+                .queue_url(&*queue.url)
+                .set_entries(Some(entries.collect()))
+                .customize()
+                .config_override(aws_sdk_sqs::config::Builder::new().retry_config(RetryConfig::standard()));
+            request.send().await.map_err(|error| SqsError::new(action, &queue.name, error))
+        };
+        let output = self.bounded(action, &queue.name, self.request_timeout * 4, call).await?;
+        let mut accepted = vec![false; bodies.len()];
+        for success in output.successful {
+            if let Some(flag) = success.id.parse::<usize>().ok().and_then(|index| accepted.get_mut(index)) {
+                *flag = true;
+            }
+        }
+        Ok(accepted)
+    }
+
+    /// Creates a queue with its dead-letter queue where they are missing, and leaves alone what is there. Returns the
+    /// names of those that it created.
+    pub async fn ensure_queue(&self, name: &str, visibility: Duration) -> Result<Vec<String>, SqsError> {
+        let dead = dead_letter_queue(name);
+        let mut created = Vec::new();
+        let dead_queue = match self.queue(&dead).await {
+            Ok(queue) => queue,
+            Err(error) if error.is_missing_queue() => {
+                created.push(dead.clone());
+                self.create(&dead, HashMap::new()).await?
+            }
+            Err(error) => return Err(error),
+        };
+        match self.queue(name).await {
+            Ok(_) => {}
+            Err(error) if error.is_missing_queue() => {
+                let redrive = format!(
+                    r#"{{"deadLetterTargetArn":"{}","maxReceiveCount":"{MAX_RECEIVE_COUNT}"}}"#,
+                    self.arn(&dead_queue).await?
+                );
+                let attributes = HashMap::from([
+                    (QueueAttributeName::RedrivePolicy, redrive),
+                    (QueueAttributeName::VisibilityTimeout, whole_seconds(visibility).to_string()),
+                ]);
+                self.create(name, attributes).await?;
+                created.push(name.to_owned());
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(created)
+    }
+
+    async fn create(&self, name: &str, mut attributes: HashMap<QueueAttributeName, String>) -> Result<Queue, SqsError> {
+        let action = "CreateQueue";
+        attributes.insert(QueueAttributeName::MessageRetentionPeriod, RETENTION.as_secs().to_string());
+        let call = async {
+            let request = self.client.create_queue().queue_name(name).set_attributes(Some(attributes));
+            let output = request.send().await.map_err(|error| SqsError::new(action, name, error))?;
+            Ok(Queue { name: name.into(), url: output.queue_url.unwrap_or_default().into() })
+        };
+        self.bounded(action, name, self.request_timeout * 2, call).await
+    }
+
+    async fn arn(&self, queue: &Queue) -> Result<String, SqsError> {
+        let action = "GetQueueAttributes";
+        let call = async {
+            let request =
+                self.client.get_queue_attributes().queue_url(&*queue.url).attribute_names(QueueAttributeName::QueueArn);
+            let output = request.send().await.map_err(|error| SqsError::new(action, &queue.name, error))?;
+            let arn = output.attributes.and_then(|mut all| all.remove(&QueueAttributeName::QueueArn));
+            arn.ok_or_else(|| SqsError {
+                action,
+                queue: queue.name.to_string(),
+                message: "the answer has no QueueArn".to_owned(),
+                code: None,
+                timeout: false,
+            })
+        };
+        self.bounded(action, &queue.name, self.request_timeout * 2, call).await
+    }
+}
+
+/// After so many receives SQS itself moves a message to the dead-letter queue: a last resort, since receives count
+/// deploys and throttles as well.
+const MAX_RECEIVE_COUNT: u32 = 1_000;
+
+/// The longest that SQS keeps a message, on the queue and on its dead-letter queue.
+const RETENTION: Duration = Duration::from_secs(14 * 24 * 3600);
+
+/// The dead-letter queue of a queue.
+pub fn dead_letter_queue(name: &str) -> String {
+    format!("{name}-dlq")
+}
+
+/// The reason of a refused message as its attribute: JSON, at most 1 KiB however long the sentence.
+pub fn reason_json(refusal: &Refusal, message: &Message, queue: &str) -> String {
+    const MOST: usize = 1024;
+    let whole = |reason: &str| {
+        serde_json::json!({
+            "code": refusal.code,
+            "reason": reason,
+            "message_id": message.id,
+            "queue": queue,
+            "receive_count": message.receive_count,
+        })
+        .to_string()
+    };
+    // What SQS does not accept in an attribute (control characters) would be escaped by JSON anyway.
+    let mut reason = refusal.reason.as_str();
+    let mut json = whole(reason);
+    while json.len() > MOST && !reason.is_empty() {
+        // Escapes make a character up to six bytes long: cut by what is too much, then look again.
+        let mut end = reason.len().saturating_sub((json.len() - MOST).div_ceil(6).max(1));
+        while !reason.is_char_boundary(end) {
+            end -= 1;
+        }
+        reason = &reason[..end];
+        json = whole(&format!("{reason}…"));
+    }
+    json
+}
+
+/// SQS counts in whole seconds. What is cut off is not promised to anyone; less than a second becomes zero only where
+/// zero was asked.
+fn whole_seconds(duration: Duration) -> i32 {
+    let seconds = duration.as_secs() + u64::from(duration.as_secs() == 0 && !duration.is_zero());
+    i32::try_from(seconds.min(43_200)).expect("12 h in seconds fit")
+}
+
+/// The parts that the service needs. A message without them cannot be handled or deleted; SQS never sends one.
+fn received(message: aws_sdk_sqs::types::Message, received_at: Instant) -> Option<Message> {
+    let (Some(id), Some(receipt)) = (message.message_id, message.receipt_handle) else {
+        tracing::error!(attributes = ?message.attributes, "SQS delivered a message without id or receipt handle; it cannot be handled");
+        return None;
+    };
+    let receive_count = message
+        .attributes
+        .as_ref()
+        .and_then(|all| all.get(&MessageSystemAttributeName::ApproximateReceiveCount))
+        .and_then(|count| count.parse().ok())
+        .unwrap_or(1);
+    Some(Message { id, body: message.body.unwrap_or_default(), receipt, receive_count, received_at })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reason_fits_its_attribute_whatever_it_quotes() {
+        let message = Message {
+            id: "m-1".to_owned(),
+            body: String::new(),
+            receipt: String::new(),
+            receive_count: 3,
+            received_at: Instant::now(),
+        };
+        for reason in ["short".to_owned(), "\u{1}".repeat(5000), "ü".repeat(5000), "\"".repeat(2000)] {
+            let refusal = Refusal { code: "invalid_json", reason };
+            let json = reason_json(&refusal, &message, "writeapi-events");
+            assert!(json.len() <= 1024, "{} bytes", json.len());
+            let value: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+            assert_eq!(value["code"], "invalid_json");
+        }
+    }
+
+    #[test]
+    fn seconds_are_whole_and_zero_only_if_asked() {
+        assert_eq!(whole_seconds(Duration::ZERO), 0);
+        assert_eq!(whole_seconds(Duration::from_millis(300)), 1);
+        assert_eq!(whole_seconds(Duration::from_millis(4900)), 4);
+        assert_eq!(whole_seconds(Duration::from_secs(90_000)), 43_200);
+    }
+}
