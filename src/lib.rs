@@ -1,7 +1,9 @@
 //! WriteApi: an SQS event worker whose memory follows concurrency, never rows.
 
 pub mod config;
+pub mod health;
 pub mod metrics;
+pub mod telemetry;
 
 // The tests measure what the service measures, so they run on its allocator as well.
 #[cfg(test)]
