@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod health;
+pub mod kafka;
 pub mod metrics;
 pub mod telemetry;
 
