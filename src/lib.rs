@@ -1,11 +1,30 @@
 //! WriteApi: an SQS event worker whose memory follows concurrency, never rows.
+//!
+//! The modules in reading order:
+//!
+//! - [`events`]: what an event means. Start here: `events::Events` is where a message becomes work.
+//! - [`queue`]: receiving messages, keeping them while they are worked on, ending them.
+//! - [`db`]: Postgres; all SQL.
+//! - [`partner`]: the other team's HTTP API, and the limits that all calls share.
+//! - [`kafka`]: records and their delivery.
+//! - [`profiling`]: the heap endpoint.
+//! - [`admin`]: health and metrics over HTTP.
+//! - [`app`]: builds all of these, starts them, stops them in order.
+//! - [`cli`]: the command line, a file for each verb.
+//! - [`config`], [`metrics`], [`health`], [`lifecycle`], [`telemetry`]: what everything above stands on.
 
+pub mod admin;
+pub mod app;
+pub mod cli;
 pub mod config;
 pub mod db;
 pub mod events;
 pub mod health;
+pub mod kafka;
 pub mod lifecycle;
 pub mod metrics;
+pub mod partner;
+pub mod profiling;
 pub mod queue;
 pub mod telemetry;
 

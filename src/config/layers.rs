@@ -49,6 +49,8 @@ pub struct ConfigError {
     pub problem: String,
     /// What to do.
     pub fix: String,
+    /// Whether nothing is set at all, which matters only to those who need the value.
+    pub missing: bool,
 }
 
 impl fmt::Display for ConfigError {
@@ -93,6 +95,7 @@ impl Layers {
             source: None,
             problem,
             fix: fix.to_owned(),
+            missing: false,
         };
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
@@ -149,13 +152,19 @@ impl Layers {
             Some(nearest) => format!("remove it, or did you mean {nearest}?"),
             None => "remove it".to_owned(),
         };
-        self.errors.push(ConfigError { key, source: Some(source), problem: "is not a known setting".to_owned(), fix });
+        self.errors.push(ConfigError { key, source: Some(source), problem: "is not a known setting".to_owned(), fix, missing: false });
     }
 
     /// Notes an error about `key`, naming where its value came from.
     pub fn error(&mut self, key: &str, problem: impl Into<String>, fix: impl Into<String>) {
         let source = self.entries.get(key).map(|entry| entry.source.clone());
-        self.errors.push(ConfigError { key: key.to_owned(), source, problem: problem.into(), fix: fix.into() });
+        self.errors.push(ConfigError { key: key.to_owned(), source, problem: problem.into(), fix: fix.into(), missing: false });
+    }
+
+    /// Notes that `key` has no value.
+    pub fn missing(&mut self, key: &str, fix: impl Into<String>) {
+        let problem = "is missing".to_owned();
+        self.errors.push(ConfigError { key: key.to_owned(), source: None, problem, fix: fix.into(), missing: true });
     }
 
     /// Text, without surrounding white space; may be empty.
@@ -170,7 +179,7 @@ impl Layers {
     pub fn required(&mut self, key: &str, what: &str) -> String {
         let text = self.text(key);
         if text.is_empty() && !self.errors.iter().any(|error| error.key == key) {
-            self.error(key, "is missing", format!("set it, or {}, to {what}", variable(key)));
+            self.missing(key, format!("set it, or {}, to {what}", variable(key)));
         }
         text
     }

@@ -65,6 +65,27 @@ pub struct Config {
     pub log: Log,
 }
 
+/// A section of the settings that holds something without a default.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Section {
+    /// `[database]`
+    Database,
+    /// `[partner]`
+    Partner,
+    /// `[kafka]`
+    Kafka,
+}
+
+impl Section {
+    fn prefix(self) -> &'static str {
+        match self {
+            Section::Database => "database.",
+            Section::Partner => "partner.",
+            Section::Kafka => "kafka.",
+        }
+    }
+}
+
 /// Where SQS is; credentials come from the standard AWS chain.
 #[derive(Debug, Clone)]
 pub struct Aws {
@@ -272,15 +293,19 @@ const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_secs(3600);
 
 impl Config {
-    /// Loads defaults, `file` and `environment`; every error at once.
+    /// Loads defaults, `file` and `environment`; every error at once. What has no default must be there only in the
+    /// sections that the caller `needs`; elsewhere a placeholder stands in.
     pub fn load(
         file: Option<&Path>,
         environment: impl Iterator<Item = (String, String)>,
+        needs: &[Section],
     ) -> Result<Config, Vec<ConfigError>> {
         let mut layers = Layers::load(file, environment);
         let config = Config::read(&mut layers);
         config.check_pairs(&mut layers);
-        let errors = layers.finish();
+        let needed = |key: &str| needs.iter().any(|section| key.starts_with(section.prefix()));
+        let errors: Vec<ConfigError> =
+            layers.finish().into_iter().filter(|error| !error.missing || needed(&error.key)).collect();
         if errors.is_empty() { Ok(config) } else { Err(errors) }
     }
 
@@ -514,7 +539,7 @@ fn database_url(layers: &mut Layers) -> Secret {
         None => {
             if layers.error_count() == errors_before {
                 let fix = "set it, WRITE_API_DATABASE_URL or database.url_file to postgres://USER@HOST:PORT/DATABASE";
-                layers.error("database.url", "is missing", fix);
+                layers.missing("database.url", fix);
             }
             Secret::new("")
         }
@@ -546,6 +571,8 @@ fn log_level(layers: &mut Layers) -> String {
 mod tests {
     use super::*;
 
+    const ALL: &[Section] = &[Section::Database, Section::Partner, Section::Kafka];
+
     fn minimal() -> Vec<(String, String)> {
         [
             ("WRITE_API_DATABASE_URL", "postgres://app:hunter2@localhost/app"),
@@ -558,7 +585,7 @@ mod tests {
 
     #[test]
     fn three_settings_are_enough() {
-        let config = Config::load(None, minimal().into_iter()).expect("defaults are good");
+        let config = Config::load(None, minimal().into_iter(), ALL).expect("defaults are good");
         assert_eq!(config.queue.visibility_timeout, Duration::from_secs(60));
         assert_eq!(config.partner.rate_per_second, Some(1000));
         assert_eq!(config.lanes.valuations.queue, "writeapi-valuations");
@@ -574,7 +601,7 @@ mod tests {
             ("WRITE_API_NO_SUCH", "1"),
         ]
         .map(|(k, v)| (k.to_owned(), v.to_owned()));
-        let errors = Config::load(None, environment.into_iter()).expect_err("eight errors");
+        let errors = Config::load(None, environment.into_iter(), ALL).expect_err("eight errors");
         let keys: Vec<&str> = errors.iter().map(|error| error.key.as_str()).collect();
         for key in [
             "queue.wait_time",
@@ -594,12 +621,20 @@ mod tests {
     }
 
     #[test]
+    fn what_a_verb_does_not_need_may_be_missing_but_not_wrong() {
+        assert!(Config::load(None, std::iter::empty(), &[]).is_ok());
+        let wrong = [("WRITE_API_PARTNER_BASE_URL".to_owned(), "nonsense".to_owned())];
+        let errors = Config::load(None, wrong.into_iter(), &[]).expect_err("not a URL");
+        assert_eq!(errors[0].key, "partner.base_url");
+    }
+
+    #[test]
     fn a_secret_is_not_printed() {
-        let config = Config::load(None, minimal().into_iter()).expect("good");
+        let config = Config::load(None, minimal().into_iter(), ALL).expect("good");
         assert!(!format!("{config:?}").contains("hunter2"));
         let mut broken = minimal();
         broken[0].1 = "mysql://app:hunter2@localhost/app".to_owned();
-        let errors = Config::load(None, broken.into_iter()).expect_err("wrong scheme");
+        let errors = Config::load(None, broken.into_iter(), ALL).expect_err("wrong scheme");
         assert!(!format!("{errors:?}").contains("hunter2"));
     }
 

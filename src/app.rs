@@ -1,0 +1,244 @@
+//! The composition root: builds every part, starts them, and stops them in order.
+//!
+//! Building and running are two steps: when [`App::build`] returns, the listeners are bound and their addresses logged;
+//! nothing has been received yet.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use futures::FutureExt;
+use tokio::net::TcpListener;
+use tokio::sync::{Notify, Semaphore};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::config::{self, Config};
+use crate::db::{self, Database, runs};
+use crate::events::relay::{self, Relay};
+use crate::events::{Events, LaneQueues, lane};
+use crate::health::Health;
+use crate::kafka::Publisher;
+use crate::lifecycle::{Stop, StopSource};
+use crate::metrics::Metrics;
+use crate::partner::Partner;
+use crate::queue::consumer::{ConsumerParts, consume};
+use crate::queue::lease::{Keeper, KeeperSettings, Renewals};
+use crate::queue::sqs::Sqs;
+use crate::{admin, profiling};
+
+/// Kept of the time to stop for what comes after the last event: Kafka flushed, outbox relayed, connections closed.
+const LAST_STEPS: Duration = Duration::from_secs(2);
+
+/// How often Postgres and Kafka are looked at for `/readyz`.
+const LOOK: Duration = Duration::from_secs(5);
+
+/// How long Kafka may take to answer such a look.
+const KAFKA_LOOK: Duration = Duration::from_secs(4);
+
+/// The longest that an admin page may take.
+const ADMIN_PAGE: Duration = Duration::from_secs(10);
+
+/// The keeper passes at least once a second when all is well; its calls are bounded by fractions of the visibility.
+const KEEPER_SILENCE: Duration = Duration::from_secs(60);
+
+/// The service, built and not yet running.
+pub struct App {
+    config: Config,
+    metrics: Arc<Metrics>,
+    health: Health,
+    database: Database,
+    sqs: Sqs,
+    publisher: Publisher,
+    keeper: Arc<Keeper>,
+    events: Arc<Events>,
+    admin: TcpListener,
+    profiling: Option<TcpListener>,
+}
+
+impl App {
+    /// Builds every part and binds the listeners. Neighbours that are away are no error: the service waits for them.
+    pub async fn build(config: Config) -> anyhow::Result<App> {
+        let metrics = Arc::new(Metrics::new());
+        let health = Health::new();
+        let admin = admin::bind("admin.listen", config.admin.listen).await?;
+        let profiling = match config.profiling.enabled {
+            true => Some(admin::bind("profiling.listen", config.profiling.listen).await?),
+            false => None,
+        };
+        let database = Database::new(&config.database)?;
+        let sqs = Sqs::new(&config.aws, &config.queue, metrics.clone()).await;
+        let keeper = Keeper::start(KeeperSettings {
+            aws: config.aws.clone(),
+            queue: config.queue.clone(),
+            database: db::connect_options(&config.database)?,
+            renewals: Renewals {
+                owner: |connection, run_ids, tokens, lease| {
+                    runs::renew_owners(connection, run_ids, tokens, lease).boxed()
+                },
+                publisher: |connection, run_ids, tokens, lease| {
+                    runs::renew_publishers(connection, run_ids, tokens, lease).boxed()
+                },
+            },
+            metrics: metrics.clone(),
+            beat: health.beat("keeper", KEEPER_SILENCE),
+        })?;
+        let publisher = Publisher::new(&config.kafka, metrics.clone())?;
+        let events = Arc::new(Events {
+            database: database.clone(),
+            partner: Partner::new(&config.partner, metrics.clone()).context("the partner's client")?,
+            publisher: publisher.clone(),
+            sqs: sqs.clone(),
+            lanes: Arc::new(LaneQueues::new(sqs.clone(), &config.lanes)),
+            refresh: config.refresh.clone(),
+            pages: Arc::new(Semaphore::new(config.refresh.pages_ahead)),
+            publish_page_size: config.kafka.page_size,
+            outbox: Arc::new(Notify::new()),
+            metrics: metrics.clone(),
+        });
+        Ok(App {
+            metrics,
+            health,
+            database,
+            sqs,
+            publisher,
+            keeper: Arc::new(keeper),
+            events,
+            admin,
+            profiling,
+            config,
+        })
+    }
+
+    /// Runs until `stop` is ready, then stops in order. Returns within the grace period from then on.
+    pub async fn run(self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+        let (source, draining) = StopSource::new();
+        let (last_source, last) = StopSource::new();
+        let mut pages = JoinSet::new();
+        let mut watchers = JoinSet::new();
+        self.start_pages(&mut pages, &last);
+        self.start_watchers(&mut watchers);
+        let mut lanes = self.start_lanes(&draining);
+        let relay = tokio::spawn(self.relay(last.clone()).run());
+        tracing::info!(version = env!("CARGO_PKG_VERSION"), "started");
+
+        let died = tokio::select! {
+            () = stop => None,
+            ended = lanes.join_next() => Some(format!("a lane ended by itself: {ended:?}")),
+            ended = pages.join_next() => Some(format!("a listener ended by itself: {ended:?}")),
+        };
+
+        let began = Instant::now();
+        let grace = self.config.shutdown.grace;
+        self.health.drain();
+        let for_events = grace.saturating_sub(LAST_STEPS);
+        source.drain(for_events);
+        // New work is no longer begun; tasks end their events, lanes flush their deletes.
+        if timeout(for_events, join_all(&mut lanes)).await.is_err() {
+            tracing::warn!(left = self.keeper.len(), "the time to stop is over; what still runs is given back");
+            source.end();
+        }
+        let left = grace.saturating_sub(began.elapsed()).saturating_sub(Duration::from_millis(200));
+        let in_time = timeout(left, async {
+            join_all(&mut lanes).await;
+            watchers.shutdown().await;
+            if !self.publisher.flush(left).await {
+                tracing::warn!("Kafka did not take every record in time; their cursor has not moved, so they are sent again");
+            }
+            last_source.drain(left);
+            // A committed outbox row is relayed before the process ends, though another process would do it too.
+            let _ = relay.await;
+            self.database.close().await;
+            join_all(&mut pages).await;
+        });
+        if in_time.await.is_err() {
+            tracing::warn!("the last steps of stopping did not end in time");
+        }
+        drop(self.events);
+        match Arc::try_unwrap(self.keeper) {
+            Ok(keeper) => keeper.stop(),
+            Err(_) => tracing::debug!("the keeper is still in use; it ends with the process"),
+        }
+        tracing::info!(seconds = began.elapsed().as_secs_f64(), "stopped");
+        match died {
+            Some(died) => anyhow::bail!(died),
+            None => Ok(()),
+        }
+    }
+
+    fn start_lanes(&self, stop: &Stop) -> JoinSet<()> {
+        let lanes = &self.config.lanes;
+        let queue = &self.config.queue;
+        // A poll, its own bound, and the backoff after it; a loop that waits for permits reports more often.
+        let silence = queue.wait_time + queue.request_timeout * 2 + Duration::from_secs(10);
+        let mut set = JoinSet::new();
+        for (name, settings) in [
+            (lane::EVENTS, &lanes.events),
+            (lane::VALUATIONS, &lanes.valuations),
+            (lane::POST_PROCESSING, &lanes.post_processing),
+        ] {
+            set.spawn(consume(ConsumerParts {
+                lane: name,
+                settings: settings.clone(),
+                queue: queue.clone(),
+                sqs: self.sqs.clone(),
+                keeper: self.keeper.clone(),
+                handler: self.events.clone(),
+                metrics: self.metrics.clone(),
+                stop: stop.clone(),
+                beat: self.health.beat(format!("poll {name}"), silence),
+                dependency: self.health.dependency(format!("queue {}", settings.queue)),
+            }));
+        }
+        set
+    }
+
+    fn relay(&self, stop: Stop) -> Relay {
+        Relay {
+            database: self.database.clone(),
+            sqs: self.sqs.clone(),
+            lanes: self.events.lanes.clone(),
+            wake: self.events.outbox.clone(),
+            settings: self.config.outbox.clone(),
+            metrics: self.metrics.clone(),
+            beat: self.health.beat("outbox relay", relay::silence_limit(&self.config.outbox)),
+            stop,
+        }
+    }
+
+    fn start_watchers(&self, watchers: &mut JoinSet<()>) {
+        let (database, dependency) = (self.database.clone(), self.health.dependency("database"));
+        watchers.spawn(async move {
+            loop {
+                match database.ping().await {
+                    Ok(()) => dependency.up(),
+                    Err(error) => dependency.down(error.to_string()),
+                }
+                sleep(LOOK).await;
+            }
+        });
+        let (publisher, dependency) = (self.publisher.clone(), self.health.dependency("kafka"));
+        watchers.spawn(async move {
+            loop {
+                match publisher.check(KAFKA_LOOK).await {
+                    Ok(_) => dependency.up(),
+                    Err(error) => dependency.down(error.to_string()),
+                }
+                sleep(LOOK).await;
+            }
+        });
+    }
+
+    fn start_pages(&self, pages: &mut JoinSet<()>, stop: &Stop) {
+        todo!()
+    }
+}
+
+/// Waits for all tasks; a panic in one is told.
+async fn join_all(tasks: &mut JoinSet<()>) {
+    while let Some(ended) = tasks.join_next().await {
+        if let Err(error) = ended {
+            tracing::error!(%error, "a task ended badly");
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! `write-api serve`: the service.
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::app::App;
+use crate::config::Config;
+
+/// Builds, starts, and stops in order at the first SIGTERM or SIGINT; a second one exits at once.
+pub(super) fn run(config: Config) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("worker").build()?;
+    let done = runtime.block_on(async {
+        // Before anything is started, so that no signal is missed.
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut name = async move || {
+            tokio::select! {
+                _ = terminate.recv() => "SIGTERM",
+                _ = interrupt.recv() => "SIGINT",
+            }
+        };
+        let app = App::build(config).await?;
+        let stop = async {
+            let first = name().await;
+            tracing::info!(signal = first, "stopping; a second signal exits at once");
+            tokio::spawn(async move {
+                let second = name().await;
+                tracing::warn!(signal = second, "exiting at once; unfinished messages come again by themselves");
+                std::process::exit(1);
+            });
+        };
+        app.run(stop).await
+    });
+    // Whatever still runs on a blocking thread is bounded elsewhere; the process need not wait for it.
+    runtime.shutdown_background();
+    done
+}

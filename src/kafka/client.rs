@@ -1,0 +1,80 @@
+//! The settings and the log of the librdkafka clients.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rdkafka::ClientConfig;
+use rdkafka::client::ClientContext;
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::error::KafkaError;
+
+use crate::config;
+
+/// Settings of every client.
+pub(super) fn common(kafka: &config::Kafka) -> ClientConfig {
+    let mut client = ClientConfig::new();
+    client
+        .set("bootstrap.servers", &kafka.brokers)
+        .set("client.id", "write-api")
+        // Looking at a topic must not create it, with a number of partitions that nobody chose.
+        .set("allow.auto.create.topics", "false")
+        // A broker that comes back is used again within two seconds; the default waits up to ten.
+        .set("reconnect.backoff.max.ms", "2000")
+        .set("socket.connection.setup.timeout.ms", "5000")
+        .set("socket.keepalive.enable", "true")
+        // Idle connections are closed by brokers and opened again; that is no news.
+        .set("log.connection.close", "false")
+        .set_log_level(RDKafkaLogLevel::Info);
+    client
+}
+
+/// Settings of the producer.
+pub(super) fn producer(kafka: &config::Kafka) -> ClientConfig {
+    let mut client = common(kafka);
+    client
+        // Implies acks=all, retries without limit and an order kept across them.
+        .set("enable.idempotence", "true")
+        .set("compression.type", kafka.compression)
+        .set("delivery.timeout.ms", kafka.delivery_timeout.as_millis().to_string())
+        // Java's default, so that other producers of a key agree on its partition; librdkafka's own is CRC32.
+        .set("partitioner", "murmur2_random")
+        // A page is handed over at once and then waited for, so a long linger is time lost on every page. Batches still
+        // form: while one request is on its way the next ones fill.
+        .set("linger.ms", "0.5")
+        // Full is back-pressure, not an error. 20,000 records are 20 pages of the default size, about 10 MB.
+        .set("queue.buffering.max.messages", "20000")
+        .set("queue.buffering.max.kbytes", "65536");
+    client
+}
+
+/// Passes librdkafka's own log lines on to ours.
+#[derive(Default)]
+pub(super) struct ClientLog {
+    last_error: Mutex<Option<(String, Instant)>>,
+}
+
+impl ClientContext for ClientLog {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        match level {
+            RDKafkaLogLevel::Emerg
+            | RDKafkaLogLevel::Alert
+            | RDKafkaLogLevel::Critical
+            | RDKafkaLogLevel::Error
+            // An unreachable broker is an error to librdkafka; it tries again, and so do we.
+            | RDKafkaLogLevel::Warning => tracing::warn!(facility, "librdkafka: {message}"),
+            RDKafkaLogLevel::Notice | RDKafkaLogLevel::Info => tracing::info!(facility, "librdkafka: {message}"),
+            RDKafkaLogLevel::Debug => tracing::debug!(facility, "librdkafka: {message}"),
+        }
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        // The wrapper calls this twice for each error of a producer.
+        let line = format!("{error}: {reason}");
+        let mut last = self.last_error.lock().unwrap_or_else(PoisonError::into_inner);
+        let repeated = last.as_ref().is_some_and(|(said, at)| *said == line && at.elapsed() < Duration::from_secs(1));
+        if !repeated {
+            tracing::warn!("librdkafka: {line}");
+            *last = Some((line, Instant::now()));
+        }
+    }
+}

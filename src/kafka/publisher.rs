@@ -1,0 +1,169 @@
+//! The producer: a page of records at a time, every delivery report awaited.
+//!
+//! While nothing is published the producer holds its connections, four small threads and no records: librdkafka frees a
+//! record when its report was served, and the allocator gives the pages back after its decay time.
+
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use rdkafka::ClientConfig;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::producer::{BaseRecord, Producer as _, ThreadedProducer};
+
+use super::client;
+use super::delivery::{Deliveries, Page, PublishError, Published, Verdict};
+use super::record::Record;
+use super::topic::{self, TopicError, TopicInfo};
+use crate::config;
+use crate::metrics::Metrics;
+
+/// How long a page waits when librdkafka's queue is full. Reports make room within a round trip.
+const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(2);
+
+/// Sends pages of records to the topic. Pages of different runs may be sent at the same time; clones share the producer.
+#[derive(Clone)]
+pub struct Publisher {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    kafka: config::Kafka,
+    client: ClientConfig,
+    metrics: Arc<Metrics>,
+    producer: Mutex<Arc<Producer>>,
+}
+
+impl Publisher {
+    /// Starts the producer, which connects in the background: no broker has to be there yet.
+    pub fn new(kafka: &config::Kafka, metrics: Arc<Metrics>) -> anyhow::Result<Self> {
+        Self::with_client(kafka, client::producer(kafka), metrics)
+    }
+
+    /// As [`Publisher::new`], with other settings of librdkafka.
+    pub(super) fn with_client(
+        kafka: &config::Kafka,
+        client: ClientConfig,
+        metrics: Arc<Metrics>,
+    ) -> anyhow::Result<Self> {
+        let producer = Producer::start(&client, &metrics).with_context(|| {
+            format!("kafka: no producer for kafka.brokers = {:?}; look at the [kafka] settings", kafka.brokers)
+        })?;
+        let producer = Mutex::new(Arc::new(producer));
+        Ok(Publisher { shared: Arc::new(Shared { kafka: kafka.clone(), client, metrics, producer }) })
+    }
+
+    /// Sends all records in parallel and returns when each was reported of: delivered to all in-sync replicas, refused,
+    /// or given up after `kafka.delivery_timeout`. Waits for room where librdkafka's queue is full; drops nothing.
+    ///
+    /// Abandoning the future abandons the reports, not the records: those handed over may still be delivered.
+    pub async fn publish_page(&self, records: impl IntoIterator<Item = Record>) -> Result<Published, PublishError> {
+        let producer = self.shared.producer();
+        let page = Page::new();
+        for record in records {
+            self.hand_over(&producer, record, &page).await;
+            // Handing over takes a microsecond or two; a page of them must not keep the thread from other tasks.
+            tokio::task::consume_budget().await;
+        }
+        let mut result = page.wait(&self.shared.kafka.topic).await;
+        if let Err(error) = &mut result
+            && let Some((code, reason)) = producer.client().fatal_error()
+        {
+            tracing::error!(%code, reason, "the kafka producer has come to its end and is replaced");
+            error.verdict = Verdict::Restarted;
+            self.replace(producer).await;
+        }
+        result
+    }
+
+    async fn hand_over(&self, producer: &Producer, record: Record, page: &Arc<Page>) {
+        page.expect_one();
+        let mut message = BaseRecord::with_opaque_to(&self.shared.kafka.topic, Arc::clone(page))
+            .key(&record.key)
+            .payload(&record.value)
+            .headers(record.headers);
+        loop {
+            match producer.send(message) {
+                Ok(()) => return,
+                Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), rejected)) => {
+                    message = rejected;
+                    tokio::time::sleep(QUEUE_FULL_PAUSE).await;
+                }
+                Err((error, _)) => {
+                    let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown);
+                    return page.report(Err((code, record.key.as_bytes())));
+                }
+            }
+        }
+    }
+
+    /// Replaces `ended` by a fresh producer, unless another page did so already.
+    async fn replace(&self, ended: Arc<Producer>) {
+        let shared = Arc::clone(&self.shared);
+        let replaced = tokio::task::spawn_blocking(move || {
+            let mut producer = shared.producer.lock().unwrap_or_else(PoisonError::into_inner);
+            if Arc::ptr_eq(&producer, &ended) {
+                *producer = Arc::new(Producer::start(&shared.client, &shared.metrics)?);
+            }
+            Ok::<_, KafkaError>(())
+        });
+        // The ended producer stays if that failed, and the next page comes here again.
+        if let Ok(Err(error)) = replaced.await {
+            tracing::error!(%error, "no new kafka producer; the next page tries again");
+        }
+    }
+
+    /// Waits until everything handed over was reported of, at most for `timeout`; says whether that is so. For pages
+    /// whose future was abandoned: [`Publisher::publish_page`] waits for its own.
+    pub async fn flush(&self, timeout: Duration) -> bool {
+        let producer = self.shared.producer();
+        let flushed = tokio::task::spawn_blocking(move || producer.flush(timeout).is_ok());
+        flushed.await.unwrap_or(false)
+    }
+
+    /// Asks the brokers for the topic; an answer, or the reason for none, comes within `timeout`.
+    pub async fn check(&self, timeout: Duration) -> Result<TopicInfo, TopicError> {
+        let producer = self.shared.producer();
+        let shared = Arc::clone(&self.shared);
+        let asked = tokio::task::spawn_blocking(move || topic::look_at(producer.client(), &shared.kafka, timeout));
+        asked.await.unwrap_or_else(|_| Err(TopicError::interrupted(&self.shared.kafka)))
+    }
+
+    /// For tests: the native producer.
+    #[cfg(test)]
+    pub(super) fn native(&self) -> *mut rdkafka::bindings::rd_kafka_t {
+        self.shared.producer().client().native_ptr()
+    }
+}
+
+impl Shared {
+    fn producer(&self) -> Arc<Producer> {
+        Arc::clone(&self.producer.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// A producer and the thread that serves its reports. There is one until the drop.
+struct Producer(Option<ThreadedProducer<Deliveries>>);
+
+impl Producer {
+    fn start(client: &ClientConfig, metrics: &Metrics) -> Result<Self, KafkaError> {
+        client.create_with_context(Deliveries::new(metrics)).map(|producer| Producer(Some(producer)))
+    }
+}
+
+impl Deref for Producer {
+    type Target = ThreadedProducer<Deliveries>;
+
+    fn deref(&self) -> &Self::Target {
+        self.0.as_ref().expect("only the drop takes it")
+    }
+}
+
+impl Drop for Producer {
+    fn drop(&mut self) {
+        // Ending a producer joins threads, for a good part of a second, and its last owner may be an async task.
+        let producer = self.0.take();
+        std::thread::spawn(move || drop(producer));
+    }
+}

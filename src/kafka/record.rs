@@ -1,0 +1,262 @@
+//! The record of one valuation: its key, its value and its headers.
+//!
+//! Made from a finished run's valuations alone, in exact integer arithmetic, so that the same valuation gives the same
+//! bytes on any machine at any time. The record's Kafka timestamp is the time of sending: were it the run's, sending an
+//! old run again would hand the broker records that its retention deletes at once.
+
+use std::fmt;
+use std::io::Write;
+
+use rdkafka::message::{Header, OwnedHeaders};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use uuid::Uuid;
+
+/// `ce_type` of every record.
+const EVENT_TYPE: &str = "writeapi.listing.valued.v1";
+
+/// `ce_source` of every record.
+const EVENT_SOURCE: &str = "/writeapi";
+
+/// The namespace of `ce_id`, a UUIDv5 of `run_id:listing_id`. Part of the contract: consumers that saw an id before
+/// know the record, so another namespace would make every record new to them.
+const EVENT_ID_NAMESPACE: Uuid = Uuid::NAMESPACE_OID;
+
+/// One listing's result in one run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Valuation {
+    /// The listing.
+    pub listing_id: i64,
+    /// Its zip code.
+    pub zip_code: i32,
+    /// Its list price in cents when it was valued; 0 if it had none.
+    pub list_price_cents: i64,
+    /// The partner's answer, in cents.
+    pub valuation_cents: i64,
+    /// The partner's confidence, from 0 to 1.
+    pub confidence: f64,
+}
+
+/// A message ready to be sent.
+#[derive(Debug)]
+pub struct Record {
+    /// The listing id as decimal text, so that the records of a listing stay in order in one partition.
+    pub key: String,
+    /// JSON.
+    pub value: Vec<u8>,
+    /// CloudEvents 1.0 in binary mode.
+    pub headers: OwnedHeaders,
+}
+
+/// Makes the records of one run. What they have in common is written once.
+#[derive(Debug)]
+pub struct Records {
+    run_id: String,
+    /// The run's id as a JSON string, quotes included.
+    run_id_json: String,
+    /// All headers but `ce_id`.
+    headers: OwnedHeaders,
+}
+
+impl Records {
+    /// For the run `run_id`, complete since `completed_at`, begun by the event that carried `traceparent`.
+    pub fn new(run_id: &str, completed_at: OffsetDateTime, traceparent: Option<&str>) -> Self {
+        let time = completed_at.to_offset(time::UtcOffset::UTC).format(&Rfc3339).expect("the year has four digits");
+        let mut headers = OwnedHeaders::new_with_capacity(7)
+            .insert(header("ce_specversion", "1.0"))
+            .insert(header("ce_type", EVENT_TYPE))
+            .insert(header("ce_source", EVENT_SOURCE))
+            .insert(header("ce_time", &time))
+            .insert(header("content-type", "application/json"));
+        if let Some(traceparent) = traceparent {
+            headers = headers.insert(header("traceparent", traceparent));
+        }
+        let run_id_json = serde_json::Value::from(run_id).to_string();
+        Records { run_id: run_id.to_owned(), run_id_json, headers }
+    }
+
+    /// The record of one of the run's valuations.
+    pub fn record(&self, valuation: &Valuation) -> Record {
+        let &Valuation { listing_id, zip_code, list_price_cents, valuation_cents, confidence } = valuation;
+        let delta = Delta::between(list_price_cents, valuation_cents);
+        let key = listing_id.to_string();
+        let id = Uuid::new_v5(&EVENT_ID_NAMESPACE, format!("{}:{key}", self.run_id).as_bytes());
+
+        // More than a record needs unless its run's id is unusually long, so that the text is written in one piece.
+        let mut value = Vec::with_capacity(256 + self.run_id_json.len());
+        write!(
+            value,
+            concat!(
+                r#"{{"run_id":{},"listing_id":{},"zip_code":{},"list_price_cents":{},"valuation_cents":{},"#,
+                r#""delta_cents":{},"delta_ratio":{},"assessment":"{}","confidence":{}}}"#
+            ),
+            self.run_id_json,
+            listing_id,
+            zip_code,
+            list_price_cents,
+            valuation_cents,
+            delta.cents,
+            delta.ratio,
+            delta.assessment,
+            serde_json::Value::from(confidence),
+        )
+        .expect("writing to memory cannot fail");
+
+        let mut buffer = Uuid::encode_buffer();
+        let id = id.hyphenated().encode_lower(&mut buffer);
+        Record { key, value, headers: self.headers.clone().insert(header("ce_id", id)) }
+    }
+}
+
+fn header<'a>(key: &'a str, value: &'a str) -> Header<'a, &'a str> {
+    Header { key, value: Some(value) }
+}
+
+/// How a valuation stands to the list price.
+#[derive(Debug, PartialEq)]
+struct Delta {
+    cents: i128,
+    ratio: Ratio,
+    assessment: &'static str,
+}
+
+/// A ratio in ten-thousandths; `None` without a list price. Written as a JSON number with four decimals, or `null`.
+#[derive(Debug, PartialEq)]
+struct Ratio(Option<i128>);
+
+impl Delta {
+    /// The assessment compares the exact amounts, not the rounded ratio: 4.996 % is shown as 0.0500 and still fair, and
+    /// anyone can repeat the decision from the two amounts in the record. Without a list price nothing can be said
+    /// either way, which is `fair`.
+    fn between(list_price_cents: i64, valuation_cents: i64) -> Delta {
+        let list = i128::from(list_price_cents);
+        let cents = i128::from(valuation_cents) - list;
+        let has_price = list > 0;
+        Delta {
+            cents,
+            ratio: Ratio(has_price.then(|| divide_half_even(cents * 10_000, list))),
+            // 5 % is one twentieth.
+            assessment: match cents * 20 {
+                twenty_deltas if has_price && twenty_deltas >= list => "undervalued",
+                twenty_deltas if has_price && twenty_deltas <= -list => "overvalued",
+                _ => "fair",
+            },
+        }
+    }
+}
+
+/// `dividend / divisor` to the nearest whole number, a tie to the even one. The divisor is positive.
+fn divide_half_even(dividend: i128, divisor: i128) -> i128 {
+    let floor = dividend.div_euclid(divisor);
+    let twice_the_rest = 2 * dividend.rem_euclid(divisor);
+    let up = twice_the_rest > divisor || (twice_the_rest == divisor && floor % 2 != 0);
+    floor + i128::from(up)
+}
+
+impl fmt::Display for Ratio {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            None => f.write_str("null"),
+            Some(ratio) => {
+                let sign = if ratio < 0 { "-" } else { "" };
+                let size = ratio.unsigned_abs();
+                write!(f, "{sign}{}.{:04}", size / 10_000, size % 10_000)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rdkafka::message::Headers;
+    use time::macros::datetime;
+
+    use super::*;
+
+    fn valuation(list_price_cents: i64, valuation_cents: i64) -> Valuation {
+        Valuation { listing_id: 7_129_300_520, zip_code: 98_178, list_price_cents, valuation_cents, confidence: 0.87 }
+    }
+
+    fn headers(record: &Record) -> Vec<(String, String)> {
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+        record.headers.iter().map(|header| (header.key.to_owned(), text(header.value.unwrap()))).collect()
+    }
+
+    /// The contract with the consumers, byte by byte. A change here is a new version of the event type.
+    #[test]
+    fn the_record_is_this_and_nothing_else() {
+        let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        let completed_at = datetime!(2026-03-01 04:00:17.25 +2);
+        let records = Records::new("nightly \"2026-03-01\"", completed_at, Some(traceparent));
+        let record = records.record(&valuation(22_190_000, 23_532_495));
+
+        assert_eq!(record.key, "7129300520");
+        assert_eq!(
+            String::from_utf8(record.value.clone()).unwrap(),
+            concat!(
+                r#"{"run_id":"nightly \"2026-03-01\"","listing_id":7129300520,"zip_code":98178,"#,
+                r#""list_price_cents":22190000,"valuation_cents":23532495,"delta_cents":1342495,"#,
+                r#""delta_ratio":0.0605,"assessment":"undervalued","confidence":0.87}"#
+            )
+        );
+        let expected = [
+            ("ce_specversion", "1.0"),
+            ("ce_type", "writeapi.listing.valued.v1"),
+            ("ce_source", "/writeapi"),
+            ("ce_time", "2026-03-01T02:00:17.25Z"),
+            ("content-type", "application/json"),
+            ("traceparent", traceparent),
+            // From Python: uuid.uuid5(uuid.NAMESPACE_OID, 'nightly "2026-03-01":7129300520')
+            ("ce_id", "f4036ba3-c76c-5daa-829c-28b795328be2"),
+        ];
+        assert_eq!(headers(&record), expected.map(|(key, value)| (key.to_owned(), value.to_owned())));
+
+        let again = Records::new("nightly \"2026-03-01\"", completed_at, Some(traceparent));
+        let again = again.record(&valuation(22_190_000, 23_532_495));
+        assert_eq!((&again.key, &again.value), (&record.key, &record.value));
+        assert_eq!(headers(&again), headers(&record));
+    }
+
+    #[test]
+    fn a_value_is_json_and_traceparent_is_left_out_without_one() {
+        let record = Records::new("r", OffsetDateTime::UNIX_EPOCH, None).record(&valuation(i64::MAX, 0));
+        let value: serde_json::Value = serde_json::from_slice(&record.value).expect("JSON");
+        assert_eq!(value["delta_cents"], -i64::MAX);
+        assert_eq!(value["delta_ratio"], -1.0);
+        assert!(headers(&record).iter().all(|(key, _)| key != "traceparent"));
+        assert_eq!(headers(&record).len(), 6);
+    }
+
+    #[test]
+    fn ratios_have_four_decimals_and_ties_go_to_the_even_one() {
+        let ratio = |list, valuation| Delta::between(list, valuation).ratio.to_string();
+        for (list, valuation, expected) in [
+            (100_000, 100_005, "0.0000"), // 0.00005, tie to 0
+            (100_000, 100_015, "0.0002"), // 0.00015, tie to 2
+            (100_000, 100_016, "0.0002"),
+            (100_000, 100_025, "0.0002"), // 0.00025, tie to 2
+            (100_000, 99_995, "0.0000"),  // no minus zero
+            (100_000, 99_985, "-0.0002"),
+            (100_000, 99_975, "-0.0002"),
+            (3, 1, "-0.6667"),
+            (3, 5, "0.6667"),
+            (1, i64::MAX, "9223372036854775806.0000"),
+            (100, 0, "-1.0000"),
+            (0, 100, "null"),
+        ] {
+            assert_eq!(ratio(list, valuation), expected, "{valuation} for {list}");
+        }
+    }
+
+    #[test]
+    fn five_per_cent_is_exact() {
+        let assessment = |list, valuation| Delta::between(list, valuation).assessment;
+        assert_eq!(assessment(100_000, 105_000), "undervalued");
+        assert_eq!(assessment(100_000, 104_999), "fair");
+        assert_eq!(assessment(100_000, 95_000), "overvalued");
+        assert_eq!(assessment(100_000, 95_001), "fair");
+        assert_eq!(assessment(0, 50_000_000), "fair");
+        assert_eq!(assessment(0, 0), "fair");
+        assert_eq!(assessment(i64::MAX, 0), "overvalued");
+    }
+}

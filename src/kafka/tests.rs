@@ -1,0 +1,326 @@
+//! The publisher against librdkafka's mock cluster: real sockets, real protocol, failures on demand.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::RDKafkaErrorCode;
+use rdkafka::message::{Headers, Message};
+use rdkafka::mocking::MockCluster;
+use rdkafka::producer::DefaultProducerContext;
+use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
+use rdkafka::{ClientConfig, Offset, TopicPartitionList};
+use time::OffsetDateTime;
+
+use super::*;
+use crate::config;
+use crate::metrics::Metrics;
+
+const TOPIC: &str = "listing-valuations";
+const PARTITIONS: i32 = 3;
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+type Cluster = MockCluster<'static, DefaultProducerContext>;
+
+fn cluster() -> (Cluster, config::Kafka) {
+    let cluster = MockCluster::new(1).expect("a mock cluster");
+    cluster.create_topic(TOPIC, PARTITIONS, 1).expect("a topic");
+    let kafka = config::Kafka {
+        brokers: cluster.bootstrap_servers(),
+        topic: TOPIC.to_owned(),
+        partitions: PARTITIONS as u32,
+        replication_factor: 1,
+        compression: "lz4",
+        delivery_timeout: TIMEOUT,
+        page_size: 1000,
+    };
+    (cluster, kafka)
+}
+
+fn publisher(kafka: &config::Kafka) -> (Publisher, Arc<Metrics>) {
+    let metrics = Arc::new(Metrics::new());
+    (Publisher::new(kafka, Arc::clone(&metrics)).expect("a producer"), metrics)
+}
+
+/// Records of the listings 0, 1, 2 and so on.
+fn page(records: i64) -> impl Iterator<Item = Record> {
+    let run = Records::new("run-1", OffsetDateTime::UNIX_EPOCH, None);
+    (0..records).map(move |listing_id| {
+        run.record(&Valuation {
+            listing_id,
+            zip_code: 98_178,
+            list_price_cents: 1_000_000,
+            valuation_cents: 1_000_000 + listing_id,
+            confidence: 0.5,
+        })
+    })
+}
+
+/// What the topic holds, by partition and offset: keys and `ce_id`s.
+fn read_all(kafka: &config::Kafka, expected: usize) -> Vec<(String, BTreeMap<String, String>)> {
+    let consumer: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", &kafka.brokers)
+        .set("group.id", "reader")
+        .set("enable.auto.commit", "false")
+        .create()
+        .expect("a consumer");
+    let mut partitions = TopicPartitionList::new();
+    for partition in 0..PARTITIONS {
+        partitions.add_partition_offset(TOPIC, partition, Offset::Beginning).expect("an offset");
+    }
+    consumer.assign(&partitions).expect("an assignment");
+    let mut read = Vec::new();
+    let deadline = Instant::now() + TIMEOUT;
+    // Reads on for a moment after the last one expected, so that one too many is seen.
+    while Instant::now() < deadline {
+        let wait = if read.len() < expected { Duration::from_secs(1) } else { Duration::from_millis(200) };
+        match consumer.poll(wait) {
+            Some(message) => {
+                let message = message.expect("a message");
+                let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).expect("text");
+                let headers = message.headers().expect("headers");
+                let headers = headers.iter().map(|h| (h.key.to_owned(), text(h.value.expect("a value")))).collect();
+                read.push((text(message.key().expect("a key")), headers));
+            }
+            None if read.len() >= expected => break,
+            None => {}
+        }
+    }
+    read
+}
+
+#[tokio::test]
+async fn a_page_is_delivered_whole_and_can_be_read_back() {
+    let (_cluster, kafka) = cluster();
+    let (publisher, metrics) = publisher(&kafka);
+    assert_eq!(publisher.publish_page(page(500)).await, Ok(Published { records: 500 }));
+    assert_eq!(metrics.kafka_deliveries.with_label_values(&["ok"]).get(), 500);
+
+    let read = read_all(&kafka, 500);
+    let ids: BTreeMap<&str, &str> = read.iter().map(|(key, h)| (h["ce_id"].as_str(), key.as_str())).collect();
+    assert_eq!((read.len(), ids.len()), (500, 500));
+    for (key, headers) in &read {
+        let sent = page(500).find(|record| record.key == *key).expect("a record that was sent");
+        let sent: BTreeMap<String, String> = sent
+            .headers
+            .iter()
+            .map(|h| (h.key.to_owned(), String::from_utf8_lossy(h.value.expect("a value")).into_owned()))
+            .collect();
+        assert_eq!(*headers, sent);
+    }
+}
+
+#[tokio::test]
+async fn an_empty_page_is_delivered_at_once() {
+    let (_cluster, kafka) = cluster();
+    let (publisher, _) = publisher(&kafka);
+    assert_eq!(publisher.publish_page([]).await, Ok(Published { records: 0 }));
+}
+
+#[tokio::test]
+async fn errors_that_pass_are_retried_and_nothing_is_stored_twice() {
+    let (cluster, kafka) = cluster();
+    let (publisher, _) = publisher(&kafka);
+    let passing = [
+        RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION,
+        RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS,
+        RDKafkaRespErr::RD_KAFKA_RESP_ERR__TRANSPORT,
+    ];
+    cluster.request_errors(RDKafkaApiKey::Produce, &passing);
+    assert_eq!(publisher.publish_page(page(100)).await, Ok(Published { records: 100 }));
+    assert_eq!(read_all(&kafka, 100).len(), 100);
+}
+
+#[tokio::test]
+async fn a_record_that_is_too_large_is_named_and_the_others_flow() {
+    let (cluster, kafka) = cluster();
+    let (publisher, metrics) = publisher(&kafka);
+    assert_eq!(publisher.publish_page(page(1)).await, Ok(Published { records: 1 }));
+    cluster.request_errors(RDKafkaApiKey::Produce, &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE]);
+    let error = publisher.publish_page(page(1)).await.expect_err("too large");
+    assert_eq!(error.verdict, Verdict::Refused);
+    assert_eq!(error.code, RDKafkaErrorCode::MessageSizeTooLarge);
+    assert_eq!((error.delivered, error.failed, error.key.as_str()), (0, 1, "0"));
+    let text = error.to_string();
+    assert!(text.contains(TOPIC) && text.contains("key 0") && text.contains("1 of 1"), "{text}");
+    assert_eq!(metrics.kafka_deliveries.with_label_values(&["error"]).get(), 1);
+    assert_eq!(publisher.publish_page(page(10)).await, Ok(Published { records: 10 }));
+}
+
+#[tokio::test]
+async fn a_record_larger_than_the_client_allows_fails_alone() {
+    let (_cluster, kafka) = cluster();
+    let (publisher, _) = publisher(&kafka);
+    let records = page(10).map(|mut record| {
+        if record.key == "7" {
+            record.value.resize(2_000_000, b' ');
+        }
+        record
+    });
+    let error = publisher.publish_page(records).await.expect_err("too large");
+    assert_eq!((error.delivered, error.failed, error.key.as_str()), (9, 1, "7"));
+    assert_eq!(error.verdict, Verdict::Refused);
+}
+
+#[tokio::test]
+async fn a_broker_that_comes_back_gets_everything() {
+    let (cluster, kafka) = cluster();
+    let (publisher, _) = publisher(&kafka);
+    assert_eq!(publisher.publish_page(page(1)).await, Ok(Published { records: 1 }));
+    cluster.broker_down(-1).expect("down");
+    let (result, ()) = tokio::join!(publisher.publish_page(page(100)), async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        cluster.broker_up(-1).expect("up");
+    });
+    assert_eq!(result, Ok(Published { records: 100 }));
+    assert_eq!(read_all(&kafka, 101).len(), 101);
+}
+
+#[tokio::test]
+async fn a_broker_that_stays_away_is_an_error_to_retry_within_the_delivery_timeout() {
+    let (cluster, mut kafka) = cluster();
+    kafka.delivery_timeout = Duration::from_secs(1);
+    let (publisher, _) = publisher(&kafka);
+    cluster.broker_down(-1).expect("down");
+    let begin = Instant::now();
+    let error = publisher.publish_page(page(5)).await.expect_err("nobody there");
+    assert_eq!((error.verdict, error.code), (Verdict::Retry, RDKafkaErrorCode::MessageTimedOut));
+    assert_eq!((error.delivered, error.failed), (0, 5));
+    assert!(begin.elapsed() < Duration::from_secs(4), "{:?}", begin.elapsed());
+}
+
+#[tokio::test]
+async fn a_full_queue_makes_the_page_wait_and_drops_nothing() {
+    let (_cluster, kafka) = cluster();
+    let mut tiny = client::producer(&kafka);
+    tiny.set("queue.buffering.max.messages", "10");
+    let publisher = Publisher::with_client(&kafka, tiny, Arc::new(Metrics::new())).expect("a producer");
+    assert_eq!(publisher.publish_page(page(300)).await, Ok(Published { records: 300 }));
+    assert_eq!(read_all(&kafka, 300).len(), 300);
+}
+
+#[tokio::test]
+async fn a_producer_at_its_end_is_replaced() {
+    let (_cluster, kafka) = cluster();
+    let (publisher, _) = publisher(&kafka);
+    assert_eq!(publisher.publish_page(page(1)).await, Ok(Published { records: 1 }));
+    // SAFETY: the producer lives as long as the publisher, and the reason is a text that ends in zero.
+    unsafe {
+        rdkafka::bindings::rd_kafka_test_fatal_error(
+            publisher.native(),
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER,
+            c"for the test".as_ptr(),
+        );
+    }
+    let error = publisher.publish_page(page(5)).await.expect_err("the end");
+    assert_eq!((error.verdict, error.failed), (Verdict::Restarted, 5));
+    assert_eq!(publisher.publish_page(page(5)).await, Ok(Published { records: 5 }));
+}
+
+#[tokio::test]
+async fn pages_of_several_runs_are_counted_apart() {
+    let (_cluster, kafka) = cluster();
+    let (publisher, _) = publisher(&kafka);
+    let (a, b) = tokio::join!(publisher.publish_page(page(200)), publisher.publish_page(page(300)));
+    assert_eq!((a, b), (Ok(Published { records: 200 }), Ok(Published { records: 300 })));
+}
+
+#[tokio::test]
+async fn an_abandoned_page_is_flushed() {
+    let (_cluster, kafka) = cluster();
+    let (publisher, _) = publisher(&kafka);
+    let abandoned = tokio::time::timeout(Duration::ZERO, publisher.publish_page(page(50))).await;
+    assert!(abandoned.is_err());
+    assert!(publisher.flush(TIMEOUT).await);
+    assert_eq!(read_all(&kafka, 50).len(), 50);
+}
+
+#[tokio::test]
+async fn looking_at_a_topic_tells_its_partitions_and_creates_nothing() {
+    let (cluster, mut kafka) = cluster();
+    let (here, _) = publisher(&kafka);
+    assert_eq!(here.check(TIMEOUT).await, Ok(TopicInfo { partitions: 3, created: false }));
+    assert_eq!(ensure_topic(&kafka, TIMEOUT).await, Ok(TopicInfo { partitions: 3, created: false }));
+
+    kafka.topic = "no-such-topic".to_owned();
+    let (missing, _) = publisher(&kafka);
+    for _ in 0..2 {
+        let error = missing.check(TIMEOUT).await.expect_err("it does not exist").to_string();
+        for word in ["no-such-topic", kafka.brokers.as_str(), "does not exist", "write-api setup"] {
+            assert!(error.contains(word), "{word:?} is not in {error:?}");
+        }
+    }
+    drop(cluster);
+}
+
+#[tokio::test]
+async fn an_absent_broker_is_told_with_its_address_in_time() {
+    let (cluster, kafka) = cluster();
+    let (publisher, _) = publisher(&kafka);
+    cluster.broker_down(-1).expect("down");
+    let begin = Instant::now();
+    let timeout = Duration::from_millis(500);
+    let error = publisher.check(timeout).await.expect_err("nobody there").to_string();
+    assert!(error.contains(&kafka.brokers) && error.contains("no answer within 500ms"), "{error}");
+    let error = ensure_topic(&kafka, timeout).await.expect_err("nobody there").to_string();
+    assert!(error.contains(&kafka.brokers), "{error}");
+    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+}
+
+#[test]
+fn pages_are_published_from_any_thread() {
+    fn send<T: Send>(_: T) {}
+    let (_cluster, kafka) = cluster();
+    let (publisher, _) = publisher(&kafka);
+    send(publisher.publish_page(page(1)));
+}
+
+/// Pages, each made and awaited, against a loop that does nothing but produce the same bytes, made beforehand.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "measures the machine: run alone"]
+async fn rate_against_a_bare_produce_loop() {
+    const RECORDS: i64 = 170_000;
+    const PAGE: i64 = 1000;
+    let (cluster, kafka) = cluster();
+    let (publisher, _) = publisher(&kafka);
+    publisher.publish_page(page(PAGE)).await.expect("a warm connection");
+
+    let records: Vec<Record> = page(PAGE).collect();
+    let bare = bare_loop(&kafka, &records, (RECORDS / PAGE) as usize, true);
+    let bare_without_headers = bare_loop(&kafka, &records, (RECORDS / PAGE) as usize, false);
+    let begin = Instant::now();
+    for _ in 0..RECORDS / PAGE {
+        publisher.publish_page(page(PAGE)).await.expect("delivered");
+    }
+    let ours = RECORDS as f64 / begin.elapsed().as_secs_f64();
+    let begin = Instant::now();
+    let bytes: usize = page(RECORDS).map(|record| record.value.len()).sum();
+    let making = begin.elapsed() / RECORDS as u32;
+    println!("ours {ours:.0}/s, bare {bare:.0}/s, bare without headers {bare_without_headers:.0}/s");
+    println!("ratio {:.2}; making a record takes {making:?}, {} bytes", ours / bare, bytes / RECORDS as usize);
+    assert!(ours >= 0.8 * bare, "{ours:.0}/s against {bare:.0}/s");
+    drop(cluster);
+}
+
+/// Records a second, delivered; with a queue that never fills and a thread of its own for the reports.
+fn bare_loop(kafka: &config::Kafka, records: &[Record], times: usize, with_headers: bool) -> f64 {
+    use rdkafka::producer::{BaseRecord, Producer, ThreadedProducer};
+    let producer: ThreadedProducer<DefaultProducerContext> = client::producer(kafka)
+        .set("queue.buffering.max.messages", "1000000")
+        .set("queue.buffering.max.kbytes", "1048576")
+        .create()
+        .expect("a producer");
+    let begin = Instant::now();
+    for _ in 0..times {
+        for record in records {
+            let mut message = BaseRecord::to(TOPIC).key(&record.key).payload(&record.value);
+            if with_headers {
+                message = message.headers(record.headers.clone());
+            }
+            producer.send(message).map_err(|(error, _)| error).expect("room");
+        }
+    }
+    producer.flush(TIMEOUT).expect("all delivered");
+    (times * records.len()) as f64 / begin.elapsed().as_secs_f64()
+}
