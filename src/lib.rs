@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod metrics;
+pub mod partner;
 
 // The tests measure what the service measures, so they run on its allocator as well.
 #[cfg(test)]
