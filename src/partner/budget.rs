@@ -1,0 +1,226 @@
+//! What the partner can bear: calls in flight, sends a second, and the pauses it asks for. One budget for the process.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+/// How much lateness of its own the pace makes up for, by sends closer together. A timer of tokio wakes up to a
+/// millisecond late, a busy runtime some more.
+const TOLERANCE: Duration = Duration::from_millis(20);
+/// Left unused in each second, for what happens between this side's write and the partner's count.
+const SLACK: Duration = Duration::from_millis(10);
+
+/// A place among the calls in flight. Dropping it gives the place back.
+#[must_use = "the place is given back when the permit is dropped"]
+pub struct Permit {
+    _place: OwnedSemaphorePermit,
+}
+
+/// The process-wide budget.
+pub(super) struct Budget {
+    places: Arc<Semaphore>,
+    /// `None` without a limit of sends a second.
+    pace: Option<Pace>,
+    /// Nobody sends before this, in nanoseconds after `origin`; only ever moves on.
+    not_before: AtomicU64,
+    origin: Instant,
+}
+
+impl Budget {
+    /// At most `in_flight` permits at once; at most `rate_per_second` grants in any second, if there is such a limit.
+    pub(super) fn new(in_flight: usize, rate_per_second: Option<u32>) -> Self {
+        let origin = Instant::now();
+        Budget {
+            places: Arc::new(Semaphore::new(in_flight)),
+            pace: rate_per_second.map(Pace::new),
+            not_before: AtomicU64::new(0),
+            origin,
+        }
+    }
+
+    /// Waits for a place among the calls in flight, first come, first served.
+    pub(super) async fn permit(&self) -> Permit {
+        let place = Arc::clone(&self.places).acquire_owned().await;
+        Permit { _place: place.expect("the semaphore is never closed") }
+    }
+
+    /// Waits for the moment of one send, first come, first served. The send must be made in the poll that returns.
+    pub(super) async fn grant(&self) {
+        match &self.pace {
+            Some(pace) => pace.grant(self).await,
+            None => {
+                while let Some(end) = self.pause_end() {
+                    sleep_until(end).await;
+                }
+            }
+        }
+    }
+
+    /// Holds everyone's sends back for `wait` from now. Returns whether this begins a pause; a pause that is under way
+    /// becomes longer, never shorter.
+    pub(super) fn pause(&self, wait: Duration) -> bool {
+        let now = self.origin.elapsed();
+        let end = u64::try_from((now + wait).as_nanos()).unwrap_or(u64::MAX);
+        let before = self.not_before.fetch_max(end, Ordering::Relaxed);
+        u128::from(before) <= now.as_nanos()
+    }
+
+    /// The end of the pause under way, if there is one.
+    fn pause_end(&self) -> Option<Instant> {
+        let end = self.origin + Duration::from_nanos(self.not_before.load(Ordering::Relaxed));
+        (end > Instant::now()).then_some(end)
+    }
+}
+
+/// The generic cell rate algorithm, with a queue in front of it.
+///
+/// R sends are spread over one second plus [`TOLERANCE`] plus [`SLACK`]. As only [`TOLERANCE`] of lateness is ever made
+/// up, any second sees at most R sends, however the runtime stalls: of n sends the last comes no earlier than
+/// (n - 1) x interval - tolerance after the first. Time in which nobody waited earns nothing, so every burst of callers
+/// starts evenly.
+struct Pace {
+    interval: Duration,
+    /// Held by whoever is next. The lock is fair, which makes it the queue; those behind the first have no timer.
+    turn: Mutex<Turn>,
+}
+
+struct Turn {
+    /// The next send is due.
+    due: Instant,
+    timer: Pin<Box<Sleep>>,
+}
+
+impl Pace {
+    fn new(rate_per_second: u32) -> Self {
+        let spread = Duration::from_secs(1) + TOLERANCE + SLACK;
+        let now = Instant::now();
+        Pace {
+            interval: spread / rate_per_second,
+            turn: Mutex::new(Turn { due: now, timer: Box::pin(sleep_until(now)) }),
+        }
+    }
+
+    async fn grant(&self, budget: &Budget) {
+        let (mut turn, queued) = match self.turn.try_lock() {
+            Ok(turn) => (turn, false),
+            Err(_) => (self.turn.lock().await, true),
+        };
+        if !queued {
+            turn.due = turn.due.max(Instant::now());
+        }
+        let now = loop {
+            if let Some(end) = budget.pause_end() {
+                turn.due = turn.due.max(end);
+            }
+            let (now, due) = (Instant::now(), turn.due);
+            if now >= due {
+                break now;
+            }
+            turn.timer.as_mut().reset(due);
+            turn.timer.as_mut().await;
+        };
+        turn.due = turn.due.max(now.checked_sub(TOLERANCE).unwrap_or(now)) + self.interval;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The most instants within any second, its end excluded.
+    fn most_in_a_second(sends: &[Instant]) -> usize {
+        let mut most = 0;
+        let mut first = 0;
+        for (last, send) in sends.iter().enumerate() {
+            while *send - sends[first] >= Duration::from_secs(1) {
+                first += 1;
+            }
+            most = most.max(last - first + 1);
+        }
+        most
+    }
+
+    /// Grants to `callers` at once, until there are `count` of them; `stall` is called after each.
+    async fn record(rate: u32, callers: usize, count: usize, stall: impl Fn(usize)) -> Vec<Instant> {
+        let budget = Budget::new(callers, Some(rate));
+        let sends = std::cell::RefCell::new(Vec::new());
+        let callers = (0..callers).map(|_| async {
+            while sends.borrow().len() < count {
+                budget.grant().await;
+                sends.borrow_mut().push(Instant::now());
+                let number = sends.borrow().len();
+                stall(number);
+            }
+        });
+        futures::future::join_all(callers).await;
+        sends.into_inner()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_pace_is_even_from_the_first_send() {
+        for rate in [1, 5, 49] {
+            let sends = record(rate, 3, 5 * rate as usize, |_| ()).await;
+            assert!(most_in_a_second(&sends) <= rate as usize, "{rate}: {}", most_in_a_second(&sends));
+            let mean = (sends[sends.len() - 1] - sends[0]) / (5 * rate - 1);
+            let ideal = Duration::from_secs(1) / rate;
+            assert!(mean <= ideal.mul_f64(1.04), "{rate}: one send in {mean:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn no_second_sees_more_sends_than_the_rate_though_the_runtime_stalls() {
+        let stall = |number: usize| {
+            if number.is_multiple_of(400) {
+                std::thread::sleep(Duration::from_millis(60));
+            }
+        };
+        let sends = record(1000, 1000, 3000, stall).await;
+        let most = most_in_a_second(&sends);
+        assert!(most <= 1000, "{most}");
+        assert!(most > 900, "only {most} in the best second");
+    }
+
+    #[tokio::test]
+    async fn idle_time_earns_no_burst() {
+        let budget = Budget::new(100, Some(100));
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let start = Instant::now();
+        futures::future::join_all((0..5).map(|_| budget.grant())).await;
+        assert!(start.elapsed() >= Duration::from_millis(40), "{:?}", start.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pause_holds_everyone_and_ends_evenly() {
+        for rate in [Some(100), None] {
+            let budget = Budget::new(10, rate);
+            let start = Instant::now();
+            assert!(budget.pause(Duration::from_secs(2)));
+            assert!(!budget.pause(Duration::from_secs(1)), "a pause was under way");
+            futures::future::join_all((0..10).map(|_| budget.grant())).await;
+            let took = start.elapsed();
+            assert!(took >= Duration::from_secs(2) && took < Duration::from_millis(2200), "{rate:?}: {took:?}");
+            assert_eq!(took >= Duration::from_millis(2092), rate.is_some(), "{took:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_caller_that_goes_away_holds_nobody_up() {
+        let budget = Budget::new(1, Some(10));
+        budget.grant().await;
+        let permit = budget.permit().await;
+        {
+            // Both are first in their queue, and then gone.
+            let mut grant = std::pin::pin!(budget.grant());
+            let mut next_permit = std::pin::pin!(budget.permit());
+            assert!(futures::poll!(grant.as_mut()).is_pending());
+            assert!(futures::poll!(next_permit.as_mut()).is_pending());
+        }
+        drop(permit);
+        let _permit = budget.permit().await;
+        tokio::time::timeout(Duration::from_millis(150), budget.grant()).await.expect("the turn is free");
+    }
+}

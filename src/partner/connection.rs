@@ -1,0 +1,224 @@
+//! Connections to the partner: how they are opened, and the idle ones that are kept for the next call.
+
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::task::{Context as TaskContext, Poll};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use futures::task::noop_waker_ref;
+use http::Uri;
+use tokio::io::{AsyncRead, ReadBuf};
+use tokio::net::{TcpStream, lookup_host};
+use tokio::time::{Instant, timeout};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::ring};
+
+use super::http1::Io;
+
+/// How long addresses are used before they are resolved again. A thousand connections at once are one look-up.
+const RESOLVE_EVERY: Duration = Duration::from_secs(5);
+/// How long a connection is kept without a call. After an event its memory is to go back within seconds.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(3);
+/// How often idle connections are looked over, while there are any.
+const REAP_EVERY: Duration = Duration::from_secs(1);
+
+/// An open connection that carries one exchange at a time.
+pub(super) struct Connection {
+    pub(super) io: Box<dyn Io>,
+    /// Whether it has carried an exchange before: if so, the partner may have closed it meanwhile.
+    pub(super) used: bool,
+}
+
+impl Connection {
+    /// Whether nothing has arrived on it. Bytes that nobody asked for, and the end of the stream most of all, make it
+    /// useless for the next exchange.
+    pub(super) fn is_quiet(&mut self) -> bool {
+        let mut byte = [0];
+        let mut nothing = TaskContext::from_waker(noop_waker_ref());
+        matches!(Pin::new(&mut self.io).poll_read(&mut nothing, &mut ReadBuf::new(&mut byte)), Poll::Pending)
+    }
+}
+
+/// Opens connections.
+pub(super) struct Connector {
+    host: String,
+    port: u16,
+    tls: Option<(TlsConnector, ServerName<'static>)>,
+    connect_timeout: Duration,
+    addresses: tokio::sync::Mutex<Option<(Instant, Arc<[SocketAddr]>)>>,
+}
+
+impl Connector {
+    /// For the host of `base_url`. An https URL has the system's trusted certificates loaded, which takes some
+    /// milliseconds.
+    pub(super) fn new(base_url: &Uri, connect_timeout: Duration) -> anyhow::Result<Self> {
+        let https = base_url.scheme_str() == Some("https");
+        Connector::with_tls(base_url, connect_timeout, if https { Some(system_tls()?) } else { None })
+    }
+
+    fn with_tls(base_url: &Uri, connect_timeout: Duration, tls: Option<TlsConnector>) -> anyhow::Result<Self> {
+        let Some(host) = base_url.host() else {
+            bail!("partner.base_url = {base_url} names no host; give http://HOST:PORT or https://HOST");
+        };
+        // An IPv6 address has brackets in a URL only.
+        let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+        let port = base_url.port_u16().unwrap_or(if tls.is_some() { 443 } else { 80 });
+        let tls = match tls {
+            Some(connector) => {
+                let name = ServerName::try_from(host.clone())
+                    .with_context(|| format!("partner.base_url: {host} is not a name that a certificate can have"))?;
+                Some((connector, name))
+            }
+            None => None,
+        };
+        Ok(Connector { host, port, tls, connect_timeout, addresses: tokio::sync::Mutex::default() })
+    }
+
+    /// Opens a connection within the connect timeout, name look-up and TLS included. Each address of the host gets an
+    /// equal part of the time that is left, so that one which swallows packets does not hide the others.
+    pub(super) async fn connect(&self) -> anyhow::Result<Connection> {
+        let opened = timeout(self.connect_timeout, self.open()).await;
+        let opened = opened.unwrap_or_else(|_| Err(anyhow::anyhow!("timed out after {:?}", self.connect_timeout)));
+        opened.with_context(|| format!("cannot connect to the partner at {}:{}", self.host, self.port))
+    }
+
+    async fn open(&self) -> anyhow::Result<Connection> {
+        let deadline = Instant::now() + self.connect_timeout;
+        let addresses = self.resolve().await?;
+        // From any one of them on, for the load to be shared.
+        let first = fastrand::usize(..addresses.len());
+        let mut last_error = None;
+        for index in 0..addresses.len() {
+            let address = addresses[(first + index) % addresses.len()];
+            let left = (addresses.len() - index) as u32;
+            let part = deadline.saturating_duration_since(Instant::now()) / left;
+            match timeout(part, self.open_at(address)).await {
+                Ok(Ok(io)) => return Ok(Connection { io, used: false }),
+                Ok(Err(error)) => last_error = Some(error.context(address)),
+                Err(_) => last_error = Some(anyhow::anyhow!("{address}: timed out after {part:?}")),
+            }
+        }
+        // They may all be old.
+        *self.addresses.lock().await = None;
+        Err(last_error.expect("a name resolves to one address at least"))
+    }
+
+    async fn open_at(&self, address: SocketAddr) -> anyhow::Result<Box<dyn Io>> {
+        let tcp = TcpStream::connect(address).await?;
+        // A call is one small write that must not wait for company.
+        tcp.set_nodelay(true)?;
+        Ok(match &self.tls {
+            Some((connector, name)) => {
+                Box::new(connector.connect(name.clone(), tcp).await.context("TLS handshake failed")?)
+            }
+            None => Box::new(tcp),
+        })
+    }
+
+    async fn resolve(&self) -> anyhow::Result<Arc<[SocketAddr]>> {
+        let mut known = self.addresses.lock().await;
+        if let Some((resolved, addresses)) = &*known
+            && resolved.elapsed() < RESOLVE_EVERY
+        {
+            return Ok(Arc::clone(addresses));
+        }
+        let found = lookup_host((self.host.as_str(), self.port)).await.context("the name does not resolve")?;
+        let addresses: Arc<[SocketAddr]> = found.collect();
+        if addresses.is_empty() {
+            bail!("the name resolves to no address");
+        }
+        *known = Some((Instant::now(), Arc::clone(&addresses)));
+        Ok(addresses)
+    }
+}
+
+/// TLS with the certificates that the system trusts.
+fn system_tls() -> anyhow::Result<TlsConnector> {
+    let mut roots = RootCertStore::empty();
+    let loaded = rustls_native_certs::load_native_certs();
+    roots.add_parsable_certificates(loaded.certs);
+    if roots.is_empty() {
+        let errors: Vec<String> = loaded.errors.iter().map(ToString::to_string).collect();
+        bail!(
+            "partner.base_url is https and no trusted certificate was found ({}); install ca-certificates",
+            errors.join("; ")
+        );
+    }
+    tls(roots)
+}
+
+fn tls(roots: RootCertStore) -> anyhow::Result<TlsConnector> {
+    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Ok(TlsConnector::from(Arc::new(config)))
+}
+
+/// The idle connections. The last one returned is the first one taken, so that those at the bottom get old and go.
+#[derive(Default)]
+pub(super) struct Pool {
+    idle: Mutex<Idle>,
+}
+
+#[derive(Default)]
+struct Idle {
+    /// Oldest first.
+    connections: Vec<(Instant, Connection)>,
+    /// Whether a task looks after them.
+    reaping: bool,
+}
+
+impl Pool {
+    /// The connection that was used last and is still good.
+    pub(super) fn take(&self) -> Option<Connection> {
+        loop {
+            let (_, mut connection) = self.lock().connections.pop()?;
+            if connection.is_quiet() {
+                return Some(connection);
+            }
+        }
+    }
+
+    /// Keeps a connection whose last exchange is complete.
+    pub(super) fn put(self: &Arc<Self>, connection: Connection) {
+        let mut idle = self.lock();
+        idle.connections.push((Instant::now(), connection));
+        if !std::mem::replace(&mut idle.reaping, true) {
+            tokio::spawn(Pool::reap(Arc::downgrade(self)));
+        }
+    }
+
+    /// Closes connections that have been idle for long. Ends with the last of them, so that an idle service has no
+    /// timer here.
+    async fn reap(pool: Weak<Pool>) {
+        loop {
+            tokio::time::sleep(REAP_EVERY).await;
+            let Some(pool) = pool.upgrade() else { return };
+            let Some(expired) = pool.expired() else { return };
+            for connection in expired {
+                drop(connection);
+                // Closing a thousand sockets takes some milliseconds, which others may need.
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+
+    /// Removes those that have been idle for long; `None` if there is nothing to look after any more.
+    fn expired(&self) -> Option<Vec<(Instant, Connection)>> {
+        let mut idle = self.lock();
+        if idle.connections.is_empty() {
+            *idle = Idle::default();
+            return None;
+        }
+        let count = idle.connections.partition_point(|(since, _)| since.elapsed() >= IDLE_TIMEOUT);
+        Some(idle.connections.drain(..count).collect())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Idle> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,185 @@
+//! The partner: another team's HTTP API that values one listing a call.
+//!
+//! A caller waits for a [`Permit`], makes the future of a [`Partner::valuation`] and gets a [`Verdict`]. All that can go
+//! wrong on the way is handled inside:
+//!
+//! - [`budget`]: the partner's limits, calls in flight and sends a second, and the pauses it asks for;
+//! - [`breaker`]: suspends everyone while the partner as a whole is at fault;
+//! - [`retry`]: what an answer means, and how often a listing is tried;
+//! - [`client`]: one try; [`connection`] and [`credential`] are what it needs, [`http1`] and [`wire`] what it speaks.
+//!
+//! One [`Partner`] serves all events of the process, because the limits are the process's. A listing keeps its permit
+//! while it waits to be tried again: permits bound how many listings are held in memory, and a partner that fails is
+//! called less.
+
+mod breaker;
+mod budget;
+mod client;
+mod connection;
+mod credential;
+mod http1;
+mod retry;
+mod wire;
+
+use std::fmt;
+use std::sync::Arc;
+
+use http::StatusCode;
+
+pub use breaker::BreakerState;
+pub use budget::Permit;
+pub use wire::{Request, RunKey};
+
+use breaker::{Breaker, Sign};
+use budget::Budget;
+use client::Client;
+use retry::{Failure, Outcome, Patience};
+
+use crate::config;
+use crate::metrics::Metrics;
+
+/// The most of a [`Verdict::Failed`]'s reason, in bytes.
+const MAX_REASON_BYTES: usize = 200;
+
+/// The partner's client, one for the process. Cheap to clone.
+#[derive(Clone)]
+pub struct Partner {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    settings: config::Partner,
+    budget: Budget,
+    breaker: Breaker,
+    client: Client,
+}
+
+/// How a listing ended: it is in one of two terminal states.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Verdict {
+    /// The partner valued it.
+    Valued {
+        /// In US cents, never negative.
+        valuation_cents: i64,
+        /// From 0 to 1.
+        confidence: f64,
+    },
+    /// It has no valuation and gets none in this run.
+    Failed {
+        /// Why, for people; at most 200 bytes.
+        reason: String,
+    },
+}
+
+impl Partner {
+    /// Connects to nothing yet. An error is about the settings: a credential or certificates that cannot be read.
+    pub fn new(config: &config::Partner, metrics: Arc<Metrics>) -> anyhow::Result<Partner> {
+        let shared = Shared {
+            settings: config.clone(),
+            budget: Budget::new(config.in_flight, config.rate_per_second),
+            breaker: Breaker::new(metrics.partner_breaker_open.clone()),
+            client: Client::new(config, &metrics)?,
+        };
+        Ok(Partner { shared: Arc::new(shared) })
+    }
+
+    /// Waits for a place among the calls in flight, first come, first served. To keep memory bounded, get the permit
+    /// before anything is made for the call.
+    pub async fn permit(&self) -> Permit {
+        self.shared.budget.permit().await
+    }
+
+    /// The partner's verdict on one listing. Tries, backoff, pacing and the breaker are inside; each try carries the same
+    /// idempotency key.
+    ///
+    /// It takes as long as it takes: while the partner as a whole is at fault it waits, and no listing fails. Drop the
+    /// future to give up; a call that is under way then loses its connection, and the permit is free. A future that is
+    /// kept must be polled, since it may be the one whose turn it is.
+    pub async fn valuation(&self, permit: Permit, run: &RunKey, request: Request) -> Verdict {
+        // Held to the end, backoff included.
+        let _permit = permit;
+        let Shared { settings, budget, breaker, client } = &*self.shared;
+        let mut patience = Patience::new(settings);
+        loop {
+            let pass = breaker.admit().await;
+            let attempt = client.attempt(budget, breaker, &pass, run, &request, patience.next_timeout()).await;
+            let failure = match attempt.outcome {
+                Outcome::Valued(valuation) => {
+                    breaker.record(&pass, Sign::Working, &"");
+                    return Verdict::Valued {
+                        valuation_cents: valuation.valuation_cents,
+                        confidence: valuation.confidence,
+                    };
+                }
+                Outcome::Refused(status) => {
+                    breaker.record(&pass, Sign::Working, &"");
+                    return Verdict::Failed { reason: format!("partner answered {}", status.as_u16()) };
+                }
+                Outcome::Withdrawn => continue,
+                Outcome::Fault(status) => {
+                    breaker.record(&pass, Sign::Fault, &FaultAdvice(status));
+                    continue;
+                }
+                Outcome::Failed(failure) => failure,
+            };
+            let sign = if matches!(failure, Failure::Connect(_)) { Sign::Unconnected } else { Sign::Failed };
+            let charged = breaker.record(&pass, sign, &failure);
+            // The probe is over, if it was one; the next may be somebody else's.
+            drop(pass);
+            self.pause_everyone(&failure, patience.tries() + 1);
+            if !charged {
+                continue;
+            }
+            match patience.charge(attempt.took) {
+                Some(backoff) => tokio::time::sleep(backoff).await,
+                None => return Verdict::Failed { reason: final_reason(&failure, patience.tries()) },
+            }
+        }
+    }
+
+    /// Whether calls are made, and if not, why.
+    pub fn breaker_state(&self) -> BreakerState {
+        self.shared.breaker.state()
+    }
+
+    /// Checks that a connection to the partner can be opened, its name resolved and TLS set up; sends nothing. The error
+    /// names the address and what went wrong.
+    pub async fn reach(&self) -> anyhow::Result<()> {
+        self.shared.client.reach().await
+    }
+
+    /// Honours what an answer asks of everyone: the pause of its `Retry-After`, and a backoff after a 429 without one.
+    fn pause_everyone(&self, failure: &Failure, attempt: u32) {
+        let wait = match failure {
+            Failure::Status(_, Some(wait)) => *wait,
+            Failure::Status(StatusCode::TOO_MANY_REQUESTS, None) => self.shared.settings.retry.wait(attempt),
+            _ => return,
+        };
+        if self.shared.budget.pause(wait) {
+            tracing::info!(pause_seconds = wait.as_secs_f64(), "the partner asked for a pause: {failure}");
+        }
+    }
+}
+
+/// Why a listing failed after its last try.
+fn final_reason(failure: &Failure, tries: u32) -> String {
+    let mut reason = failure.to_string();
+    let suffix = format!(" ({tries} tries)");
+    reason.truncate(reason.floor_char_boundary(MAX_REASON_BYTES - suffix.len()));
+    reason + &suffix
+}
+
+/// A status that is the fault of no listing, and where to look.
+struct FaultAdvice(StatusCode);
+
+impl fmt::Display for FaultAdvice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let advice = match self.0.as_u16() {
+            401 | 403 | 407 => "check partner.credential_header and the content of partner.credential_file",
+            300..=399 => "redirects are not followed, set partner.base_url to where the API is",
+            405 => "check partner.base_url",
+            _ => "ask the partner's team what changed",
+        };
+        write!(f, "partner answered {}; {advice}", self.0.as_u16())
+    }
+}
