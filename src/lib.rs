@@ -1,5 +1,6 @@
 //! WriteApi: an SQS event worker whose memory follows concurrency, never rows.
 
+pub mod admin;
 pub mod config;
 pub mod health;
 pub mod kafka;
