@@ -219,6 +219,20 @@ async fn a_producer_at_its_end_is_replaced() {
 }
 
 #[tokio::test]
+async fn the_producer_is_idempotent() {
+    let (cluster, kafka) = cluster();
+    let (publisher, _) = publisher(&kafka);
+    // Only an idempotent producer asks for an id, and it sends nothing without one.
+    cluster.request_errors(
+        RDKafkaApiKey::InitProducerId,
+        &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_CLUSTER_AUTHORIZATION_FAILED],
+    );
+    let error = publisher.publish_page(page(1)).await.expect_err("no id");
+    assert_eq!(error.verdict, Verdict::Restarted);
+    assert_eq!(publisher.publish_page(page(1)).await, Ok(Published { records: 1 }));
+}
+
+#[tokio::test]
 async fn pages_of_several_runs_are_counted_apart() {
     let (_cluster, kafka) = cluster();
     let (publisher, _) = publisher(&kafka);
