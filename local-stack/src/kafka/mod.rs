@@ -1,0 +1,119 @@
+//! A Kafka broker on 127.0.0.1: librdkafka's mock cluster, hosted by this program in a process of its own, so that it
+//! neither shares a fate nor a CPU account with those who use it.
+//!
+//! It speaks the real protocol and keeps everything in memory. What it lacks: topics can't be created by Kafka's own
+//! admin calls (hence [`Kafka::create_topic`]), aborted transactions are readable, and **each partition keeps its
+//! newest 5 MiB only**, dropping older records silently. A consumer that checks results must read while they are
+//! written: see [`KafkaTap`].
+
+mod host;
+mod tap;
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+pub use host::host;
+pub use tap::{KafkaTap, TapRecord};
+
+use crate::process::{Ending, Process};
+use crate::{http_client, machine};
+
+/// From the start of the process to its addresses.
+const START_LIMIT: Duration = Duration::from_secs(30);
+
+/// Where a broker process is found; it prints this as one line of JSON.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Addresses {
+    /// host:port for Kafka clients.
+    pub bootstrap: String,
+    /// http://host:port, which takes an [`Order`] as JSON by POST.
+    pub control: String,
+}
+
+/// What a broker process can be told.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "order", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Order {
+    /// Make a topic. Making one that exists already does nothing.
+    CreateTopic {
+        /// Its name.
+        name: String,
+        /// How many partitions it has.
+        partitions: i32,
+    },
+    /// Close all connections and accept no new ones.
+    GoDown,
+    /// Accept connections again.
+    ComeUp,
+    /// Delay every answer.
+    Delay {
+        /// The round trip, in milliseconds.
+        milliseconds: u64,
+    },
+    /// Refuse the next produce requests, one error each.
+    FailProduce {
+        /// The errors, first to last.
+        errors: Vec<ProduceError>,
+    },
+}
+
+/// How a produce request fails.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProduceError {
+    /// The partition moved to another broker. Clients retry.
+    NotLeader,
+    /// Too few replicas answered in time. Clients retry.
+    TimedOut,
+    /// The record is larger than the broker takes. Final.
+    TooLarge,
+    /// No answer: the connection is closed. Clients retry.
+    Disconnect,
+}
+
+/// A running broker process. Stopped when dropped.
+#[derive(Debug)]
+pub struct Kafka {
+    process: Process,
+    addresses: Addresses,
+}
+
+impl Kafka {
+    pub(crate) async fn start(scratch: &Path) -> Result<Self> {
+        let mut command = Command::new(machine::workspace_binary("local-stack")?);
+        command.arg("kafka");
+        let printed = scratch.join("kafka.addresses");
+        let output = File::create(&printed).with_context(|| format!("cannot make {}", printed.display()))?;
+        let log = scratch.join("kafka.log");
+        let process = Process::spawn("the Kafka broker", command, &log, Some(output), Ending::AT_ONCE)?;
+        let probe = async || serde_json::from_slice(&fs::read(&printed).ok()?).ok();
+        let addresses = process.ready(START_LIMIT, probe).await?;
+        Ok(Self { process, addresses })
+    }
+
+    /// host:port for Kafka clients.
+    #[must_use]
+    pub fn bootstrap(&self) -> &str {
+        &self.addresses.bootstrap
+    }
+
+    /// Makes a topic, unless it exists.
+    pub async fn create_topic(&self, name: &str, partitions: i32) -> Result<()> {
+        self.order(&Order::CreateTopic { name: name.to_owned(), partitions }).await
+    }
+
+    /// Gives the broker an order. It serves all users of this stack: a test that takes it down needs a stack, or a
+    /// test binary, of its own.
+    pub async fn order(&self, order: &Order) -> Result<()> {
+        http_client::post_json(&self.addresses.control, order).await.map(drop)
+    }
+
+    pub(crate) fn process(&self) -> &Process {
+        &self.process
+    }
+}

@@ -1,0 +1,44 @@
+//! What the service needs around it, on one machine without Docker: PostgreSQL, SQS, Kafka and the partner.
+//!
+//! The demo and the integration tests are built on this crate; the service never links it. In reading order:
+//!
+//! - [`Stack`] starts the three servers, [`shared`] once for a whole test binary;
+//! - [`Environment`] holds the `WRITE_API_*` variables that point a service at them, isolated from all others;
+//! - [`PartnerStub`] answers the service's calls, well or badly, and counts them;
+//! - [`KafkaTap`] reads what the service published;
+//! - [`Process`] starts a child that never outlives this process;
+//! - [`http_client`] asks a server one thing.
+//!
+//! ```no_run
+//! # async fn example() -> anyhow::Result<()> {
+//! use local_stack::{Behaviour, PartnerStub};
+//!
+//! let stack = local_stack::shared().await?;
+//! let partner = PartnerStub::start(Behaviour { latency_ms: 20, ..Behaviour::default() })?;
+//! let mut environment = stack.environment(&partner).await?;
+//! environment.set("queue.visibility_timeout", "5s");
+//! let service = std::process::Command::new("write-api").arg("serve").envs(environment.variables());
+//! # Ok(())
+//! # }
+//! ```
+
+mod environment;
+pub mod http_client;
+pub mod kafka;
+mod machine;
+pub mod partner;
+mod postgres;
+mod process;
+mod python;
+mod scratch;
+mod sqs;
+mod stack;
+
+pub use environment::{Environment, Names};
+pub use kafka::{Kafka, KafkaTap, TapRecord};
+pub use machine::{cache_directory, free_port, workspace_binary};
+pub use partner::{Behaviour, PartnerStub};
+pub use postgres::{Postgres, PostgresOptions};
+pub use process::{Ending, Process};
+pub use sqs::Sqs;
+pub use stack::{Stack, StackOptions, shared};

