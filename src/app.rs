@@ -13,7 +13,7 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::config::{self, Config};
+use crate::config::Config;
 use crate::db::{self, Database, runs};
 use crate::events::relay::{self, Relay};
 use crate::events::{Events, LaneQueues, lane};
@@ -39,6 +39,9 @@ const KAFKA_LOOK: Duration = Duration::from_secs(4);
 /// The longest that an admin page may take.
 const ADMIN_PAGE: Duration = Duration::from_secs(10);
 
+/// The longest that a profile may take, with the reading of it.
+const PROFILE: Duration = Duration::from_secs(120);
+
 /// The keeper passes at least once a second when all is well; its calls are bounded by fractions of the visibility.
 const KEEPER_SILENCE: Duration = Duration::from_secs(60);
 
@@ -52,6 +55,11 @@ pub struct App {
     publisher: Publisher,
     keeper: Arc<Keeper>,
     events: Arc<Events>,
+    listeners: Option<Listeners>,
+}
+
+/// Bound before anything starts, so that an address in use is a start-up error.
+struct Listeners {
     admin: TcpListener,
     profiling: Option<TcpListener>,
 }
@@ -61,11 +69,8 @@ impl App {
     pub async fn build(config: Config) -> anyhow::Result<App> {
         let metrics = Arc::new(Metrics::new());
         let health = Health::new();
-        let admin = admin::bind("admin.listen", config.admin.listen).await?;
-        let profiling = match config.profiling.enabled {
-            true => Some(admin::bind("profiling.listen", config.profiling.listen).await?),
-            false => None,
-        };
+        profiling::sample_allocations(config.profiling.enabled)?;
+        let listeners = Listeners::bind(&config).await?;
         let database = Database::new(&config.database)?;
         let sqs = Sqs::new(&config.aws, &config.queue, metrics.clone()).await;
         let keeper = Keeper::start(KeeperSettings {
@@ -104,19 +109,19 @@ impl App {
             publisher,
             keeper: Arc::new(keeper),
             events,
-            admin,
-            profiling,
+            listeners: Some(listeners),
             config,
         })
     }
 
     /// Runs until `stop` is ready, then stops in order. Returns within the grace period from then on.
-    pub async fn run(self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+    pub async fn run(mut self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
         let (source, draining) = StopSource::new();
         let (last_source, last) = StopSource::new();
         let mut pages = JoinSet::new();
         let mut watchers = JoinSet::new();
-        self.start_pages(&mut pages, &last);
+        let listeners = self.listeners.take().expect("taken once, here");
+        self.start_pages(listeners, &mut pages, &last);
         self.start_watchers(&mut watchers);
         let mut lanes = self.start_lanes(&draining);
         let relay = tokio::spawn(self.relay(last.clone()).run());
@@ -143,7 +148,9 @@ impl App {
             join_all(&mut lanes).await;
             watchers.shutdown().await;
             if !self.publisher.flush(left).await {
-                tracing::warn!("Kafka did not take every record in time; their cursor has not moved, so they are sent again");
+                tracing::warn!(
+                    "Kafka did not take every record in time; their cursor has not moved, so they are sent again"
+                );
             }
             last_source.drain(left);
             // A committed outbox row is relayed before the process ends, though another process would do it too.
@@ -229,8 +236,30 @@ impl App {
         });
     }
 
-    fn start_pages(&self, pages: &mut JoinSet<()>, stop: &Stop) {
-        todo!()
+    fn start_pages(&self, listeners: Listeners, pages: &mut JoinSet<()>, stop: &Stop) {
+        let router = admin::router(self.health.clone(), self.metrics.clone());
+        let last = stop.clone();
+        pages.spawn(admin::serve(listeners.admin, router, ADMIN_PAGE, async move { last.draining().await }));
+        if let Some(listener) = listeners.profiling {
+            let router = profiling::router(&self.config.profiling);
+            let last = stop.clone();
+            pages.spawn(admin::serve(listener, router, PROFILE, async move { last.draining().await }));
+        }
+    }
+}
+
+impl Listeners {
+    async fn bind(config: &Config) -> anyhow::Result<Self> {
+        let admin = admin::bind("admin.listen", config.admin.listen).await?;
+        tracing::info!(address = %admin.local_addr()?, "health and metrics at /livez, /readyz, /metrics");
+        let profiling = match config.profiling.enabled {
+            true => Some(admin::bind("profiling.listen", config.profiling.listen).await?),
+            false => None,
+        };
+        if let Some(listener) = &profiling {
+            tracing::info!(address = %listener.local_addr()?, "profiles at /debug/pprof/");
+        }
+        Ok(Listeners { admin, profiling })
     }
 }
 

@@ -20,9 +20,13 @@ const CONFIGURATION: u8 = 78;
 
 /// An SQS event worker: listings in, valuations from the partner, results to Kafka.
 #[derive(Debug, Parser)]
-#[command(name = "write-api", version, after_help = "Settings: a TOML file (--config) and WRITE_API_* variables; \
+#[command(
+    name = "write-api",
+    version,
+    after_help = "Settings: a TOML file (--config) and WRITE_API_* variables; \
 config/default.toml lists them all. The minimum for `serve`:\n  WRITE_API_DATABASE_URL=postgres://…  \
-WRITE_API_PARTNER_BASE_URL=https://…  WRITE_API_KAFKA_BROKERS=host:9092")]
+WRITE_API_PARTNER_BASE_URL=https://…  WRITE_API_KAFKA_BROKERS=host:9092"
+)]
 struct Cli {
     /// A TOML file with settings; the environment overrides it. Also WRITE_API_CONFIG.
     #[arg(long, global = true, value_name = "FILE")]
@@ -96,9 +100,7 @@ pub fn run() -> ExitCode {
 
 /// The environment as text. A variable of ours that is not UTF-8 is passed on mangled, and refused by name as a value.
 fn environment() -> impl Iterator<Item = (String, String)> {
-    std::env::vars_os().map(|(name, value)| {
-        (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned())
-    })
+    std::env::vars_os().map(|(name, value)| (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned()))
 }
 
 fn block_on(verb: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {

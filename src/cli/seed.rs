@@ -54,7 +54,10 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
         listing.attributes = Some(attributes(&listing));
         chunk.push(listing);
         if chunk.len() == CHUNK || number + 1 == wanted {
-            new += database.insert_listings(&chunk, SEEDED_AT, SEED_ID).await.context("is the schema there? `write-api migrate`")?;
+            new += database
+                .insert_listings(&chunk, SEEDED_AT, SEED_ID)
+                .await
+                .context("is the schema there? `write-api migrate`")?;
             chunk.clear();
         }
     }

@@ -152,13 +152,25 @@ impl Layers {
             Some(nearest) => format!("remove it, or did you mean {nearest}?"),
             None => "remove it".to_owned(),
         };
-        self.errors.push(ConfigError { key, source: Some(source), problem: "is not a known setting".to_owned(), fix, missing: false });
+        self.errors.push(ConfigError {
+            key,
+            source: Some(source),
+            problem: "is not a known setting".to_owned(),
+            fix,
+            missing: false,
+        });
     }
 
     /// Notes an error about `key`, naming where its value came from.
     pub fn error(&mut self, key: &str, problem: impl Into<String>, fix: impl Into<String>) {
         let source = self.entries.get(key).map(|entry| entry.source.clone());
-        self.errors.push(ConfigError { key: key.to_owned(), source, problem: problem.into(), fix: fix.into(), missing: false });
+        self.errors.push(ConfigError {
+            key: key.to_owned(),
+            source,
+            problem: problem.into(),
+            fix: fix.into(),
+            missing: false,
+        });
     }
 
     /// Notes that `key` has no value.

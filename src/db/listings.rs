@@ -7,7 +7,7 @@ use sqlx::types::Json;
 use time::{Date, OffsetDateTime};
 
 use super::runs::Set;
-use super::{Database, DbError};
+use super::{Database, DbError, run};
 
 /// One home for sale as an event brings it. What is `None` was not in the event and stays as it is.
 #[derive(Debug, Clone, Deserialize)]
@@ -90,7 +90,7 @@ impl Database {
     ) -> Result<bool, DbError> {
         let l = listing;
         let attributes = l.attributes.as_ref().map(Json);
-        self.run("the upsert of a listing", async |connection| {
+        run!(self, "the upsert of a listing", connection => {
             let done = sqlx::query!(
                 r#"
                 INSERT INTO listings AS present (
@@ -147,7 +147,6 @@ impl Database {
             .await?;
             Ok(done.rows_affected() == 1)
         })
-        .await
     }
 
     /// The next listings of `set` past `cursor`, at most `limit`, in the order of their ids. A `resumed` run gets only
@@ -161,7 +160,7 @@ impl Database {
     ) -> Result<Vec<PageRow>, DbError> {
         let run_id = resumed.then_some(set.run_id.as_str());
         let limit = limit.get() as i64;
-        self.run("a page of listings", async |connection| match &set.zip_codes {
+        run!(self, "a page of listings", connection => { match &set.zip_codes {
             None => {
                 sqlx::query_as!(
                     PageRow,
@@ -214,8 +213,7 @@ impl Database {
                 .fetch_all(connection)
                 .await
             }
-        })
-        .await
+        } })
     }
 
     /// Loads many listings in one statement; those that exist already stay as they are. Returns how many are new.
@@ -226,7 +224,7 @@ impl Database {
         event_id: &str,
     ) -> Result<u64, DbError> {
         let column = Columns::of(listings);
-        self.run("the bulk load of listings", async |connection| {
+        run!(self, "the bulk load of listings", connection => {
             let done = sqlx::query!(
                 r#"
                 INSERT INTO listings (
@@ -267,7 +265,6 @@ impl Database {
             .await?;
             Ok(done.rows_affected())
         })
-        .await
     }
 }
 

@@ -3,7 +3,7 @@
 //! Every statement is bounded twice (the server's `statement_timeout` and a client-side bound, since a connection whose
 //! peer vanished would otherwise be waited for until the kernel gives up), and every statement may be repeated: what it
 //! writes is keyed by event, run or listing, so a repeat after a lost answer changes nothing. That is why
-//! [`Database::run`] can retry whatever failed for a reason that passes.
+//! `run!` can retry whatever failed for a reason that passes.
 
 pub mod listings;
 pub mod outbox;
@@ -13,7 +13,9 @@ pub mod valuations;
 
 use std::time::Duration;
 
-use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
+use sqlx::Postgres;
+use sqlx::pool::PoolConnection;
+use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use tokio::time::{Instant, timeout};
 
 use crate::config::{self, Backoff};
@@ -93,47 +95,75 @@ impl Database {
         self.pool.close().await;
     }
 
-    /// Runs `work` on a connection, bounded, and again while the failure is one that passes. `what` names the work in
-    /// errors. `work` must be repeatable.
-    async fn run<T>(
-        &self,
-        what: &'static str,
-        work: impl AsyncFn(&mut PgConnection) -> sqlx::Result<T>,
-    ) -> Result<T, DbError> {
-        let deadline = Instant::now() + RETRY_FOR;
-        let mut attempt = 1;
-        loop {
-            let source = match self.once(&work).await {
-                Ok(value) => return Ok(value),
-                Err(error) => error,
-            };
-            match class(&source) {
-                Class::Refused => return Err(DbError::Refused { what, source }),
-                Class::Passing if Instant::now() < deadline => {
-                    tracing::debug!(what, attempt, error = %source, "statement failed, trying again");
-                    tokio::time::sleep(RETRY.wait(attempt)).await;
-                    attempt += 1;
-                }
-                Class::Passing | Class::Other => return Err(DbError::Unavailable { what, source }),
-            }
-        }
+    /// A connection of the pool, within `database.acquire_timeout`.
+    async fn connection(&self) -> sqlx::Result<PoolConnection<Postgres>> {
+        self.pool.acquire().await
     }
 
-    async fn once<T>(&self, work: &impl AsyncFn(&mut PgConnection) -> sqlx::Result<T>) -> sqlx::Result<T> {
-        let mut connection = self.pool.acquire().await?;
-        let result = match timeout(self.bound, work(&mut connection)).await {
-            Ok(result) => result,
-            Err(_) => Err(sqlx::Error::Io(std::io::Error::new(
-                std::io::ErrorKind::TimedOut,
-                format!("no answer within {:?}", self.bound),
-            ))),
-        };
-        if let Err(error) = &result
-            && spoils_connection(error)
-        {
-            connection.close_on_drop();
+    /// The client-side bound on a statement.
+    async fn bounded<T>(&self, work: impl Future<Output = sqlx::Result<T>>) -> sqlx::Result<T> {
+        timeout(self.bound, work).await.unwrap_or_else(|_| {
+            let problem = format!("no answer within {:?}", self.bound);
+            Err(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, problem)))
+        })
+    }
+}
+
+/// Runs statements on a connection, bounded, and again while they fail for a reason that passes: `run!(database, "what
+/// it is, for errors", connection => { … })`. The block gives a `sqlx::Result` and must be repeatable. A macro, because a
+/// function that takes an async closure would not be `Send` (rust-lang/rust#110338).
+macro_rules! run {
+    ($database:expr, $what:literal, $connection:ident => $work:block) => {{
+        let mut tries = $crate::db::Tries::new($what);
+        loop {
+            let result = match $database.connection().await {
+                Ok(mut pooled) => {
+                    let $connection: &mut sqlx::postgres::PgConnection = &mut pooled;
+                    let result = $database.bounded(async { $work }).await;
+                    if $crate::db::spoils_connection(result.as_ref().err()) {
+                        pooled.close_on_drop();
+                    }
+                    result
+                }
+                Err(error) => Err(error),
+            };
+            if let Some(end) = tries.judge(result).await {
+                break end;
+            }
         }
-        result
+    }};
+}
+use run;
+
+/// The tries of one piece of work.
+struct Tries {
+    what: &'static str,
+    deadline: Instant,
+    attempt: u32,
+}
+
+impl Tries {
+    fn new(what: &'static str) -> Self {
+        Tries { what, deadline: Instant::now() + RETRY_FOR, attempt: 1 }
+    }
+
+    /// The end of the matter, or `None`, after a wait, if it should be tried again.
+    async fn judge<T>(&mut self, result: sqlx::Result<T>) -> Option<Result<T, DbError>> {
+        let what = self.what;
+        let source = match result {
+            Ok(value) => return Some(Ok(value)),
+            Err(source) => source,
+        };
+        match class(&source) {
+            Class::Refused => Some(Err(DbError::Refused { what, source })),
+            Class::Passing if Instant::now() < self.deadline => {
+                tracing::debug!(what, attempt = self.attempt, error = %source, "statement failed, trying again");
+                tokio::time::sleep(RETRY.wait(self.attempt)).await;
+                self.attempt += 1;
+                None
+            }
+            Class::Passing | Class::Other => Some(Err(DbError::Unavailable { what, source })),
+        }
     }
 }
 
@@ -180,12 +210,12 @@ fn class(error: &sqlx::Error) -> Class {
 
 /// Whether the connection must not be used again. A read-only server is one that lost its role: the next connection may
 /// find the new primary.
-fn spoils_connection(error: &sqlx::Error) -> bool {
+fn spoils_connection(error: Option<&sqlx::Error>) -> bool {
     match error {
-        sqlx::Error::Database(error) => {
+        Some(sqlx::Error::Database(error)) => {
             error.code().is_some_and(|code| code == "25006" || code.starts_with("57P") || code.starts_with("08"))
         }
-        sqlx::Error::Io(_) | sqlx::Error::Protocol(_) => true,
+        Some(sqlx::Error::Io(_) | sqlx::Error::Protocol(_)) => true,
         _ => false,
     }
 }

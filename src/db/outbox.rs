@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use super::{Database, DbError};
+use super::{Database, DbError, run};
 
 /// A row that this relay claimed.
 #[derive(Debug, Clone)]
@@ -29,7 +29,7 @@ pub struct Backlog {
 impl Database {
     /// Claims up to `limit` rows that nobody else has claimed, the oldest first, for `claim`.
     pub async fn claim_outbox(&self, relay: Uuid, limit: i64, claim: Duration) -> Result<Vec<OutboxRow>, DbError> {
-        self.run("a claim of outbox rows", async |connection| {
+        run!(self, "a claim of outbox rows", connection => {
             // SKIP LOCKED: two relays take different rows. Never a cursor over a sequence: that skips late commits.
             sqlx::query_as!(
                 OutboxRow,
@@ -51,12 +51,11 @@ impl Database {
             .fetch_all(connection)
             .await
         })
-        .await
     }
 
     /// Marks rows as sent. A row that another relay sent meanwhile stays as that one marked it.
     pub async fn mark_sent(&self, event_ids: &[Uuid]) -> Result<(), DbError> {
-        self.run("the marking of sent outbox rows", async |connection| {
+        run!(self, "the marking of sent outbox rows", connection => {
             sqlx::query!(
                 "UPDATE outbox SET sent_at = clock_timestamp() WHERE event_id = ANY ($1) AND sent_at IS NULL",
                 event_ids,
@@ -65,12 +64,11 @@ impl Database {
             .await?;
             Ok(())
         })
-        .await
     }
 
     /// Gives claimed rows back at once, because sending them failed.
     pub async fn unclaim_outbox(&self, relay: Uuid, event_ids: &[Uuid]) -> Result<(), DbError> {
-        self.run("the return of outbox rows", async |connection| {
+        run!(self, "the return of outbox rows", connection => {
             sqlx::query!(
                 "UPDATE outbox SET claimed_by = NULL, claimed_until = NULL
                  WHERE event_id = ANY ($2) AND claimed_by = $1 AND sent_at IS NULL",
@@ -81,12 +79,11 @@ impl Database {
             .await?;
             Ok(())
         })
-        .await
     }
 
     /// How much waits, for the metrics.
     pub async fn outbox_backlog(&self) -> Result<Backlog, DbError> {
-        self.run("a look at the outbox", async |connection| {
+        run!(self, "a look at the outbox", connection => {
             sqlx::query_as!(
                 Backlog,
                 r#"
@@ -98,6 +95,5 @@ impl Database {
             .fetch_one(connection)
             .await
         })
-        .await
     }
 }

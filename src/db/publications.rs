@@ -6,7 +6,7 @@ use sqlx::Connection;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{Database, DbError};
+use super::{Database, DbError, run};
 
 /// A publication that this process works on.
 #[derive(Debug, Clone)]
@@ -50,7 +50,7 @@ impl Database {
         lease: Duration,
     ) -> Result<PublicationClaim, DbError> {
         let token = Uuid::new_v4();
-        self.run("the claim of a publication", async |connection| {
+        run!(self, "the claim of a publication", connection => {
             let mut transaction = connection.begin().await?;
             let run = sqlx::query!(
                 r#"
@@ -109,7 +109,6 @@ impl Database {
                 attempts: publication.attempts,
             })))
         })
-        .await
     }
 
     /// Moves the cursor to `cursor`, `records` further. `false`: the run has another publisher and nothing was written.
@@ -120,7 +119,7 @@ impl Database {
         cursor: i64,
         records: i64,
     ) -> Result<bool, DbError> {
-        self.run("the cursor of a publication", async |connection| {
+        run!(self, "the cursor of a publication", connection => {
             // A repeat after a lost answer finds the cursor there already and counts nothing.
             let moved = sqlx::query!(
                 r#"
@@ -139,12 +138,11 @@ impl Database {
             .await?;
             Ok(moved.rows_affected() == 1)
         })
-        .await
     }
 
     /// Completes the publication and frees the run for another. `false`: the run has another publisher.
     pub async fn complete_publication(&self, event_id: &str, token: Uuid) -> Result<bool, DbError> {
-        self.run("the completion of a publication", async |connection| {
+        run!(self, "the completion of a publication", connection => {
             let done = sqlx::query!(
                 r#"
                 WITH free AS (
@@ -170,12 +168,11 @@ impl Database {
             .await?;
             Ok(complete)
         })
-        .await
     }
 
     /// Gives the run back, so that the next delivery need not wait for the lease. `error` is shown to operators.
     pub async fn release_publication(&self, event_id: &str, token: Uuid, error: Option<&str>) -> Result<(), DbError> {
-        self.run("the release of a publication", async |connection| {
+        run!(self, "the release of a publication", connection => {
             sqlx::query!(
                 r#"
                 WITH free AS (
@@ -192,6 +189,5 @@ impl Database {
             .await?;
             Ok(())
         })
-        .await
     }
 }

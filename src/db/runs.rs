@@ -11,7 +11,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::valuations::Answers;
-use super::{Database, DbError};
+use super::{Database, DbError, run};
 
 /// What a refresh event asks for.
 #[derive(Debug, Clone)]
@@ -91,7 +91,7 @@ pub struct Progress {
 impl Database {
     /// Opens the run if it is new and takes it unless another attempt holds it.
     pub async fn claim_run(&self, request: &RunRequest<'_>, lease: Duration) -> Result<RunClaim, DbError> {
-        self.run("the claim of a run", async |connection| {
+        run!(self, "the claim of a run", connection => {
             // A run can be closed by its owner between two looks; three rounds are more than that needs.
             for _ in 0..3 {
                 if let Some(owned) = take_run(connection, request, lease).await? {
@@ -116,7 +116,6 @@ impl Database {
             }
             Ok(RunClaim::Busy(lease))
         })
-        .await
     }
 
     /// Commits terminal states, counts them and moves the cursor, in one statement that first locks the run's row and
@@ -128,7 +127,7 @@ impl Database {
         answers: &Answers,
         cursor: i64,
     ) -> Result<Option<Progress>, DbError> {
-        self.run("a batch of valuations", async |connection| {
+        run!(self, "a batch of valuations", connection => {
             sqlx::query_as!(
                 Progress,
                 r#"
@@ -188,7 +187,6 @@ impl Database {
             .fetch_optional(connection)
             .await
         })
-        .await
     }
 
     /// Completes a run whose every listing is terminal and writes the event of its post-processing, together or not at
@@ -201,7 +199,7 @@ impl Database {
         event_id: Uuid,
         body: &str,
     ) -> Result<bool, DbError> {
-        self.run("the completion of a run", async |connection| {
+        run!(self, "the completion of a run", connection => {
             let done = sqlx::query!(
                 r#"
                 WITH done AS (
@@ -232,12 +230,11 @@ impl Database {
                     .await?;
             Ok(there)
         })
-        .await
     }
 
     /// Gives the run back, so that the next delivery need not wait for the lease. `error` is shown to operators.
     pub async fn release_run(&self, run_id: &str, token: Uuid, error: Option<&str>) -> Result<(), DbError> {
-        self.run("the release of a run", async |connection| {
+        run!(self, "the release of a run", connection => {
             sqlx::query!(
                 "UPDATE runs SET owner = NULL, lease_until = NULL, last_error = coalesce($3, last_error)
                  WHERE run_id = $1 AND owner = $2",
@@ -249,7 +246,6 @@ impl Database {
             .await?;
             Ok(())
         })
-        .await
     }
 }
 

@@ -1,6 +1,6 @@
 //! Valuations: a batch on its way in, a page on its way out.
 
-use super::{Database, DbError};
+use super::{Database, DbError, run};
 
 /// Terminal states of listings, turned on their side as UNNEST takes them. All columns have the same length.
 #[derive(Debug, Default)]
@@ -51,7 +51,7 @@ pub struct Valuation {
 impl Database {
     /// The valuations of a run past `cursor`, at most `limit`, in the order of listing ids; failed listings have none.
     pub async fn read_valuations(&self, run_id: &str, cursor: i64, limit: usize) -> Result<Vec<Valuation>, DbError> {
-        self.run("a page of valuations", async |connection| {
+        run!(self, "a page of valuations", connection => {
             sqlx::query_as!(
                 Valuation,
                 r#"
@@ -69,6 +69,5 @@ impl Database {
             .fetch_all(connection)
             .await
         })
-        .await
     }
 }

@@ -112,9 +112,8 @@ impl<'a> Event<'a> {
             return Err(refuse("invalid_envelope", format!("more than {MAX_WRAPPERS} wrappers around the event")));
         }
         if shapes.sns_type.as_deref() == Some("Notification") {
-            let message = shapes
-                .sns_message
-                .ok_or_else(|| refuse("invalid_envelope", "the SNS notification has no Message"))?;
+            let message =
+                shapes.sns_message.ok_or_else(|| refuse("invalid_envelope", "the SNS notification has no Message"))?;
             // The inner document is text inside text, so what was read of it can only be owned.
             return Ok(match message {
                 Cow::Borrowed(inner) => Self::unwrap(inner, wrappers_left - 1)?,
@@ -255,7 +254,8 @@ fn check_text(text: &str) -> Result<(), Refusal> {
 /// The post-processing event of a run, the same whenever it is made.
 pub fn publish_event(run_id: &str, time: OffsetDateTime, traceparent: Option<&str>) -> (Uuid, String) {
     let id = publish_event_id(run_id);
-    let body = cloud_event(&id.to_string(), VALUATIONS_PUBLISH, time, traceparent, &serde_json::json!({"run_id": run_id}));
+    let body =
+        cloud_event(&id.to_string(), VALUATIONS_PUBLISH, time, traceparent, &serde_json::json!({"run_id": run_id}));
     (id, body)
 }
 
@@ -366,7 +366,8 @@ mod tests {
         assert_eq!(code(&with("data", json!("x".repeat(MAX_BODY_BYTES)))), "too_large");
         let deep = format!(r#"{{"specversion":"1.0","x":{}{}}}"#, "[".repeat(100_000), "]".repeat(100_000));
         assert_eq!(code(&deep), "too_deep");
-        let four = (0..4).fold(good().to_string(), |inner, _| json!({"Type": "Notification", "Message": inner}).to_string());
+        let four =
+            (0..4).fold(good().to_string(), |inner, _| json!({"Type": "Notification", "Message": inner}).to_string());
         assert_eq!(code(&four), "invalid_envelope");
     }
 

@@ -9,7 +9,7 @@ use super::valuations_refresh::{AFTER_LEASE, other_event};
 use super::{Events, UNFINISHED_RUN_WAIT};
 use crate::db::publications::{OwnedPublication, PublicationClaim};
 use crate::db::{DbError, valuations};
-use crate::kafka::{Records, Valuation};
+use crate::kafka::{Record, Records, Valuation};
 use crate::queue::lease::{Role, StopReason};
 use crate::queue::{Delivery, Outcome, Refusal};
 
@@ -83,10 +83,9 @@ async fn publish(
         Err(error) => return Ended::Failed(error.into()),
     };
     while let Some(last) = page.last().map(|valuation| valuation.listing_id) {
-        let next = async {
-            if page.len() < limit { Ok(Vec::new()) } else { read(last).await }
-        };
-        let sent = events.publisher.publish_page(page.iter().map(|valuation| records.record(&input(valuation))));
+        let next = async { if page.len() < limit { Ok(Vec::new()) } else { read(last).await } };
+        let batch: Vec<Record> = page.iter().map(|valuation| records.record(&input(valuation))).collect();
+        let sent = events.publisher.publish_page(batch);
         let both = async { tokio::try_join!(sent.map_err(anyhow::Error::from), next.map_err(anyhow::Error::from)) };
         let (_, next_page) = tokio::select! {
             // A page under way is finished: its records are out, and a cursor that lags would send them again.
@@ -153,9 +152,7 @@ async fn end(
             (Outcome::Retry(error), Some(shown))
         }
     };
-    if let Err(error) =
-        events.database.release_publication(&event.id, publication.token, error.as_deref()).await
-    {
+    if let Err(error) = events.database.release_publication(&event.id, publication.token, error.as_deref()).await {
         tracing::warn!(event_id = %event.id, %error, "the run could not be given back; its lease has to run out");
     }
     outcome

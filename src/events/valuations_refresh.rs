@@ -163,21 +163,12 @@ async fn end(
     }
 }
 
-async fn complete(
-    events: &Events,
-    event: &Event<'_>,
-    run: &OwnedRun,
-    delivery: &Delivery,
-) -> Result<bool, DbError> {
+async fn complete(events: &Events, event: &Event<'_>, run: &OwnedRun, delivery: &Delivery) -> Result<bool, DbError> {
     let run_id = run.set.run_id.as_str();
-    let (publish_id, body) =
-        envelope::publish_event(run_id, OffsetDateTime::now_utc(), event.traceparent.as_deref());
+    let (publish_id, body) = envelope::publish_event(run_id, OffsetDateTime::now_utc(), event.traceparent.as_deref());
     // A completed run has no owner: renewing it meanwhile would look like having lost it.
     delivery.lease.forget_run();
-    let done = events
-        .database
-        .complete_run(run_id, run.token, lane::POST_PROCESSING, publish_id, &body)
-        .await?;
+    let done = events.database.complete_run(run_id, run.token, lane::POST_PROCESSING, publish_id, &body).await?;
     if done {
         events.outbox.notify_one();
     } else {

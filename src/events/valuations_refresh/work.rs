@@ -245,7 +245,12 @@ impl<'a> Work<'a> {
                 self.events.metrics.batches.inc();
                 self.rows_committed += progress.inserted as u64;
                 let terminal = progress.valued + progress.failed;
-                tracing::debug!(event_id = self.run.set.run_id, terminal, selected = self.run.selected, "batch committed");
+                tracing::debug!(
+                    event_id = self.run.set.run_id,
+                    terminal,
+                    selected = self.run.selected,
+                    "batch committed"
+                );
                 Ok(())
             }
             Ok(None) => {
