@@ -5,6 +5,7 @@ pub mod config;
 pub mod health;
 pub mod kafka;
 pub mod metrics;
+pub mod profiling;
 pub mod telemetry;
 
 // The tests measure what the service measures, so they run on its allocator as well.
