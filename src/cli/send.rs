@@ -43,7 +43,7 @@ pub(super) enum Options {
         #[arg(long, value_name = "JSON", conflicts_with = "sample", required_unless_present = "sample")]
         listing: Option<String>,
         /// Instead, the first N listings of the seed data, as they are there; beyond their end from the start again.
-        #[arg(long, value_name = "N")]
+        #[arg(long, value_name = "N", conflicts_with = "id")]
         sample: Option<usize>,
         /// At most this many events a second; without it, as fast as SQS takes them.
         #[arg(long, value_name = "R", requires = "sample", value_parser = clap::value_parser!(u32).range(1..))]
@@ -57,7 +57,7 @@ pub(super) enum Options {
 #[derive(Debug, Args)]
 pub(super) struct Identity {
     /// Event id; a random one by default. The same id again is the same event.
-    #[arg(long, value_name = "ID", conflicts_with = "sample")]
+    #[arg(long, value_name = "ID")]
     id: Option<String>,
     /// Event time, RFC 3339; now by default. The newer of two events wins.
     #[arg(long, value_name = "TIME", value_parser = |text: &str| OffsetDateTime::parse(text, &Rfc3339))]

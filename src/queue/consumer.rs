@@ -69,6 +69,7 @@ struct Consumer {
 /// Consumes a lane until it is stopped; returns when every message is ended and deletes are flushed.
 pub async fn consume(parts: ConsumerParts) {
     let Some((source, dead)) = find_queues(&parts).await else { return };
+    parts.dependency.up();
     let limit = parts.settings.in_flight;
     let polls = parts.queue.max_polls;
     let stop = parts.stop.clone();
