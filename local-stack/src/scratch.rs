@@ -1,8 +1,8 @@
 //! The temporary directory of one stack, and the sweeping of those that killed processes left behind.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -32,8 +32,9 @@ impl Scratch {
         // Under a name that is not swept until the lock is held.
         let hidden = parent.join(format!(".{name}"));
         let make = || -> io::Result<File> {
-            // 0711: the unprivileged user of the database must get through to its own directory below.
-            DirBuilder::new().mode(0o711).create(&hidden)?;
+            DirBuilder::new().mode(0o700).create(&hidden)?;
+            // The unprivileged user of the database must get through to its own directory below, whatever the umask.
+            fs::set_permissions(&hidden, Permissions::from_mode(0o711))?;
             let lock = File::create_new(hidden.join(LOCK))?;
             lock.try_lock()?;
             fs::rename(&hidden, &path)?;

@@ -45,7 +45,8 @@ impl Up {
         println!();
         println!("In another shell:");
         println!("    . {}", written.path.display());
-        println!("    write-api setup && write-api seed && write-api serve");
+        let service = local_stack::profile_directory()?.join("write-api");
+        println!("    for verb in setup seed serve; do {} $verb || break; done", service.display());
         println!();
         println!("Ctrl-C stops all of it.");
         std::future::pending().await

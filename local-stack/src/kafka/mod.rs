@@ -21,6 +21,7 @@ pub use host::host;
 pub use tap::{KafkaTap, TapRecord};
 
 use crate::process::{Ending, Process};
+use crate::scratch::Scratch;
 use crate::{http_client, machine};
 
 /// From the start of the process to its addresses.
@@ -81,9 +82,18 @@ pub enum ProduceError {
 pub struct Kafka {
     process: Process,
     addresses: Addresses,
+    // Last: it is removed after the process has stopped.
+    _own_scratch: Option<Scratch>,
 }
 
 impl Kafka {
+    /// Starts a broker that belongs to no stack: for a test that takes it down.
+    pub async fn separate() -> Result<Self> {
+        let scratch = Scratch::create()?;
+        let kafka = Self::start(scratch.path()).await?;
+        Ok(Self { _own_scratch: Some(scratch), ..kafka })
+    }
+
     pub(crate) async fn start(scratch: &Path) -> Result<Self> {
         let mut command = Command::new(machine::workspace_binary("local-stack")?);
         command.arg("kafka");
@@ -93,7 +103,7 @@ impl Kafka {
         let process = Process::spawn("the Kafka broker", command, &log, Some(output), Ending::AT_ONCE)?;
         let probe = async || serde_json::from_slice(&fs::read(&printed).ok()?).ok();
         let addresses = process.ready(START_LIMIT, probe).await?;
-        Ok(Self { process, addresses })
+        Ok(Self { process, addresses, _own_scratch: None })
     }
 
     /// host:port for Kafka clients.
@@ -107,8 +117,7 @@ impl Kafka {
         self.order(&Order::CreateTopic { name: name.to_owned(), partitions }).await
     }
 
-    /// Gives the broker an order. It serves all users of this stack: a test that takes it down needs a stack, or a
-    /// test binary, of its own.
+    /// Gives the broker an order. A stack's broker serves all its users: take down a [separate](Kafka::separate) one.
     pub async fn order(&self, order: &Order) -> Result<()> {
         http_client::post_json(&self.addresses.control, order).await.map(drop)
     }
