@@ -117,10 +117,9 @@ impl Layers {
         let mut found = Vec::new();
         flatten("", toml::Value::Table(table), &mut |key, value| found.push((key, value)));
         for (key, value) in found {
-            if self.entries.contains_key(&key) {
-                self.entries.insert(key, Entry { value, source: source.clone() });
-            } else {
-                self.unknown(key, source.clone());
+            match self.entries.get_mut(&key) {
+                Some(entry) => *entry = Entry { value, source: source.clone() },
+                None => self.unknown(key, source.clone()),
             }
         }
     }

@@ -55,7 +55,7 @@ impl Relay {
             tokio::select! {
                 () = self.wake.notified() => {}
                 () = tokio::time::sleep(self.settings.poll_interval) => {}
-                () = self.stop.ended() => {}
+                () = self.stop.draining() => {}
             }
         }
     }

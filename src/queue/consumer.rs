@@ -7,6 +7,7 @@
 use std::any::Any;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -28,6 +29,9 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
 
 /// Long poll of the additional loops: short, so that they end soon after the load does.
 const EXTRA_WAIT: Duration = Duration::from_secs(1);
+
+/// How long parked polls may bring back what was given back while draining.
+const RELEASE_ECHO: Duration = Duration::from_secs(1);
 
 /// Waits after a poll that failed.
 const POLL_RETRY: Backoff = Backoff { base: Duration::from_millis(200), cap: Duration::from_secs(5) };
@@ -64,6 +68,10 @@ struct Consumer {
     deleter: Deleter,
     /// How many loops should poll: one when idle.
     wanted: watch::Sender<usize>,
+    /// Whether a message was made visible while draining.
+    released: AtomicBool,
+    /// Cuts the polls that are still parked when everything else is done.
+    cut: watch::Sender<bool>,
 }
 
 /// Consumes a lane until it is stopped; returns when every message is ended and deletes are flushed.
@@ -80,6 +88,8 @@ pub async fn consume(parts: ConsumerParts) {
         dead,
         permits: Arc::new(Semaphore::new(limit)),
         wanted: watch::Sender::new(1),
+        released: AtomicBool::new(false),
+        cut: watch::Sender::new(false),
     });
     let mut loops = JoinSet::new();
     for number in 0..polls {
@@ -91,10 +101,16 @@ pub async fn consume(parts: ConsumerParts) {
     stop_loops(loops, consumer).await;
 }
 
-/// A parked poll may still bring messages, which its loop gives back; when everything else is done it is cut.
+/// A message that was just given back goes to whoever polls, and that may be our own parked poll, which gives it back
+/// again and ends. So where something was given back, parked polls get a moment to do that: to cut one whose answer is
+/// on its way would hide the message for a whole visibility timeout.
 async fn stop_loops(mut loops: JoinSet<()>, consumer: Arc<Consumer>) {
-    loops.abort_all();
-    while loops.join_next().await.is_some() {}
+    let all_ended = async |loops: &mut JoinSet<()>| while loops.join_next().await.is_some() {};
+    if consumer.released.load(Ordering::Relaxed) {
+        let _ = timeout(RELEASE_ECHO, all_ended(&mut loops)).await;
+    }
+    consumer.cut.send_replace(true);
+    all_ended(&mut loops).await;
     match Arc::try_unwrap(consumer) {
         Ok(consumer) => {
             consumer.deleter.flush().await;
@@ -200,8 +216,10 @@ impl Consumer {
             () = self.parts.stop.draining() => {
                 // The request is out; what it still brings goes straight back. It holds up nobody.
                 drop(permits);
-                if let Ok(late) = receive.await {
-                    self.give_back(late).await;
+                let mut cut = self.cut.subscribe();
+                tokio::select! {
+                    late = receive => self.give_back(late.unwrap_or_default()).await,
+                    () = cut.wait_for(|cut| *cut).map(drop) => {}
                 }
                 return Poll::Stopped;
             }
@@ -337,6 +355,9 @@ impl Consumer {
             Outcome::Defer(after, _) => after,
             Outcome::Release(_) => Duration::ZERO,
         };
+        if self.parts.stop.is_draining() {
+            self.released.store(true, Ordering::Relaxed);
+        }
         let entry = [(delivery.message.receipt.clone(), visible_in)];
         match self.parts.sqs.change_visibility(&self.source, &entry).await.map(|mut results| results.pop()) {
             Ok(Some(sqs::Extension::Extended) | None) => {}
