@@ -290,6 +290,24 @@ fn pages_are_published_from_any_thread() {
     send(publisher.publish_page(page(1)));
 }
 
+#[tokio::test]
+#[ignore = "measures the whole process: run alone"]
+async fn an_idle_producer_sleeps() {
+    let cpu = || {
+        let metrics = Metrics::new();
+        metrics.render();
+        metrics.process_cpu.get()
+    };
+    let (_cluster, kafka) = cluster();
+    let (publisher, _) = publisher(&kafka);
+    publisher.publish_page(page(1000)).await.expect("delivered");
+    let before = cpu();
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let spent = cpu() - before;
+    println!("{spent:.2} s CPU in 10 s");
+    assert!(spent <= 0.03, "{spent} s CPU in 10 s");
+}
+
 /// Pages, each made and awaited, against a loop that does nothing but produce the same bytes, made beforehand.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "measures the machine: run alone"]

@@ -8,8 +8,8 @@
 //! `go tool pprof http://HOST:6060/debug/pprof/heap` reads it, with a token `http://x:TOKEN@HOST:6060/...`; of two saved
 //! files `go tool pprof -base EARLY LATE` shows what grew. Failures are text with the header `X-Go-Pprof: 1`.
 //!
-//! Profiling must not endanger the work. Who may ask is decided in [`access`]; only one profile is taken at a time, on
-//! a thread of its own ([`one_at_a_time`]); every request leaves a line in the log.
+//! Profiling must not endanger the work. Who may ask is decided in `access`; only one profile is taken at a time, on
+//! a thread of its own (`one_at_a_time`); every request leaves a line in the log.
 
 mod access;
 mod allocator;

@@ -5,7 +5,8 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
+use tokio::sync::oneshot;
 
 /// The place in which a profile is taken.
 #[derive(Default)]
@@ -40,8 +41,8 @@ impl fmt::Display for Busy {
 }
 
 impl OneAtATime {
-    /// Runs `work` on a thread for blocking work if nothing else is running. Once begun it holds the place until it is
-    /// done, also when nobody waits for it any more.
+    /// Runs `work` if nothing else is running. Once begun it holds the place until it is done, also when nobody waits
+    /// for it any more. Its thread is its own and ends with it, so that what the allocator keeps for a thread goes too.
     pub async fn run<T: Send + 'static>(
         self: &Arc<Self>,
         what: &'static str,
@@ -49,11 +50,19 @@ impl OneAtATime {
         work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
     ) -> Result<anyhow::Result<T>, Busy> {
         let place = self.take(what, peer)?;
-        let done = tokio::task::spawn_blocking(move || {
-            let _place = place;
-            work()
+        let (sender, result) = oneshot::channel();
+        let thread = std::thread::Builder::new().name(format!("profile {what}")).spawn(move || {
+            let result = work();
+            // Before the answer, after which the next request may come at once.
+            drop(place);
+            // Without a receiver nobody wants it.
+            let _ = sender.send(result);
         });
-        Ok(done.await.with_context(|| format!("taking the {what} profile panicked")).and_then(|result| result))
+        if let Err(error) = thread {
+            return Ok(Err(error).with_context(|| format!("no thread for the {what} profile")));
+        }
+        // The sender is lost only by a panic.
+        Ok(result.await.unwrap_or_else(|_| bail!("taking the {what} profile panicked")))
     }
 
     fn take(self: &Arc<Self>, what: &'static str, peer: SocketAddr) -> Result<Place, Busy> {
@@ -118,6 +127,9 @@ mod tests {
         let place = Arc::new(OneAtATime::default());
         let result = place.run::<()>("heap", peer(), || panic!("as a profile might")).await;
         assert!(result.unwrap().unwrap_err().to_string().contains("heap profile panicked"));
+        while place.lock().is_some() {
+            tokio::task::yield_now().await;
+        }
         assert!(place.run("heap", peer(), || Ok(())).await.is_ok());
     }
 }

@@ -11,6 +11,9 @@ use tower_service::Service;
 use super::*;
 use crate::config::{Profiling, Secret};
 
+/// Held by tests that take profiles: the allocator's profiler is one for the process.
+static PROFILER: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
 const TOKEN: &str = "0123456789abcdef";
 
 fn profiling(token: Option<&str>) -> Profiling {
@@ -99,12 +102,12 @@ async fn only_get_and_only_what_exists() {
     assert_eq!(response.headers()["x-go-pprof"], "1");
 }
 
-/// Memory that a profile has to show, far more than a sample.
+/// 64 MiB in blocks so much larger than the distance of two samples that each is sampled.
 #[inline(never)]
 fn leaking_function_of_the_test() -> Vec<Vec<u8>> {
     let mut held = Vec::new();
-    for _ in 0..64 {
-        held.push(black_box(vec![1_u8; 1 << 20]));
+    for _ in 0..8 {
+        held.push(black_box(vec![1_u8; 8 << 20]));
     }
     held
 }
@@ -143,9 +146,9 @@ fn row<'a>(top: &'a str, function: &str) -> Vec<&'a str> {
     line.unwrap_or_else(|| panic!("{function} is not in {top}")).split_whitespace().take(5).collect()
 }
 
-// One test, because whether the allocator samples is a matter of the whole process.
 #[tokio::test]
 async fn a_heap_profile_names_who_holds_memory_and_go_reads_it() {
+    let _alone = PROFILER.lock().await;
     sample_allocations(true).expect("MALLOC_CONF was read by the allocator");
     let early = heap_profile().await;
     let held = leaking_function_of_the_test();
@@ -177,6 +180,7 @@ async fn a_heap_profile_names_who_holds_memory_and_go_reads_it() {
 
 #[tokio::test]
 async fn a_second_profile_at_the_same_time_is_refused() {
+    let _alone = PROFILER.lock().await;
     let router = router(&profiling(None));
     let get = |mut router: Router| async move {
         let mut request = Request::get("/debug/pprof/heap").header("host", "localhost").body(Body::empty()).unwrap();
