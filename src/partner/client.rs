@@ -6,7 +6,6 @@ use std::time::Duration;
 use http::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_TYPE, HOST, USER_AGENT};
 use http::{StatusCode, Uri};
 use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge};
-use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout};
 
 use super::breaker::{Breaker, Pass};
@@ -19,16 +18,12 @@ use super::wire::{Request, RunKey, Valuation};
 use crate::config;
 use crate::metrics::Metrics;
 
-/// Connections being opened at once: a thousand handshakes in one instant would be an attack.
-const CONNECTS_AT_ONCE: usize = 100;
-
 /// Sends requests and reads answers.
 pub(super) struct Client {
     /// The part of every message that never changes: request line and headers, without the empty line.
     head: Vec<u8>,
     credential: Option<Arc<Credential>>,
     connector: Connector,
-    connects: Semaphore,
     pool: Arc<Pool>,
     max_response_bytes: usize,
     counters: Counters,
@@ -104,7 +99,6 @@ impl Client {
             head: message_head(&config.base_url),
             credential: config.credential.as_ref().map(Credential::load).transpose()?,
             connector: Connector::new(&config.base_url, config.connect_timeout)?,
-            connects: Semaphore::new(CONNECTS_AT_ONCE),
             pool: Arc::default(),
             max_response_bytes: config.max_response_bytes,
             counters: Counters::new(metrics),
@@ -133,12 +127,16 @@ impl Client {
     ) -> Attempt {
         let mut only_fresh = false;
         let (outcome, took) = loop {
-            // The connection first: a turn is used in the instant it comes.
+            let preparing = budget.prepare().await;
+            if !breaker.honours(pass) {
+                break (Outcome::Withdrawn, Duration::ZERO);
+            }
+            // The connection first: the moment of the send is used when it comes.
             let pooled = if only_fresh { None } else { self.pool.take() };
             let mut connection = match pooled {
                 Some(connection) => connection,
-                // Boxed, as is what follows in the rare cases: a future that exists a thousand times must be small.
-                None => match Box::pin(self.connect(breaker, pass, only_fresh)).await {
+                // Boxed, as is what follows, because it is rare: a future that exists a thousand times must be small.
+                None => match Box::pin(self.connect()).await {
                     Ok(connection) => connection,
                     Err((outcome, took)) => break (outcome, took),
                 },
@@ -151,11 +149,12 @@ impl Client {
                 self.pool.put(connection);
                 break (Outcome::Withdrawn, Duration::ZERO);
             }
-            // The wait for the turn may have been long.
+            // The wait may have been long.
             if !connection.is_quiet() {
                 continue;
             }
 
+            drop(preparing);
             let message = self.message(run, request);
             let started = Instant::now();
             let in_flight = InFlight::new(&self.counters.in_flight);
@@ -182,20 +181,8 @@ impl Client {
         Attempt { outcome, took }
     }
 
-    /// Opens a connection, unless the breaker opens or a connection becomes idle while others are being opened.
-    async fn connect(
-        &self,
-        breaker: &Breaker,
-        pass: &Pass<'_>,
-        only_fresh: bool,
-    ) -> Result<Connection, (Outcome, Duration)> {
-        let _place = self.connects.acquire().await.expect("the semaphore is never closed");
-        if !breaker.honours(pass) {
-            return Err((Outcome::Withdrawn, Duration::ZERO));
-        }
-        if !only_fresh && let Some(connection) = self.pool.take() {
-            return Ok(connection);
-        }
+    /// Opens a connection; if it cannot, what that means for the try and how long it took.
+    async fn connect(&self) -> Result<Connection, (Outcome, Duration)> {
         let started = Instant::now();
         self.connector
             .connect()

@@ -77,28 +77,30 @@ impl Connector {
         Ok(Connector { host, port, tls, connect_timeout, addresses: tokio::sync::Mutex::default() })
     }
 
-    /// Opens a connection within the connect timeout, name look-up and TLS included. Each address of the host gets an
-    /// equal part of the time that is left, so that one which swallows packets does not hide the others.
+    /// Opens a connection within the connect timeout, name look-up and TLS included.
     pub(super) async fn connect(&self) -> anyhow::Result<Connection> {
-        let opened = timeout(self.connect_timeout, self.open()).await;
-        let opened = opened.unwrap_or_else(|_| Err(anyhow::anyhow!("timed out after {:?}", self.connect_timeout)));
+        let opened = self.open().await;
         opened.with_context(|| format!("cannot connect to the partner at {}:{}", self.host, self.port))
     }
 
     async fn open(&self) -> anyhow::Result<Connection> {
         let deadline = Instant::now() + self.connect_timeout;
-        let addresses = self.resolve().await?;
+        let resolved = timeout(self.connect_timeout, self.resolve()).await;
+        let addresses = resolved.unwrap_or_else(|_| bail!("the name did not resolve in time"))?;
         // From any one of them on, for the load to be shared.
         let first = fastrand::usize(..addresses.len());
         let mut last_error = None;
         for index in 0..addresses.len() {
             let address = addresses[(first + index) % addresses.len()];
-            let left = (addresses.len() - index) as u32;
-            let part = deadline.saturating_duration_since(Instant::now()) / left;
+            // An equal part of the time that is left, so that an address which swallows packets does not hide the others.
+            let part = deadline.saturating_duration_since(Instant::now()) / (addresses.len() - index) as u32;
             match timeout(part, self.open_at(address)).await {
                 Ok(Ok(io)) => return Ok(Connection { io, used: false }),
                 Ok(Err(error)) => last_error = Some(error.context(address)),
-                Err(_) => last_error = Some(anyhow::anyhow!("{address}: timed out after {part:?}")),
+                Err(_) => {
+                    let milliseconds = part.as_secs_f64() * 1e3;
+                    last_error = Some(anyhow::anyhow!("{address}: timed out after {milliseconds:.0} ms"));
+                }
             }
         }
         // They may all be old.
@@ -220,5 +222,80 @@ impl Pool {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Idle> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+    use tokio_rustls::TlsAcceptor;
+    use tokio_rustls::rustls::ServerConfig;
+    use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+
+    use super::*;
+
+    /// Self-signed for localhost, valid for a hundred years.
+    const CERTIFICATE: &[u8] = include_bytes!("fixtures/localhost.cert.der");
+    const KEY: &[u8] = include_bytes!("fixtures/localhost.key.der");
+
+    /// A TLS server that sends every byte back.
+    async fn echo() -> SocketAddr {
+        let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(KEY));
+        let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .and_then(|config| {
+                config.with_no_client_auth().with_single_cert(vec![CertificateDer::from(CERTIFICATE)], key)
+            })
+            .expect("the fixtures are good");
+        let acceptor = TlsAcceptor::from(Arc::new(config));
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("bound");
+        tokio::spawn(async move {
+            while let Ok((tcp, _)) = listener.accept().await {
+                let Ok(mut tls) = acceptor.accept(tcp).await else { continue };
+                while let Ok(byte) = tls.read_u8().await {
+                    let _ = tls.write_u8(byte).await;
+                    let _ = tls.flush().await;
+                }
+            }
+        });
+        address
+    }
+
+    fn connector(address: SocketAddr, roots: RootCertStore) -> Connector {
+        let url = format!("https://localhost:{}", address.port()).parse().expect("a URL");
+        Connector::with_tls(&url, Duration::from_secs(1), Some(tls(roots).expect("good"))).expect("good")
+    }
+
+    #[tokio::test]
+    async fn tls_is_spoken_and_a_quiet_connection_is_known() {
+        let address = echo().await;
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from(CERTIFICATE)).expect("good");
+        let mut connection = connector(address, roots).connect().await.expect("connected");
+        connection.io.write_all(b"x").await.expect("sent");
+        connection.io.flush().await.expect("sent");
+        assert_eq!(connection.io.read_u8().await.expect("received"), b'x');
+        assert!(connection.is_quiet(), "session tickets are not an answer");
+        connection.io.write_all(b"y").await.expect("sent");
+        connection.io.flush().await.expect("sent");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(!connection.is_quiet());
+    }
+
+    #[tokio::test]
+    async fn a_certificate_that_is_not_trusted_is_refused() {
+        let error = connector(echo().await, RootCertStore::empty()).connect().await.err().expect("refused");
+        let message = format!("{error:#}");
+        assert!(message.contains("localhost") && message.contains("UnknownIssuer"), "{message}");
+    }
+
+    #[tokio::test]
+    async fn a_name_without_an_address_is_named() {
+        let url = "http://no-such-host.invalid".parse().expect("a URL");
+        let connector = Connector::new(&url, Duration::from_secs(2)).expect("good");
+        let message = format!("{:#}", connector.connect().await.err().expect("no address"));
+        assert!(message.contains("no-such-host.invalid:80"), "{message}");
     }
 }

@@ -3,7 +3,8 @@
 //! hyper's connection keeps about 29 KB on the heap for each call in flight (a read buffer, a write buffer and a channel
 //! of 32 slots), of which 22 KB become resident: 22 MiB for a thousand calls, nearly all of what a refresh may use. The
 //! partner gets small POSTs one at a time and sends small answers, so this module reads with hyper's parser
-//! (`httparse`) into a buffer on the stack, and a call that waits owns its socket and no buffer. It knows what such
+//! (`httparse`) into a buffer on the stack, and a call that waits owns its socket and no buffer: 1.4 KB in all, its task included. It
+//! knows what such
 //! answers need: lengths, chunks, interim answers, keep-alive; it refuses what it does not know.
 
 use std::future::poll_fn;
@@ -344,5 +345,38 @@ fn decompress(body: Vec<u8>, encoding: Encoding, max_body_bytes: usize) -> Resul
             }
             Ok(plain)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn a_gzip_bomb_is_not_unpacked() {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+        encoder.write_all(&vec![b' '; 64 << 20]).expect("memory");
+        let bomb = encoder.finish().expect("memory");
+        let allocated = tikv_jemalloc_ctl::thread::allocatedp::read().expect("jemalloc");
+        let before = allocated.get();
+        let unpacked = decompress(bomb, Encoding::Gzip, 16 * 1024);
+        assert!(matches!(unpacked, Err(ExchangeError::TooLarge(16_384))), "{unpacked:?}");
+        let bytes = allocated.get() - before;
+        assert!(bytes < 1 << 20, "{bytes} bytes were allocated");
+    }
+
+    #[test]
+    fn a_head_is_read_only_when_it_is_whole() {
+        let head = b"HTTP/1.1 429 Slow down\r\nRetry-After: 2\r\nContent-Length: 3\r\n\r\n";
+        for length in 0..head.len() {
+            assert!(matches!(parse_head(&head[..length]), Ok(None)), "{length}");
+        }
+        let (parsed, length) = parse_head(&[&head[..], b"abc"].concat()).expect("valid").expect("whole");
+        assert_eq!(length, head.len());
+        assert_eq!(parsed.status, StatusCode::TOO_MANY_REQUESTS);
+        assert_eq!(parsed.retry_after, Some(Duration::from_secs(2)));
+        assert_eq!(parsed.framing, Framing::Length(3));
     }
 }

@@ -21,6 +21,9 @@ mod http1;
 mod retry;
 mod wire;
 
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::sync::Arc;
 
@@ -164,7 +167,7 @@ impl Partner {
 /// Why a listing failed after its last try.
 fn final_reason(failure: &Failure, tries: u32) -> String {
     let mut reason = failure.to_string();
-    let suffix = format!(" ({tries} tries)");
+    let suffix = format!(", tries: {tries}");
     reason.truncate(reason.floor_char_boundary(MAX_REASON_BYTES - suffix.len()));
     reason + &suffix
 }

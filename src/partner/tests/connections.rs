@@ -1,0 +1,70 @@
+//! How connections are kept, and given up.
+
+use super::*;
+
+#[tokio::test]
+async fn a_connection_closed_while_idle_costs_no_try() {
+    // After its first answer the stub closes each connection: with the answer, or only when the next call is there.
+    for crossing in [false, true] {
+        let stub = Stub::start(move |call| match (crossing, call.connection, call.listing_id) {
+            (false, 0, _) => [valued(call.listing_id), vec![Step::Close]].concat(),
+            (true, 0, 2) => vec![Step::Close],
+            _ => valued(call.listing_id),
+        })
+        .await;
+        let (partner, metrics) = partner(&config::Partner { max_attempts: 1, ..settings(stub.address) });
+        assert_eq!(value(&partner, 1).await, worth(1));
+        tokio::time::sleep(MS * 20).await;
+        assert_eq!(value(&partner, 2).await, worth(2));
+        let stale = metrics.partner_calls.with_label_values(&["stale"]).get();
+        assert_eq!(stale, u64::from(crossing));
+        assert_eq!(stub.calls().last().expect("calls").connection, 1);
+    }
+}
+
+#[tokio::test]
+async fn bytes_after_an_answer_are_not_the_next_answer() {
+    let extra = br#"HTTP/1.1 200 OK
+content-length: 2
+
+{}"#;
+    let stub = Stub::start(move |call| {
+        let mut steps = valued(call.listing_id);
+        let Step::Send(bytes) = &mut steps[0] else { unreachable!() };
+        bytes.extend_from_slice(extra);
+        steps
+    })
+    .await;
+    let (partner, _) = partner(&settings(stub.address));
+    assert_eq!(value(&partner, 1).await, worth(1));
+    assert_eq!(value(&partner, 2).await, worth(2));
+    assert_eq!(stub.calls().len(), 2);
+    assert_eq!(stub.calls()[1].connection, 1);
+}
+
+#[tokio::test]
+async fn idle_connections_are_closed_soon() {
+    let stub = Stub::start(|call| [vec![Step::Wait(MS * 50)], valued(call.listing_id)].concat()).await;
+    let (partner, _) = partner(&settings(stub.address));
+    assert_eq!(value_all(&partner, 0..100).await, []);
+    assert!(stub.open() > 50, "{} are open", stub.open());
+    let start = Instant::now();
+    while stub.open() > 0 {
+        assert!(start.elapsed() < SECOND * 5, "{} are still open", stub.open());
+        tokio::time::sleep(MS * 50).await;
+    }
+}
+
+#[tokio::test]
+async fn a_dropped_call_frees_its_permit_and_closes_its_connection() {
+    let stub = Stub::start(|call| match call.listing_id {
+        1 => vec![Step::Wait(MS * 200), Step::Send(b"late".to_vec())],
+        _ => valued(call.listing_id),
+    })
+    .await;
+    let (partner, metrics) = partner(&config::Partner { in_flight: 1, ..settings(stub.address) });
+    assert!(timeout(MS * 50, value(&partner, 1)).await.is_err());
+    assert_eq!(metrics.partner_in_flight.get(), 0);
+    assert_eq!(timeout(SECOND, value(&partner, 2)).await.expect("the permit is free"), worth(2));
+    assert_eq!(stub.calls()[1].connection, 1);
+}

@@ -1,0 +1,169 @@
+//! What holds for everyone: limits, pauses and the breaker.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use super::*;
+
+#[tokio::test]
+async fn retry_after_pauses_everyone() {
+    for code in [429, 503] {
+        let stub = Stub::start(move |call| match (call.listing_id, call.attempt) {
+            (1, 1) => answer(code, "retry-after: 1\r\n", b""),
+            (1, _) => valued(1),
+            (listing_id, _) => valued(listing_id),
+        })
+        .await;
+        let (partner, _) = partner(&settings(stub.address));
+        let first = tokio::spawn({
+            let partner = partner.clone();
+            async move { value(&partner, 1).await }
+        });
+        tokio::time::sleep(MS * 100).await;
+        assert_eq!(stub.calls().len(), 1);
+        let verdicts = value_all(&partner, 2..12).await;
+        assert_eq!(verdicts, []);
+        assert_eq!(first.await.expect("no panic"), worth(1));
+        let calls = stub.calls();
+        let pause = calls[1].at - calls[0].at;
+        assert!(pause >= MS * 990 && pause < MS * 1300, "{pause:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_429_without_a_usable_retry_after_pauses_everyone_too() {
+    let stub = Stub::start(|call| match call.attempt {
+        1 if call.listing_id == 1 => answer(429, "retry-after: soon\r\n", b""),
+        _ => valued(call.listing_id),
+    })
+    .await;
+    // Wide enough that a full jitter of less than a few milliseconds is out of the question.
+    let retry = Backoff { base: SECOND * 3600, cap: SECOND * 3600 };
+    let (partner, _) = partner(&config::Partner { retry, total_timeout: retry.cap * 9, ..settings(stub.address) });
+    let first = value(&partner, 1);
+    assert!(timeout(MS * 100, first).await.is_err());
+    assert!(timeout(MS * 100, value(&partner, 2)).await.is_err());
+    assert_eq!(stub.calls().len(), 1);
+}
+
+#[tokio::test]
+async fn a_fault_suspends_everyone_and_fails_nobody() {
+    for code in [401, 403, 405, 301, 302, 307, 308, 418] {
+        let away = Arc::new(AtomicBool::new(true));
+        let elsewhere = Stub::start(|call| valued(call.listing_id)).await;
+        let location = format!("location: http://{}/v1/valuations\r\n", elsewhere.address);
+        let stub = Stub::start({
+            let away = Arc::clone(&away);
+            move |call| {
+                if away.load(Ordering::SeqCst) { answer(code, &location, b"") } else { valued(call.listing_id) }
+            }
+        })
+        .await;
+        // A fault opens at once, whatever the number of tries.
+        let (partner, metrics) = partner(&config::Partner { in_flight: 3, max_attempts: 1, ..settings(stub.address) });
+        let all = tokio::spawn({
+            let partner = partner.clone();
+            async move { value_all(&partner, 0..10).await }
+        });
+        tokio::time::sleep(MS * 200).await;
+        let BreakerState::Open { reason, .. } = partner.breaker_state() else { panic!("{code}: still closed") };
+        assert!(reason.contains(&code.to_string()), "{reason}");
+        assert_eq!(metrics.partner_breaker_open.get(), 1);
+        assert!(stub.calls().len() <= 3, "{code}: {} calls", stub.calls().len());
+        if code != 403 {
+            continue;
+        }
+        away.store(false, Ordering::SeqCst);
+        let verdicts = timeout(SECOND * 3, all).await.expect("it recovers").expect("no panic");
+        assert_eq!(verdicts, []);
+        assert_eq!(metrics.partner_breaker_open.get(), 0);
+        assert_eq!(elsewhere.calls().len(), 0, "redirects are not followed");
+    }
+}
+
+#[tokio::test]
+async fn an_outage_suspends_everyone_and_fails_nobody() {
+    let away = Arc::new(AtomicBool::new(false));
+    let stub = Stub::start({
+        let away = Arc::clone(&away);
+        move |call| if away.load(Ordering::SeqCst) { status(500) } else { valued(call.listing_id) }
+    })
+    .await;
+    let retry = Backoff { base: MS * 50, cap: MS * 50 };
+    let (partner, _) = partner(&config::Partner { retry, ..settings(stub.address) });
+    assert_eq!(value_all(&partner, 0..100).await, []);
+    away.store(true, Ordering::SeqCst);
+    let before = stub.calls().len();
+    let all = tokio::spawn({
+        let partner = partner.clone();
+        async move { value_all(&partner, 100..300).await }
+    });
+    tokio::time::sleep(MS * 1200).await;
+    let BreakerState::Open { reason, .. } = partner.breaker_state() else { panic!("still closed") };
+    assert!(reason.contains("half of the last 50 tries failed") && reason.contains("500"), "{reason}");
+    let during = stub.calls().len() - before;
+    assert!(during <= 110, "{during} calls to a partner that is away");
+    away.store(false, Ordering::SeqCst);
+    let verdicts = timeout(SECOND * 4, all).await.expect("it recovers").expect("no panic");
+    assert_eq!(verdicts, []);
+}
+
+#[tokio::test]
+async fn a_partner_that_is_not_there_suspends_even_a_single_caller() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("bound");
+    drop(listener);
+    let (partner, metrics) = partner(&config::Partner { in_flight: 1, ..settings(address) });
+    let error = format!("{:#}", partner.reach().await.expect_err("nobody is there"));
+    assert!(error.contains(&address.to_string()) && error.contains("refused"), "{error}");
+    assert!(timeout(MS * 300, value(&partner, 7)).await.is_err());
+    let BreakerState::Open { reason, .. } = partner.breaker_state() else { panic!("still closed") };
+    assert!(reason.contains(&address.to_string()), "{reason}");
+    assert_eq!(metrics.partner_calls.with_label_values(&["connect"]).get(), 5);
+}
+
+#[tokio::test]
+async fn a_connection_that_is_never_accepted_ends_with_the_connect_timeout() {
+    // TLS against a server that says nothing: TCP connects and the handshake hangs.
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let address = listener.local_addr().expect("bound");
+    let mut settings = config::Partner { connect_timeout: MS * 100, max_attempts: 1, ..settings(address) };
+    settings.base_url = format!("https://{address}").parse().expect("a URL");
+    let (partner, _) = partner(&settings);
+    let start = Instant::now();
+    let Verdict::Failed { reason } = value(&partner, 7).await else { panic!("valued") };
+    assert!(reason.contains(&address.to_string()) && reason.contains("timed out after 100 ms"), "{reason}");
+    assert!(start.elapsed() < MS * 400, "{:?}", start.elapsed());
+}
+
+#[tokio::test]
+async fn no_more_calls_are_in_flight_than_allowed() {
+    for in_flight in [1, 3, 50] {
+        let stub = Stub::start(|call| [vec![Step::Wait(MS * 5)], valued(call.listing_id)].concat()).await;
+        let (partner, _) = partner(&config::Partner { in_flight, ..settings(stub.address) });
+        let verdicts = value_all(&partner, 0..100).await;
+        assert_eq!(verdicts, []);
+        assert_eq!(stub.most_in_flight(), in_flight);
+        let connections = stub.calls().iter().map(|call| call.connection).max().expect("calls") + 1;
+        assert!(connections <= in_flight, "{connections} connections");
+    }
+}
+
+#[tokio::test]
+async fn no_second_sees_more_calls_than_allowed_retries_included() {
+    let fifth = AtomicUsize::new(0);
+    let stub = Stub::start(move |call| {
+        if fifth.fetch_add(1, Ordering::SeqCst).is_multiple_of(5) { status(500) } else { valued(call.listing_id) }
+    })
+    .await;
+    let (partner, _) = partner(&config::Partner { rate_per_second: Some(200), ..settings(stub.address) });
+    let start = Instant::now();
+    assert_eq!(value_all(&partner, 0..340).await, []);
+    let sends: Vec<Instant> = stub.calls().iter().map(|call| call.at).collect();
+    assert!(sends.len() > 400);
+    let most = sends.iter().map(|first| sends.iter().filter(|at| **at >= *first && **at - *first < SECOND).count());
+    assert!(most.max() <= Some(200));
+    let connections = stub.calls().iter().map(|call| call.connection).max().expect("calls") + 1;
+    assert!(connections <= 40, "{connections} connections though a tenth of them would do");
+    let ideal = SECOND.mul_f64(sends.len() as f64 / 200.0);
+    assert!(start.elapsed() < ideal.mul_f64(1.06), "{:?} for {} calls", start.elapsed(), sends.len());
+}
