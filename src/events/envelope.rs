@@ -288,7 +288,7 @@ pub fn cloud_event(
 }
 
 /// CloudEvents source of the events that this service makes.
-pub const SOURCE: &str = "/write-api";
+pub const SOURCE: &str = "/writeapi";
 
 #[cfg(test)]
 mod tests {

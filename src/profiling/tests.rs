@@ -1,7 +1,6 @@
 use std::hint::black_box;
 use std::io::Read as _;
 use std::process::Command;
-use std::time::Duration;
 
 use axum::body::Body;
 use base64::Engine as _;
@@ -191,49 +190,4 @@ async fn a_second_profile_at_the_same_time_is_refused() {
     assert_eq!((first.status().as_u16(), second.status().as_u16()), (200, 409));
     let text = second.into_body().collect().await.unwrap().to_bytes();
     assert!(String::from_utf8_lossy(&text).contains("heap for 127.0.0.1:5000 has been running for"), "{text:?}");
-}
-
-/// Resident memory of the process in KiB, the part of it that is not backed by files included.
-fn resident() -> (u64, u64) {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let field =
-        |name| status.lines().find_map(|l| l.strip_prefix(name)).unwrap().trim().trim_end_matches(" kB").parse();
-    (field("VmRSS:").unwrap(), field("RssAnon:").unwrap())
-}
-
-#[tokio::test]
-#[ignore = "measures the whole process: run alone"]
-async fn memory_comes_back_after_a_profile() {
-    let text = |(rss, anonymous): (u64, u64)| format!("RSS {} MiB, {} MiB of it anonymous", rss >> 10, anonymous >> 10);
-    let held = leaking_function_of_the_test();
-    let before = resident();
-    println!("before: {}", text(before));
-    for _ in 0..3 {
-        let begin = Instant::now();
-        let bytes = heap_profile().await.len();
-        println!("profile of {bytes} bytes in {:?}: {}", begin.elapsed(), text(resident()));
-    }
-    for seconds in 1..=6 {
-        tokio::time::sleep(Duration::from_secs(1)).await;
-        println!("{seconds} s later: {}", text(resident()));
-    }
-    assert!(resident().1 <= before.1 + (5 << 10), "more than 5 MiB stayed");
-    drop(held);
-}
-
-#[tokio::test]
-#[ignore = "measures the whole process: run alone"]
-async fn freed_memory_goes_back_to_the_system() {
-    const MIB_64: u64 = 64 << 10;
-    let before = resident().1;
-    // Small blocks, as rows and answers are.
-    let blocks: Vec<Vec<u8>> = (0..64 << 10).map(|_| black_box(vec![1_u8; 1 << 10])).collect();
-    assert!(resident().1 > before + MIB_64);
-    drop(blocks);
-    let begin = Instant::now();
-    while resident().1 > before + MIB_64 / 20 {
-        assert!(begin.elapsed() < Duration::from_secs(10), "{} of {before} KiB", resident().1);
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    println!("95 % of 64 MiB were back after {:?}", begin.elapsed());
 }
