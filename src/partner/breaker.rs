@@ -210,3 +210,73 @@ impl State {
 fn probe_wait(probes: u32) -> Duration {
     PROBES.ceiling(probes).mul_f64(0.5 + fastrand::f64() / 2.0)
 }
+
+#[cfg(test)]
+mod tests {
+    use futures::poll;
+
+    use super::*;
+
+    fn breaker() -> Breaker {
+        Breaker::new(IntGauge::new("open", "open").expect("a name"))
+    }
+
+    #[tokio::test]
+    async fn what_was_sent_before_it_opened_is_charged_to_nobody() {
+        let breaker = breaker();
+        let (first, late, later) = (breaker.admit().await, breaker.admit().await, breaker.admit().await);
+        assert!(!breaker.record(&first, Sign::Fault, &"partner answered 403"), "a fault is no listing's");
+        assert!(!breaker.record(&late, Sign::Failed, &"late"));
+        assert!(!breaker.honours(&late));
+        let probe = breaker.admit().await;
+        assert!(!breaker.record(&probe, Sign::Working, &""));
+        assert_eq!(breaker.state(), BreakerState::Closed);
+        assert!(!breaker.record(&later, Sign::Fault, &"later still"));
+        assert_eq!(breaker.state(), BreakerState::Closed, "old news");
+        let fresh = breaker.admit().await;
+        assert!(breaker.record(&fresh, Sign::Failed, &"now"));
+    }
+
+    #[tokio::test]
+    async fn one_at_a_time_probes_and_then_it_is_the_next_ones_turn() {
+        let breaker = breaker();
+        let pass = breaker.admit().await;
+        breaker.record(&pass, Sign::Fault, &"partner answered 403");
+        let opened = Instant::now();
+        let mut first = std::pin::pin!(breaker.admit());
+        let mut second = std::pin::pin!(breaker.admit());
+        assert!(poll!(first.as_mut()).is_pending());
+        assert!(poll!(second.as_mut()).is_pending());
+        let probe = first.await;
+        assert!(opened.elapsed() >= PROBES.base / 2);
+        assert!(poll!(second.as_mut()).is_pending(), "one is probing");
+        breaker.record(&probe, Sign::Failed, &"partner answered 500");
+        drop(probe);
+        let mut third = std::pin::pin!(breaker.admit());
+        assert!(poll!(third.as_mut()).is_pending());
+        let failed_at = Instant::now();
+        let probe = second.await;
+        assert!(failed_at.elapsed() >= PROBES.base, "the second wait is twice the first");
+        breaker.record(&probe, Sign::Working, &"");
+        drop(probe);
+        assert!(poll!(third.as_mut()).is_ready());
+    }
+
+    #[tokio::test]
+    async fn it_opens_when_half_of_the_recent_tries_failed_and_not_before() {
+        let breaker = breaker();
+        for number in 1..=200 {
+            let pass = breaker.admit().await;
+            let sign = if number % 5 < 2 { Sign::Failed } else { Sign::Working };
+            breaker.record(&pass, sign, &"partner answered 500");
+        }
+        assert_eq!(breaker.state(), BreakerState::Closed, "two in five failed");
+        let mut failures = 0;
+        while breaker.state() == BreakerState::Closed {
+            let pass = breaker.admit().await;
+            breaker.record(&pass, Sign::Failed, &"partner answered 500");
+            failures += 1;
+        }
+        assert!((5..=25).contains(&failures), "{failures}");
+    }
+}

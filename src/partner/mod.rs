@@ -3,10 +3,10 @@
 //! A caller waits for a [`Permit`], makes the future of a [`Partner::valuation`] and gets a [`Verdict`]. All that can go
 //! wrong on the way is handled inside:
 //!
-//! - [`budget`]: the partner's limits, calls in flight and sends a second, and the pauses it asks for;
-//! - [`breaker`]: suspends everyone while the partner as a whole is at fault;
-//! - [`retry`]: what an answer means, and how often a listing is tried;
-//! - [`client`]: one try; [`connection`] and [`credential`] are what it needs, [`http1`] and [`wire`] what it speaks.
+//! - `budget`: the partner's limits, calls in flight and sends a second, and the pauses it asks for;
+//! - `breaker`: suspends everyone while the partner as a whole is at fault;
+//! - `retry`: what an answer means, and how often a listing is tried;
+//! - `client`: one try; `connection` and `credential` are what it needs, `http1` and `wire` what it speaks.
 //!
 //! One [`Partner`] serves all events of the process, because the limits are the process's. A listing keeps its permit
 //! while it waits to be tried again: permits bound how many listings are held in memory, and a partner that fails is

@@ -74,10 +74,10 @@ async fn a_hang_at_each_stage_ends_with_the_request_timeout() {
     ];
     for steps in stages {
         let start = Instant::now();
-        let (verdict, calls) = first_try(move |_| steps.clone()).await;
+        let (verdict, calls) = first_try_within(MS * 100, move |_| steps.clone()).await;
         assert_eq!(verdict, worth(7));
         assert_eq!(calls.len(), 2);
-        assert!(start.elapsed() >= MS * 100 && start.elapsed() < MS * 600, "{:?}", start.elapsed());
+        assert!(start.elapsed() >= MS * 100 && start.elapsed() < SECOND, "{:?}", start.elapsed());
     }
 }
 
@@ -138,7 +138,7 @@ async fn a_status_counts_though_its_body_is_useless() {
         vec![Step::Send(b"HTTP/1.1 404 Not Found\r\ncontent-length: 10\r\n\r\n".to_vec()), Step::Wait(SECOND * 60)],
         vec![Step::Send(b"HTTP/1.1 404 Not Found\r\ncontent-length: 10\r\n\r\n".to_vec()), Step::Close],
     ] {
-        let (verdict, calls) = first_try(move |_| steps.clone()).await;
+        let (verdict, calls) = first_try_within(MS * 100, move |_| steps.clone()).await;
         assert_eq!(verdict, failed("partner answered 404"));
         assert_eq!(calls.len(), 1);
     }
@@ -161,6 +161,6 @@ async fn all_tries_together_end_with_the_total_timeout() {
     let start = Instant::now();
     let Verdict::Failed { reason } = value(&partner, 7).await else { panic!("valued") };
     assert!(reason.starts_with("no whole answer from the partner within"), "{reason}");
-    assert!(start.elapsed() >= MS * 200 && start.elapsed() < MS * 400, "{:?}", start.elapsed());
+    assert!(start.elapsed() >= MS * 200 && start.elapsed() < SECOND, "{:?}", start.elapsed());
     assert_eq!(metrics.partner_calls.with_label_values(&["timeout"]).get(), 3);
 }

@@ -69,10 +69,16 @@ async fn value_all(partner: &Partner, listings: std::ops::Range<i64>) -> Vec<(i6
 
 /// One listing against a script for its first try; later tries are answered well. Returns the verdict and the tries.
 async fn first_try(script: impl Fn(&Call) -> Vec<Step> + Send + Sync + 'static) -> (Verdict, Vec<Call>) {
+    first_try_within(SECOND * 5, script).await
+}
+
+/// The same with a request timeout.
+async fn first_try_within(
+    request_timeout: Duration,
+    script: impl Fn(&Call) -> Vec<Step> + Send + Sync + 'static,
+) -> (Verdict, Vec<Call>) {
     let stub = Stub::start(move |call| if call.attempt == 1 { script(call) } else { valued(call.listing_id) }).await;
-    let mut settings = settings(stub.address);
-    settings.request_timeout = MS * 100;
-    let (partner, _) = partner(&settings);
+    let (partner, _) = partner(&config::Partner { request_timeout, ..settings(stub.address) });
     let verdict = timeout(SECOND * 5, value(&partner, 7)).await.expect("a verdict");
     (verdict, stub.calls())
 }
