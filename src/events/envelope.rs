@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
 use std::borrow::Cow;
+use std::ops::Deref;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
@@ -61,30 +62,44 @@ pub struct Event<'a> {
 #[derive(Deserialize)]
 struct Shapes<'a> {
     #[serde(borrow)]
-    specversion: Option<Cow<'a, str>>,
+    specversion: Option<Text<'a>>,
     #[serde(borrow)]
-    id: Option<Cow<'a, str>>,
+    id: Option<Text<'a>>,
     #[serde(borrow)]
-    source: Option<Cow<'a, str>>,
+    source: Option<Text<'a>>,
     #[serde(borrow, rename = "type")]
-    kind: Option<Cow<'a, str>>,
+    kind: Option<Text<'a>>,
     #[serde(borrow)]
-    time: Option<Cow<'a, str>>,
+    time: Option<Text<'a>>,
     #[serde(borrow)]
-    datacontenttype: Option<Cow<'a, str>>,
+    datacontenttype: Option<Text<'a>>,
     #[serde(borrow)]
-    traceparent: Option<Cow<'a, str>>,
+    traceparent: Option<Text<'a>>,
     #[serde(borrow)]
     data: Option<&'a RawValue>,
     data_base64: Option<serde::de::IgnoredAny>,
     #[serde(borrow, rename = "Type")]
-    sns_type: Option<Cow<'a, str>>,
+    sns_type: Option<Text<'a>>,
     #[serde(borrow, rename = "Message")]
-    sns_message: Option<Cow<'a, str>>,
+    sns_message: Option<Text<'a>>,
     #[serde(borrow, rename = "detail-type")]
-    detail_type: Option<Cow<'a, str>>,
+    detail_type: Option<Text<'a>>,
     #[serde(borrow)]
     detail: Option<&'a RawValue>,
+}
+
+/// Text that borrows from the body unless it has escapes. An `Option<Cow<str>>` by itself is always copied: serde borrows
+/// only for a field that is a `Cow` (serde.rs, "Borrowing data in a derived impl").
+#[derive(Deserialize, Clone)]
+#[serde(transparent)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+impl Deref for Text<'_> {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.0
+    }
 }
 
 fn refuse(code: &'static str, reason: impl Into<String>) -> Refusal {
@@ -115,7 +130,7 @@ impl<'a> Event<'a> {
             let message =
                 shapes.sns_message.ok_or_else(|| refuse("invalid_envelope", "the SNS notification has no Message"))?;
             // The inner document is text inside text, so what was read of it can only be owned.
-            return Ok(match message {
+            return Ok(match message.0 {
                 Cow::Borrowed(inner) => Self::unwrap(inner, wrappers_left - 1)?,
                 Cow::Owned(inner) => Event::unwrap(&inner, wrappers_left - 1)?.into_owned(),
             });
@@ -139,7 +154,7 @@ impl<'a> Event<'a> {
             return Self::unwrap(detail.get(), wrappers_left);
         }
         Self::cloud_event(Shapes {
-            specversion: Some("1.0".into()),
+            specversion: Some(Text("1.0".into())),
             kind: shapes.detail_type.clone(),
             data: Some(detail),
             datacontenttype: None,
@@ -159,7 +174,10 @@ impl<'a> Event<'a> {
         let kind = name("type", shapes.kind)?;
         let time = shapes.time.ok_or_else(|| refuse("invalid_envelope", "time is missing"))?;
         let time = OffsetDateTime::parse(&time, &Rfc3339).map_err(|error| {
-            refuse("invalid_envelope", format!("time {time:?} is not RFC 3339, such as 2026-01-31T02:00:00Z: {error}"))
+            refuse(
+                "invalid_envelope",
+                format!("time {:?} is not RFC 3339, such as 2026-01-31T02:00:00Z: {error}", &*time),
+            )
         })?;
         if shapes.data_base64.is_some() {
             return Err(refuse("invalid_envelope", "data_base64 is not supported, send JSON in data"));
@@ -167,13 +185,13 @@ impl<'a> Event<'a> {
         if let Some(content_type) = shapes.datacontenttype {
             let essence = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
             if essence != "application/json" && !essence.ends_with("+json") {
-                let reason = format!("datacontenttype {content_type:?} is not supported, only JSON is");
+                let reason = format!("datacontenttype {:?} is not supported, only JSON is", &*content_type);
                 return Err(refuse("invalid_envelope", reason));
             }
         }
         let data = shapes.data.ok_or_else(|| refuse("invalid_data", "data is missing"))?;
         // A trace context is a courtesy: a broken one is dropped, not the event.
-        let traceparent = shapes.traceparent.filter(|text| text.len() == 55 && text.is_ascii());
+        let traceparent = shapes.traceparent.map(|text| text.0).filter(|text| text.len() == 55 && text.is_ascii());
         Ok(Event { id, source, kind, time, traceparent, data: Cow::Borrowed(data.get()) })
     }
 
@@ -212,8 +230,8 @@ impl<'a> Event<'a> {
 }
 
 /// A field that must be there, not empty, and fit to be a key.
-fn name<'a>(field: &str, value: Option<Cow<'a, str>>) -> Result<Cow<'a, str>, Refusal> {
-    let value = value.ok_or_else(|| refuse("invalid_envelope", format!("{field} is missing")))?;
+fn name<'a>(field: &str, value: Option<Text<'a>>) -> Result<Cow<'a, str>, Refusal> {
+    let Text(value) = value.ok_or_else(|| refuse("invalid_envelope", format!("{field} is missing")))?;
     if value.is_empty() || value.len() > MAX_NAME_BYTES || value.chars().any(char::is_control) {
         let shown: String = value.chars().take(64).collect();
         let reason = format!("{field} {shown:?} must have 1 to {MAX_NAME_BYTES} bytes and no control characters");
