@@ -397,6 +397,16 @@ impl Config {
                 "set profiling.token_file, or listen on 127.0.0.1",
             );
         }
+        if self.queue.visibility_timeout.subsec_nanos() != 0 || self.queue.wait_time.subsec_nanos() != 0 {
+            layers.error(
+                "queue.visibility_timeout",
+                format!(
+                    "{:?} (or queue.wait_time {:?}) is not in whole seconds",
+                    self.queue.visibility_timeout, self.queue.wait_time
+                ),
+                "SQS counts in whole seconds; give such as \"60s\"",
+            );
+        }
         let queues = [&self.lanes.events.queue, &self.lanes.valuations.queue, &self.lanes.post_processing.queue];
         if queues[0] == queues[1] || queues[1] == queues[2] || queues[0] == queues[2] {
             layers.error("lanes.valuations.queue", "two lanes share a queue", "give each lane a queue of its own");

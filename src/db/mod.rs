@@ -176,6 +176,9 @@ pub fn connect_options(config: &config::Database) -> anyhow::Result<PgConnectOpt
         ("statement_timeout", statement_timeout.as_str()),
         ("lock_timeout", statement_timeout.as_str()),
         ("idle_in_transaction_session_timeout", "60000"),
+        // Every read of the service goes along an index and stops at its limit. In a table that has just grown, whose
+        // statistics say nothing yet, the planner would collect the whole rest by bitmap and sort it, for each page.
+        ("enable_bitmapscan", "off"),
     ]))
 }
 

@@ -54,12 +54,13 @@ impl Database {
             let mut transaction = connection.begin().await?;
             let run = sqlx::query!(
                 r#"
-                SELECT completed_at, traceparent, publisher IS NOT NULL AS "published_by_someone!",
+                SELECT completed_at, traceparent, publisher IS NOT NULL AND publisher <> $2 AS "published_by_another!",
                        coalesce(extract(epoch FROM publisher_lease_until - clock_timestamp()), 0)::float8 AS "left!"
                 FROM runs WHERE run_id = $1
                 FOR UPDATE
                 "#,
                 run_id,
+                token,
             )
             .fetch_optional(&mut *transaction)
             .await?;
@@ -82,7 +83,7 @@ impl Database {
             if present.state == "complete" {
                 return Ok(PublicationClaim::Complete);
             }
-            if run.published_by_someone && run.left > 0.0 {
+            if run.published_by_another && run.left > 0.0 {
                 return Ok(PublicationClaim::Busy(Duration::from_secs_f64(run.left)));
             }
             sqlx::query!(

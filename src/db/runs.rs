@@ -91,10 +91,12 @@ pub struct Progress {
 impl Database {
     /// Opens the run if it is new and takes it unless another attempt holds it.
     pub async fn claim_run(&self, request: &RunRequest<'_>, lease: Duration) -> Result<RunClaim, DbError> {
+        // Made once: if the answer to the claim is lost, the repeat finds its own token and has the run.
+        let token = Uuid::new_v4();
         run!(self, "the claim of a run", connection => {
             // A run can be closed by its owner between two looks; three rounds are more than that needs.
             for _ in 0..3 {
-                if let Some(owned) = take_run(connection, request, lease).await? {
+                if let Some(owned) = take_run(connection, request, token, lease).await? {
                     return Ok(RunClaim::Owned(Box::new(owned)));
                 }
                 let found = sqlx::query!(
@@ -252,14 +254,14 @@ impl Database {
 async fn take_run(
     connection: &mut PgConnection,
     request: &RunRequest<'_>,
+    token: Uuid,
     lease: Duration,
 ) -> sqlx::Result<Option<OwnedRun>> {
-    let token = Uuid::new_v4();
     let taken = sqlx::query!(
         r#"
         UPDATE runs SET owner = $2, lease_until = clock_timestamp() + make_interval(secs => $3), attempts = attempts + 1
         WHERE run_id = $1 AND digest = $4 AND state = 'running'
-          AND (lease_until IS NULL OR lease_until < clock_timestamp())
+          AND (lease_until IS NULL OR lease_until < clock_timestamp() OR owner = $2)
         RETURNING zip_codes, last_listing_id, opened_at, selected, cursor, valued, failed, attempts
         "#,
         request.run_id,
