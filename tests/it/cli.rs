@@ -1,1 +1,264 @@
 //! The command line: exit codes, errors that say what to do, nothing secret in any output.
+
+use std::fs;
+use std::process::{Command, Output};
+
+use anyhow::{Context, Result, ensure};
+use aws_sdk_sqs::types::QueueAttributeName;
+use local_stack::Behaviour;
+use local_stack::partner::RequiredHeader;
+use local_stack::wire::{Flow, Wire};
+use serde_json::Value;
+
+use crate::harness::{LANES, LONG, Lane, SOON, World, text, until};
+
+const DONE: i32 = 0;
+const FAILED: i32 = 1;
+const USAGE: i32 = 64;
+const CONFIGURATION: i32 = 78;
+
+/// The program in an environment with these settings and no others.
+fn program(arguments: &[&str], settings: &[(&str, &str)]) -> Result<Output> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_write-api"));
+    command.args(arguments).env_clear().envs(settings.iter().copied());
+    Ok(command.output()?)
+}
+
+/// Checks the exit code; the output is shown where it differs.
+fn ended(output: &Output, code: i32) -> Result<()> {
+    ensure!(output.status.code() == Some(code), "{} instead of {code}: {output:?}", output.status);
+    Ok(())
+}
+
+#[test]
+fn help_is_there_for_every_verb_and_wrong_usage_is_told_apart_from_failure() -> Result<()> {
+    for arguments in ["--help", "--version", "serve --help", "migrate --help", "setup --help", "seed --help"] {
+        let output = program(&arguments.split(' ').collect::<Vec<_>>(), &[])?;
+        ended(&output, DONE)?;
+        ensure!(!output.stdout.is_empty() && output.stderr.is_empty(), "{arguments}: {output:?}");
+    }
+    let help = text(&program(&["--help"], &[])?.stdout);
+    for verb in ["serve", "migrate", "setup", "seed", "send"] {
+        ensure!(help.lines().any(|line| line.trim_start().starts_with(verb)), "{verb} is not in\n{help}");
+    }
+    for kind in ["refresh", "publish", "upsert"] {
+        ended(&program(&["send", kind, "--help"], &[])?, DONE)?;
+    }
+    for wrong in [
+        "",
+        "dance",
+        "serve --fast",
+        "seed --count many",
+        "send",
+        "send refresh --limit -1",
+        "send refresh --time yesterday",
+        "send upsert",
+        "send publish",
+    ] {
+        let output = program(&wrong.split_whitespace().collect::<Vec<_>>(), &[])?;
+        ended(&output, USAGE)?;
+        ensure!(output.stdout.is_empty() && !output.stderr.is_empty(), "{wrong:?}: {output:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn every_error_of_the_configuration_is_told_at_once() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("write-api.toml");
+    fs::write(&file, "[queue]\nvisibility_timeout = \"1s\"\nmax_pols = 3\n[log]\nformat = \"yaml\"\n")?;
+    let file = file.to_str().context("a path in UTF-8")?;
+    let settings = [
+        ("WRITE_API_PARTNER_BASE_URL", "ftp://partner"),
+        ("WRITE_API_PARTNER_IN_FLIGHT", "none"),
+        ("WRITE_API_PROFILING_LISTEN", "0.0.0.0:6060"),
+        ("WRITE_API_QUEUE_WAIT_TIEM", "20s"),
+        ("WRITE_API_LANES_EVENTS_QUEUE", "events.fifo"),
+    ];
+    let output = program(&["serve", "--config", file], &settings)?;
+    ended(&output, CONFIGURATION)?;
+    let errors = text(&output.stderr);
+    // What is wrong, where it was said, what to do.
+    for [key, source, fix] in [
+        ["queue.visibility_timeout", file, "give a duration from 2s"],
+        ["queue.max_pols", file, "queue.max_polls"],
+        ["log.format", file, "auto, json, pretty"],
+        ["partner.base_url", "WRITE_API_PARTNER_BASE_URL", "http://HOST"],
+        ["partner.in_flight", "WRITE_API_PARTNER_IN_FLIGHT", "from 1 to 100000"],
+        ["profiling.listen", "WRITE_API_PROFILING_LISTEN", "profiling.token_file"],
+        ["WRITE_API_QUEUE_WAIT_TIEM", "WRITE_API_QUEUE_WAIT_TIEM", "WRITE_API_QUEUE_WAIT_TIME"],
+        ["lanes.events.queue", "WRITE_API_LANES_EVENTS_QUEUE", "standard queue"],
+        ["database.url", "is missing", "WRITE_API_DATABASE_URL"],
+        ["kafka.brokers", "is missing", "WRITE_API_KAFKA_BROKERS"],
+    ] {
+        let line = errors.lines().find(|line| line.trim_start().starts_with(key));
+        let line = line.with_context(|| format!("{key} is not told:\n{errors}"))?;
+        ensure!(line.contains(source) && line.contains(fix), "{source:?} and {fix:?} should be in: {line}");
+    }
+    ensure!(errors.lines().count() == 11, "ten errors and a headline:\n{errors}");
+
+    let missing = directory.path().join("nowhere.toml");
+    let by_variable = program(&["migrate"], &[("WRITE_API_CONFIG", missing.to_str().context("UTF-8")?)])?;
+    ended(&by_variable, CONFIGURATION)?;
+    ensure!(text(&by_variable.stderr).contains("nowhere.toml: cannot be read"), "{by_variable:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn setup_makes_what_is_missing_and_leaves_alone_what_is_there() -> Result<()> {
+    let world = World::bare(1, Behaviour::default()).await?;
+    let first = world.done(&["setup"])?;
+    ensure!(first.matches("created").count() == LANES.len(), "{first}");
+    for lane in LANES {
+        let name = world.queue_name(lane);
+        let dead_name = format!("{name}-dlq");
+        let (queue, dead) = (attributes(&world, name).await?, attributes(&world, &dead_name).await?);
+        let redrive: Value = serde_json::from_str(&queue(QueueAttributeName::RedrivePolicy)?)?;
+        ensure!(redrive["deadLetterTargetArn"] == dead(QueueAttributeName::QueueArn)?, "{redrive}");
+        ensure!(redrive["maxReceiveCount"].to_string().trim_matches('"') == "1000", "{redrive}");
+        ensure!(queue(QueueAttributeName::VisibilityTimeout)? == "5");
+        for retention in [&queue, &dead].map(|of| of(QueueAttributeName::MessageRetentionPeriod)) {
+            ensure!(retention? == (14 * 24 * 3600).to_string());
+        }
+    }
+
+    // What an operator changed, and what producers have sent, is not touched.
+    let world = world.with_queues().await?;
+    let url = world.sqs.get_queue_url().queue_name(world.queue_name(Lane::Events)).send().await?;
+    let url = url.queue_url().context("a URL")?;
+    let longer = world.sqs.set_queue_attributes().queue_url(url);
+    longer.attributes(QueueAttributeName::VisibilityTimeout, "77").send().await?;
+    world.put(Lane::Events, "waiting").await?;
+    world.listings(10).await?;
+    let second = world.done(&["setup"])?;
+    ensure!(!second.contains("created") && second.matches("there").count() >= LANES.len(), "{second}");
+    let queue = attributes(&world, world.queue_name(Lane::Events)).await?;
+    ensure!(queue(QueueAttributeName::VisibilityTimeout)? == "77");
+    ensure!(world.depth(Lane::Events).await? == (1, 0));
+    ensure!(world.number("SELECT count(*) FROM listings").await? == 10);
+
+    // One queue lost: one queue made.
+    world.sqs.delete_queue().queue_url(url).send().await?;
+    let third = world.done(&["setup"])?;
+    let created: Vec<&str> = third.lines().filter(|line| line.starts_with("created")).collect();
+    ensure!(created == [format!("created {}", world.queue_name(Lane::Events))], "{third}");
+    Ok(())
+}
+
+/// The attributes of a queue, by name.
+async fn attributes(world: &World, name: &str) -> Result<impl Fn(QueueAttributeName) -> Result<String> + use<>> {
+    let found = world.sqs.get_queue_url().queue_name(name).send().await?;
+    let url = found.queue_url().context("a URL")?;
+    let asked = world.sqs.get_queue_attributes().queue_url(url).attribute_names(QueueAttributeName::All);
+    let attributes = asked.send().await?.attributes.unwrap_or_default();
+    let name = name.to_owned();
+    Ok(move |attribute: QueueAttributeName| {
+        attributes.get(&attribute).cloned().with_context(|| format!("{name} has no {attribute}"))
+    })
+}
+
+#[tokio::test]
+async fn seeding_again_adds_what_is_missing_only() -> Result<()> {
+    let world = World::bare(1, Behaviour::default()).await?;
+    let without_schema = world.cli(&["seed", "--count", "10"])?;
+    ended(&without_schema, FAILED)?;
+    ensure!(text(&without_schema.stderr).contains("write-api migrate"), "{without_schema:?}");
+
+    for _ in 0..2 {
+        world.done(&["migrate"])?;
+    }
+    ensure!(world.done(&["seed", "--count", "100"])? == "100 listings loaded, 0 were there");
+    world.sql("UPDATE listings SET list_price_cents = 1 WHERE listing_id = 1000102").await?;
+    ensure!(world.done(&["seed", "--count", "1500"])? == "1400 listings loaded, 100 were there");
+    ensure!(world.done(&["seed", "--count", "1500"])? == "0 listings loaded, 1500 were there");
+    ensure!(world.number("SELECT list_price_cents FROM listings WHERE listing_id = 1000102").await? == 1);
+    // Wide, as real listings are.
+    let wide = "SELECT count(*) FROM listings WHERE length(description) >= 1400 AND length(attributes::text) >= 350";
+    ensure!(world.number(wide).await? == 1_500);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_verb_that_cannot_do_its_work_says_why() -> Result<()> {
+    let mut world = World::bare(1, Behaviour::default()).await?;
+    let no_queue = world.cli(&["send", "refresh"])?;
+    ended(&no_queue, FAILED)?;
+    let said = text(&no_queue.stderr);
+    ensure!(said.contains(world.queue_name(Lane::Events)) && said.contains("write-api setup"), "{said}");
+
+    let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let address = taken.local_addr()?.to_string();
+    world.set("admin.listen", &address);
+    let no_port = world.cli(&["serve"])?;
+    ended(&no_port, FAILED)?;
+    let said = text(&no_port.stderr);
+    ensure!(said.contains("admin.listen") && said.contains(&address), "{said}");
+
+    world.set("database.url", "postgres://postgres@127.0.0.1:1/nowhere").set("database.acquire_timeout", "300ms");
+    let no_database = world.cli(&["migrate"])?;
+    ended(&no_database, FAILED)?;
+    ensure!(!no_database.stderr.is_empty(), "{no_database:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn no_secret_is_ever_written() -> Result<()> {
+    const SECRETS: [&str; 3] = ["pass-word-in-the-url", "token-of-the-profiler", "credential-of-the-partner"];
+    let keeps_secrets = |output: &str| {
+        let told: Vec<&str> = SECRETS.into_iter().filter(|secret| output.contains(secret)).collect();
+        ensure!(told.is_empty(), "{told:?} in\n{output}");
+        Ok(())
+    };
+    let [password, token, credential] = SECRETS;
+    let mut world = World::new(Behaviour::default()).await?;
+    let credential_file = world.path("credential");
+    fs::write(&credential_file, "an-outdated-one")?;
+    let url = world.environment().database_url().replace("postgres@", &format!("postgres:{password}@"));
+    let wire = Wire::to(&url)?;
+    // Everything, libraries included, says all that it has to say.
+    world.set("log.level", "trace").set("database.url", wire.url()).set("profiling.token", token);
+    world.set("partner.credential_header", "X-Key").set("partner.credential_file", credential_file.display());
+    world.listings(20).await?;
+    for arguments in [&["setup"][..], &["seed", "--count", "5"], &["send", "upsert", "--sample", "1"]] {
+        let output = world.cli(arguments)?;
+        ended(&output, DONE)?;
+        keeps_secrets(&format!("{output:?}"))?;
+    }
+
+    let required = RequiredHeader { name: "X-Key".to_owned(), value: credential.to_owned() };
+    world.partner.control(|behaviour| behaviour.required_header = Some(required))?;
+    let service = world.serve().await?;
+    service.expect_errors();
+    let id = world.refresh(&[])?;
+    until("a refused call", SOON, async || Ok((world.partner.stats().requests > 0).then_some(()))).await?;
+    fs::write(&credential_file, credential)?;
+    world.published(&id, LONG).await?;
+    wire.set(Flow::Cut);
+    until("a failed look", SOON, async || Ok((service.page("/readyz").await?.0 == 503).then_some(()))).await?;
+    let mut pages = String::new();
+    for path in ["/readyz", "/livez", "/metrics"] {
+        pages += &service.page(path).await?.1;
+    }
+    keeps_secrets(&pages)?;
+    wire.set(Flow::Open);
+    service.ready().await?;
+    let log = service.log()?;
+    ensure!(log.contains(r#""level":"TRACE""#), "the log tells too little to tell anything");
+    keeps_secrets(&log)?;
+    world.quiet(LONG).await?;
+    world.finish(service).await?;
+
+    // Wrong settings are where values are quoted.
+    for (key, value) in [
+        ("database.url", format!("mysql://app:{password}@localhost/app")),
+        ("database.url", format!("postgres://app:{password}@localhost:port/app")),
+        ("profiling.token_file", format!("/nowhere/{}", "file")),
+        ("database.url", format!("postgres://app:{password}@127.0.0.1:1/app")),
+    ] {
+        world.set("database.acquire_timeout", "200ms").set(key, &value);
+        let output = world.cli(&["migrate"])?;
+        ensure!(!output.status.success(), "{key} = {value:?}: {output:?}");
+        keeps_secrets(&format!("{output:?}"))?;
+    }
+    Ok(())
+}

@@ -1,1 +1,120 @@
-//! Work that takes longer than a message may stay hidden.
+//! Work that takes longer than a message may stay hidden: nobody else gets it, and nobody keeps what was taken away.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use local_stack::Behaviour;
+use serde_json::Value;
+
+use crate::harness::{LONG, Lane, SOON, Service, World, until};
+
+const VISIBILITY: Duration = Duration::from_secs(3);
+
+/// How often each event that is done was received, as its log line says.
+fn receives(service: &Service) -> Result<Vec<u64>> {
+    let log = service.log()?;
+    let entries = log.lines().map(|line| serde_json::from_str::<Value>(line).context("not JSON"));
+    let done = entries.filter(|entry| entry.as_ref().map_or(true, |entry| entry["message"] == "event done"));
+    done.map(|entry| entry?["attempt"].as_u64().context("no attempt")).collect()
+}
+
+#[tokio::test]
+async fn an_event_of_several_visibility_timeouts_is_received_once() -> Result<()> {
+    const LISTINGS: i64 = 90;
+    let mut world = World::new(Behaviour { latency_ms: 1_000, ..Behaviour::default() }).await?;
+    world.set("queue.visibility_timeout", "3s").set("partner.in_flight", 10).set("refresh.page_size", 20);
+    world.listings(LISTINGS).await?;
+    let service = world.serve().await?;
+    let id = world.refresh(&[])?;
+    until(
+        "the run's message hidden",
+        SOON,
+        async || Ok((world.depth(Lane::Valuations).await? == (0, 1)).then_some(())),
+    )
+    .await?;
+    let begin = std::time::Instant::now();
+    until("the end of the run", LONG, async || {
+        let (visible, _) = world.depth(Lane::Valuations).await?;
+        ensure!(visible == 0, "the message can be received after {:?}", begin.elapsed());
+        Ok(world.run(&id).await?.filter(|run| run.state == "complete"))
+    })
+    .await?;
+    ensure!(begin.elapsed() > 2 * VISIBILITY, "too short to tell: {:?}", begin.elapsed());
+    world.published(&id, LONG).await?;
+    world.quiet(LONG).await?;
+    ensure!(receives(&service)?.iter().all(|receives| *receives == 1), "{:?}", receives(&service)?);
+    ensure!(world.run(&id).await?.is_some_and(|run| run.attempts == 1));
+    ensure!(world.partner.stats().requests == LISTINGS as u64);
+    world.finish(service).await
+}
+
+/// The keeper shares no connection with the work: neither the fast events that fill the pool nor the run beside them
+/// lose their messages or their lease.
+#[tokio::test]
+async fn a_full_pool_costs_no_lease() -> Result<()> {
+    const UPSERTS: usize = 60;
+    let mut world = World::new(Behaviour { latency_ms: 200, ..Behaviour::default() }).await?;
+    world.set("queue.visibility_timeout", "3s").set("database.max_connections", 2).set("partner.in_flight", 2);
+    world.set("database.acquire_timeout", "30s").set("refresh.batch_linger", "2s");
+    world.done(&["seed", "--count", "60"])?;
+    let service = world.serve().await?;
+    let id = world.refresh(&[])?;
+    until("calls", SOON, async || Ok((world.partner.stats().requests >= 4).then_some(()))).await?;
+
+    let mut lock = world.database.begin().await?;
+    sqlx::query("LOCK TABLE listings IN EXCLUSIVE MODE").execute(&mut *lock).await?;
+    world.done(&["send", "upsert", "--sample", &UPSERTS.to_string()])?;
+    let begin = std::time::Instant::now();
+    until("two visibility timeouts with every event in hand", LONG, async || {
+        let (visible, hidden) = world.depth(Lane::Events).await?;
+        let in_hand = visible == 0 && hidden == UPSERTS as u64;
+        ensure!(in_hand || begin.elapsed() < VISIBILITY, "{visible} of {UPSERTS} events can be received");
+        ensure!(world.depth(Lane::Valuations).await? == (0, 1), "the run's message can be received");
+        Ok((begin.elapsed() > VISIBILITY * 5 / 2).then_some(()))
+    })
+    .await?;
+    let extended = service.metric(r#"write_api_visibility_extensions_total{result="ok"}"#).await?;
+    let calls = r#"write_api_sqs_requests_total{action="ChangeMessageVisibilityBatch",result="ok"}"#;
+    let calls = service.metric(calls).await?;
+    ensure!(extended >= 2.0 * UPSERTS as f64, "{extended} extensions of {UPSERTS} messages");
+    ensure!(calls <= extended / 4.0, "{extended} extensions took {calls} calls of up to ten");
+    lock.rollback().await?;
+
+    world.published(&id, LONG).await?;
+    world.quiet(LONG).await?;
+    ensure!(receives(&service)?.len() == UPSERTS + 2, "{:?}", receives(&service)?);
+    ensure!(receives(&service)?.iter().all(|receives| *receives == 1), "{:?}", receives(&service)?);
+    ensure!(world.run(&id).await?.is_some_and(|run| run.attempts == 1));
+    ensure!(world.partner.stats().requests == 60, "{:?}", world.partner.stats());
+    world.finish(service).await
+}
+
+#[tokio::test]
+async fn work_on_a_message_that_was_taken_away_stops() -> Result<()> {
+    const LISTINGS: i64 = 400;
+    let mut world = World::new(Behaviour { latency_ms: 200, ..Behaviour::default() }).await?;
+    world.set("queue.visibility_timeout", "3s").set("partner.in_flight", 5).set("refresh.page_size", 20);
+    world.listings(LISTINGS).await?;
+    let service = world.serve().await?;
+    let id = world.refresh(&["--id", "taken-away"])?;
+    world.run_until(&id, SOON, |run| run.valued >= 20).await?;
+
+    let url = world.sqs.get_queue_url().queue_name(world.queue_name(Lane::Valuations)).send().await?;
+    world.sqs.purge_queue().set_queue_url(url.queue_url).send().await?;
+    let lost = r#"write_api_events_total{kind="valuations.refresh",outcome="lost"}"#;
+    until("the work to stop", SOON, async || Ok((service.metric(lost).await? == 1.0).then_some(()))).await?;
+    let refused = r#"write_api_visibility_extensions_total{result="refused"}"#;
+    ensure!(service.metric(refused).await? == 1.0);
+    let run = world.run(&id).await?.context("it was there")?;
+    ensure!(run.state == "running" && run.valued < LISTINGS, "{run:?}");
+    until("no call out", SOON, async || Ok((world.partner.stats().in_flight == 0).then_some(()))).await?;
+
+    // Sent again, the event goes on with its run once the lease is over.
+    world.partner.control(|behaviour| behaviour.latency_ms = 0)?;
+    let event = world.refresh(&["--id", "taken-away"])?;
+    ensure!(event == id);
+    world.published(&id, LONG).await?;
+    world.check_run(&id, &world.homes(LISTINGS).await?).await?;
+    world.quiet(LONG).await?;
+    world.finish(service).await
+}

@@ -4,11 +4,15 @@
 //! program is a child process, as in production, so that it can be stopped, killed and suspended.
 
 mod bad_input;
+mod cli;
 mod duplicates;
 mod harness;
+mod leases;
 mod main_job;
+mod metrics;
 mod neighbours;
 mod ordering;
 mod partner_faults;
+mod pprof;
 mod resume;
 mod shutdown;

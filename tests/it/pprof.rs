@@ -1,1 +1,154 @@
-//! Heap profiles of the running service, read with Go's own tools.
+//! Heap profiles of the running service, read with Go's own tools as an operator would.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use local_stack::{Behaviour, http_client};
+
+use crate::harness::{LONG, SOON, Service, World, text, until};
+
+/// `go tool pprof` with these arguments, its files in `directory`.
+fn go_pprof(directory: &Path, arguments: &[&str]) -> Result<String> {
+    let mut go = Command::new("go");
+    go.args(["tool", "pprof"]).args(arguments);
+    go.env("HOME", directory).env("PPROF_TMPDIR", directory).env("GOFLAGS", "").env("GOTOOLCHAIN", "local");
+    let output = go.output().context("cannot run `go`, which reads the profiles: install Go (Debian: golang-go)")?;
+    ensure!(output.status.success(), "go tool pprof {arguments:?}: {}", text(&output.stderr));
+    Ok(text(&output.stdout))
+}
+
+/// A world with a run that goes on for as long as anybody wants to look.
+async fn busy() -> Result<(World, Service)> {
+    let mut world = World::new(Behaviour { latency_ms: 60_000, ..Behaviour::default() }).await?;
+    world.set("partner.rate_per_second", 0).set("shutdown.grace", "3s").set("partner.request_timeout", "2m");
+    world.listings(3_000).await?;
+    let service = world.serve().await?;
+    world.refresh(&[])?;
+    until("calls", SOON, async || Ok((world.partner.stats().in_flight == 1_000).then_some(()))).await?;
+    Ok((world, service))
+}
+
+/// Lines of `go tool pprof -top`: flat and cumulative bytes by function.
+fn functions(report: &str) -> Vec<(i64, &str)> {
+    let lines = report.lines().skip_while(|line| !line.contains("flat%")).skip(1);
+    let parsed = lines.filter_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let cumulative: i64 = fields.get(3)?.trim_end_matches('B').parse().ok()?;
+        let function = line.split_once(fields[4])?.1.trim();
+        Some((cumulative, function))
+    });
+    parsed.collect()
+}
+
+#[tokio::test]
+async fn go_tool_pprof_names_the_functions_that_hold_memory() -> Result<()> {
+    let (world, service) = busy().await?;
+    let directory = world.path("");
+    let url = format!("{}/debug/pprof/heap", service.profiling_url());
+    let report = go_pprof(&directory, &["-top", "-cum", "-unit=B", "-nodefraction=0", &url])?;
+    ensure!(report.contains("Type: inuse_space"), "{report}");
+    let functions = functions(&report);
+    let most = functions.first().context("an empty profile")?.0;
+    ensure!(most >= 512 * 1024, "{report}");
+    let own = functions.iter().filter(|(_, name)| name.contains("write_api::")).count();
+    ensure!(own >= 3, "{own} functions of write_api in\n{report}");
+    let nameless = functions.iter().filter(|(_, name)| name.is_empty() || name.starts_with("0x")).count();
+    ensure!(nameless * 10 <= functions.len(), "{nameless} of {} functions have no name:\n{report}", functions.len());
+    // The allocator's own frames would take the blame for everything.
+    ensure!(!report.contains("_rjem_") && !report.contains("prof_backtrace"), "{report}");
+    world.finish(service).await
+}
+
+#[tokio::test]
+async fn go_tool_pprof_shows_what_grew_between_two_files() -> Result<()> {
+    let mut world = World::new(Behaviour { latency_ms: 60_000, ..Behaviour::default() }).await?;
+    world.set("partner.rate_per_second", 0).set("shutdown.grace", "3s").set("partner.request_timeout", "2m");
+    world.listings(3_000).await?;
+    let service = world.serve().await?;
+    let url = format!("{}/debug/pprof/heap", service.profiling_url());
+    let save = async |name: &str| -> Result<String> {
+        let (status, profile) = http_client::get(&url).await?;
+        ensure!(status.is_success(), "{status}: {}", text(&profile));
+        let path = world.path(name);
+        std::fs::write(&path, profile)?;
+        Ok(path.display().to_string())
+    };
+    let early = save("early.pb.gz").await?;
+    world.refresh(&[])?;
+    until("calls", SOON, async || Ok((world.partner.stats().in_flight == 1_000).then_some(()))).await?;
+    let late = save("late.pb.gz").await?;
+
+    let directory = world.path("");
+    let top = ["-top", "-cum", "-unit=B", "-nodefraction=0"];
+    let total = |report: &str| functions(report).iter().map(|(bytes, _)| *bytes).max().unwrap_or(0);
+    let grown = go_pprof(&directory, &[&top[..], &["-base", &early, &late]].concat())?;
+    let whole = go_pprof(&directory, &[&top[..], &[&late]].concat())?;
+    ensure!(total(&grown) > 0 && total(&grown) <= total(&whole), "grown:\n{grown}\nwhole:\n{whole}");
+    ensure!(functions(&grown).iter().any(|(bytes, name)| *bytes > 0 && name.contains("valuations_refresh")), "{grown}");
+    let nothing = go_pprof(&directory, &[&top[..], &["-base", &late, &late]].concat())?;
+    ensure!(total(&nothing) == 0, "a profile differs from itself:\n{nothing}");
+    world.finish(service).await
+}
+
+/// GETs the heap profile with a header of one's own; gives the status.
+fn status_with(service: &Service, header: &str) -> Result<u16> {
+    let address = service.profiling_url().trim_start_matches("http://").to_owned();
+    let mut stream = TcpStream::connect(&address)?;
+    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+    write!(stream, "GET /debug/pprof/heap HTTP/1.1\r\nHost: {address}\r\n{header}Connection: close\r\n\r\n")?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    let line = text(&answer).lines().next().unwrap_or_default().to_owned();
+    line.split(' ').nth(1).and_then(|status| status.parse().ok()).with_context(|| format!("no status in {line:?}"))
+}
+
+#[tokio::test]
+async fn a_token_that_is_set_is_needed() -> Result<()> {
+    const TOKEN: &str = "0123456789abcdef-token";
+    let mut world = World::new(Behaviour::default()).await?;
+    let file = world.path("token");
+    std::fs::write(&file, format!("{TOKEN}\n"))?;
+    world.set("profiling.token_file", file.display());
+    let service = world.serve().await?;
+    for wrong in ["", "Authorization: Bearer 0123456789abcdef-guess\r\n", "Authorization: Basic eDp4\r\n"] {
+        ensure!(status_with(&service, wrong)? == 401, "{wrong:?} was let in");
+    }
+    ensure!(status_with(&service, &format!("Authorization: Bearer {TOKEN}\r\n"))? == 200);
+    let url = service.profiling_url().replace("http://", &format!("http://x:{TOKEN}@"));
+    go_pprof(&world.path(""), &["-top", &format!("{url}/debug/pprof/heap")])?;
+    // The pages of health and metrics are for everyone on the other port, and only they are there.
+    ensure!(service.page("/livez").await?.0 == 200);
+    ensure!(service.page("/debug/pprof/heap").await?.0 == 404);
+    world.finish(service).await
+}
+
+#[tokio::test]
+async fn an_address_that_others_reach_needs_a_token() -> Result<()> {
+    let mut world = World::bare(1, Behaviour::default()).await?;
+    for listen in ["0.0.0.0:0", "[::]:0", "192.0.2.1:6060"] {
+        world.set("profiling.listen", listen);
+        let output = world.cli(&["serve"])?;
+        let said = text(&output.stderr);
+        ensure!(output.status.code() == Some(78), "{listen}: {output:?}");
+        ensure!(said.contains("profiling.listen") && said.contains("profiling.token_file"), "{said}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_service_without_profiling_has_no_such_listener() -> Result<()> {
+    let mut world = World::new(Behaviour::default()).await?;
+    world.set("profiling.enabled", false);
+    let service = world.serve().await?;
+    let url = format!("{}/debug/pprof/heap", service.profiling_url());
+    ensure!(http_client::get(&url).await.is_err(), "somebody listens");
+    world.listings(10).await?;
+    let id = world.refresh(&[])?;
+    world.published(&id, LONG).await?;
+    world.quiet(LONG).await?;
+    world.finish(service).await
+}
