@@ -1,0 +1,12 @@
+//! The service's promises, kept by the real program against real neighbours: one module for each kind of promise.
+//!
+//! Each test has a [`harness::World`] of its own: a database, queues, a topic and a partner that nobody else uses. The
+//! program is a child process, as in production, so that it can be stopped, killed and suspended.
+
+mod bad_input;
+mod duplicates;
+mod harness;
+mod main_job;
+mod ordering;
+mod resume;
+mod shutdown;

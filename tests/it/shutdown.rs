@@ -1,0 +1,106 @@
+//! SIGTERM: what is under way is finished, the rest is given back at once.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use local_stack::Behaviour;
+
+use crate::harness::{LONG, Lane, SOON, World, until};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+#[tokio::test]
+async fn a_stop_in_the_middle_of_a_refresh_finishes_what_is_out_and_gives_the_rest_back() -> Result<()> {
+    const LISTINGS: i64 = 6_000;
+    let mut world = World::new(Behaviour { latency_ms: 500, ..Behaviour::default() }).await?;
+    world.set("partner.in_flight", 500).set("partner.rate_per_second", 0);
+    // Longer than the stop may take, so that the message cannot come back by itself.
+    world.set("queue.visibility_timeout", "60s");
+    world.listings(LISTINGS).await?;
+    let first = world.serve().await?;
+    let id = world.refresh(&[])?;
+    until("calls", SOON, async || Ok((world.partner.stats().requests >= 1_200).then_some(()))).await?;
+    first.signal(libc::SIGTERM);
+    let signalled = Instant::now();
+    let status = first.exit(LONG).await?;
+    let took = signalled.elapsed();
+    ensure!(status.code() == Some(0) && took <= 5 * SECOND, "{status} after {took:?}");
+    first.check_log()?;
+    until("the message", SECOND, async || Ok((world.depth(Lane::Valuations).await? == (1, 0)).then_some(()))).await?;
+
+    let run = world.run(&id).await?.expect("it was there");
+    ensure!(!run.owned && !run.leased && run.state == "running" && run.last_error.is_none(), "{run:?}");
+    let stats = world.partner.stats();
+    ensure!(run.valued as u64 == stats.requests && stats.abandoned == 0, "answers were lost: {run:?}, {stats:?}");
+    ensure!(stats.requests < LISTINGS as u64, "stopped too late: {stats:?}");
+
+    let second = world.serve().await?;
+    world.published(&id, LONG).await?;
+    world.check_run(&id, &world.homes(LISTINGS).await?).await?;
+    let stats = world.partner.stats();
+    ensure!(stats.repeated_requests == 0, "{stats:?}");
+    ensure!(world.run(&id).await?.is_some_and(|run| run.attempts == 2));
+    world.quiet(LONG).await?;
+    world.finish(second).await
+}
+
+#[tokio::test]
+async fn a_partner_that_does_not_answer_cannot_hold_up_a_stop() -> Result<()> {
+    const IN_FLIGHT: i64 = 50;
+    let mut world = World::new(Behaviour { latency_ms: 60_000, ..Behaviour::default() }).await?;
+    world.set("shutdown.grace", "4s").set("partner.in_flight", IN_FLIGHT).set("queue.visibility_timeout", "60s");
+    world.set("partner.request_timeout", "2m").set("partner.total_timeout", "5m");
+    world.listings(200).await?;
+    let first = world.serve().await?;
+    let id = world.refresh(&[])?;
+    until("calls", SOON, async || Ok((world.partner.stats().in_flight == IN_FLIGHT as u64).then_some(()))).await?;
+    first.signal(libc::SIGTERM);
+    let signalled = Instant::now();
+    let status = first.exit(LONG).await?;
+    ensure!(status.code() == Some(0) && signalled.elapsed() <= 4 * SECOND, "{status} after {:?}", signalled.elapsed());
+    first.check_log()?;
+    until("the message", SECOND, async || Ok((world.depth(Lane::Valuations).await? == (1, 0)).then_some(()))).await?;
+    let run = world.run(&id).await?.expect("it was there");
+    ensure!(!run.owned && !run.leased && run.valued == 0, "{run:?}");
+
+    world.partner.control(|behaviour| behaviour.latency_ms = 0)?;
+    let second = world.serve().await?;
+    world.published(&id, LONG).await?;
+    world.check_run(&id, &world.homes(200).await?).await?;
+    ensure!(world.partner.stats().repeated_requests <= IN_FLIGHT as u64, "{:?}", world.partner.stats());
+    world.finish(second).await
+}
+
+#[tokio::test]
+async fn a_second_signal_ends_it_at_once() -> Result<()> {
+    let mut world = World::new(Behaviour { latency_ms: 60_000, ..Behaviour::default() }).await?;
+    world.set("partner.request_timeout", "2m").set("partner.total_timeout", "5m");
+    world.listings(20).await?;
+    let service = world.serve().await?;
+    world.refresh(&[])?;
+    until("calls", SOON, async || Ok((world.partner.stats().in_flight == 20).then_some(()))).await?;
+    service.signal(libc::SIGTERM);
+    until("draining", SOON, async || Ok(service.page("/readyz").await?.1.contains("draining").then_some(()))).await?;
+    ensure!(service.is_running()?, "it did not wait for its calls");
+    service.signal(libc::SIGTERM);
+    let signalled = Instant::now();
+    let status = service.exit(SOON).await?;
+    ensure!(status.code() == Some(1) && signalled.elapsed() <= SECOND, "{status} after {:?}", signalled.elapsed());
+    service.check_log()?;
+    world.check_dead_letters().await
+}
+
+#[tokio::test]
+async fn an_idle_service_stops_in_no_time() -> Result<()> {
+    let world = World::new(Behaviour::default()).await?;
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        let service = world.serve().await?;
+        service.signal(signal);
+        let signalled = Instant::now();
+        let status = service.exit(LONG).await?;
+        let took = signalled.elapsed();
+        ensure!(status.code() == Some(0) && took < 2 * SECOND, "{status} after {took:?}");
+        service.check_log()?;
+    }
+    Ok(())
+}
