@@ -25,7 +25,7 @@ pub(crate) struct Arguments {
 enum Verb {
     /// Keep everything running until Ctrl-C, and write the variables for the service to a file
     Up(up::Up),
-    /// Run a command with an empty PostgreSQL database that ends with it
+    /// Run a command with a PostgreSQL database of its own, which ends with it
     WithPostgres(with_postgres::WithPostgres),
     /// The whole job once: everything started, events sent, every count checked
     Demo(demo::Demo),
@@ -52,7 +52,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
         match arguments.verb {
             Verb::Up(up) => Box::pin(until(ended, up.run())).await,
             Verb::Demo(demo) => Box::pin(demo.run(ended)).await,
-            Verb::WithPostgres(with_postgres) => with_postgres.run(ended).await,
+            Verb::WithPostgres(with_postgres) => Box::pin(with_postgres.run(ended)).await,
             Verb::Kafka => until(ended, kafka::run()).await,
             Verb::Partner(partner) => until(ended, partner.run()).await,
         }
