@@ -7,6 +7,8 @@ mod bad_input;
 mod duplicates;
 mod harness;
 mod main_job;
+mod neighbours;
 mod ordering;
+mod partner_faults;
 mod resume;
 mod shutdown;

@@ -70,6 +70,8 @@ pub(super) struct Work<'a> {
     progress: Progress,
     batch: Answers,
     rows_committed: u64,
+    /// Valued and failed listings of the run as of the last commit.
+    counted: (i64, i64),
 }
 
 impl<'a> Work<'a> {
@@ -85,6 +87,7 @@ impl<'a> Work<'a> {
             progress: Progress::new(run.cursor),
             batch: Answers::default(),
             rows_committed: 0,
+            counted: (run.valued, run.failed),
         }
     }
 
@@ -244,6 +247,11 @@ impl<'a> Work<'a> {
             Ok(Some(progress)) => {
                 self.events.metrics.batches.inc();
                 self.rows_committed += progress.inserted as u64;
+                // By the totals: they are right also when the answer to a commit was lost and the commit repeated.
+                let (valued, failed) = std::mem::replace(&mut self.counted, (progress.valued, progress.failed));
+                for (state, rows) in [("valued", progress.valued - valued), ("failed", progress.failed - failed)] {
+                    self.events.metrics.rows.with_label_values(&[state]).inc_by(rows.max(0) as u64);
+                }
                 let terminal = progress.valued + progress.failed;
                 tracing::debug!(
                     event_id = self.run.set.run_id,

@@ -1,0 +1,1 @@
+//! Heap profiles of the running service, read with Go's own tools.
