@@ -69,7 +69,7 @@ pub(super) async fn tell(settings: &Settings) -> Result<Told> {
     );
     let ideal = ideal(selectable, settings.partner_rate_cap, settings.in_flight, latency);
 
-    progress.step("starting PostgreSQL, SQS, Kafka and the partner (the first time on a machine: installing them)");
+    progress.step("starting PostgreSQL, SQS, Kafka and the partner");
     let partner = PartnerStub::start(Behaviour {
         latency_ms: settings.partner_latency_ms.into(),
         rate_cap: settings.partner_rate_cap,
@@ -92,7 +92,7 @@ pub(super) async fn tell(settings: &Settings) -> Result<Told> {
     progress.step("write-api serve");
     let serve = program.serve().await?;
     let sampler = Sampler::start(serve.id())?;
-    progress.step(&format!("ready as process {}; {} s of rest to see its memory idle", serve.id(), REST.as_secs()));
+    progress.step(&format!("ready as process {}; {} s to see its memory at rest", serve.id(), REST.as_secs()));
     tokio::time::sleep(REST).await;
 
     let run_id = format!("nightly-{}", uuid::Uuid::new_v4());

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::arithmetic::Bound;
-use super::report::{Report, Stages};
+use super::report::Report;
 use super::sampling::Memory;
 
 /// Columns before the figures.
@@ -21,122 +21,63 @@ pub(super) struct Addresses {
     pub(super) variables: String,
 }
 
-/// The whole summary.
+/// The whole summary, in lines of 80 columns where figures are of the usual size.
 pub(super) fn text(report: &Report) -> String {
-    let Report { rows, partner, valuations, kafka, fast_events, cpu, queues, .. } = report;
-    let settings = &report.settings;
-    let mut lines = Lines::default();
-    lines.0.push('\n');
-    lines.add(
-        "rows",
-        &format!(
-            "{} selected, {} valued, {} failed, {} published",
-            thousands(rows.selected),
-            thousands(rows.valued),
-            thousands(rows.failed),
-            thousands(rows.published),
-        ),
-    );
+    let Report { settings, rows, partner, valuations, kafka, fast_events, memory, cpu, queues, .. } = report;
+    let mut lines = Lines("\n".to_owned());
+    let [selected, valued, failed] = [rows.selected, rows.valued, rows.failed].map(thousands);
+    let published = thousands(rows.published);
+    lines.add("rows", &format!("{selected} selected, {valued} valued, {failed} failed, {published} published"));
+
+    let [calls, repeats] = [partner.requests, partner.repeated_requests].map(thousands);
     let statuses: Vec<_> =
-        partner.by_status.iter().map(|(status, count)| format!("{}x {status}", thousands(*count))).collect();
-    lines.add(
-        "partner calls",
-        &format!(
-            "{}, {} of them repeats; answers: {}",
-            thousands(partner.requests),
-            thousands(partner.repeated_requests),
-            if statuses.is_empty() { "none".to_owned() } else { statuses.join(", ") },
-        ),
-    );
-    lines.add(
-        "",
-        &format!(
-            "at most {} in flight (allowed: {}), at most {} in any one second (allowed: {})",
-            thousands(partner.max_in_flight),
-            thousands(settings.in_flight.into()),
-            thousands(partner.max_in_one_second),
-            if settings.partner_rate_cap == 0 { "any".to_owned() } else { thousands(settings.partner_rate_cap.into()) },
-        ),
-    );
-    lines.add(
-        "valuations",
-        &format!(
-            "{} in the database, {} equal to what the partner's own function gives",
-            thousands(valuations.rows),
-            thousands(valuations.right),
-        ),
-    );
-    lines.add(
-        "Kafka",
-        &format!(
-            "{} records read by an independent consumer: {} distinct ce_id, {} missed",
-            thousands(kafka.records),
-            thousands(kafka.distinct_ids),
-            thousands(kafka.missed),
-        ),
-    );
-    lines.add(
-        "fast events",
-        &format!(
-            "{} of {} done; {} listings written",
-            thousands(fast_events.done),
-            thousands(fast_events.sent),
-            thousands(fast_events.listings_written),
-        ),
-    );
+        partner.by_status.iter().map(|(status, count)| format!("{} x {status}", thousands(*count))).collect();
+    lines.add("partner calls", &format!("{calls}, of them {repeats} repeats; by status: {}", statuses.join(", ")));
+    let [in_flight, most_in_flight] = [partner.max_in_flight, settings.in_flight.into()].map(thousands);
+    lines.add("", &format!("at most {in_flight} in flight (allowed: {most_in_flight})"));
+    let [a_second, cap] = [partner.max_in_one_second, settings.partner_rate_cap.into()].map(thousands);
+    let cap = if settings.partner_rate_cap == 0 { "any" } else { &cap };
+    lines.add("", &format!("at most {a_second} in any one second (allowed: {cap})"));
+
+    let [rows, right] = [valuations.rows, valuations.right].map(thousands);
+    lines.add("valuations", &format!("{rows} in the database, {right} equal to the partner's function"));
+    let [records, ids, missed] = [kafka.records, kafka.distinct_ids, kafka.missed].map(thousands);
+    lines.add("Kafka", &format!("{records} records read by an independent consumer:"));
+    lines.add("", &format!("{ids} distinct ce_id, {missed} missed"));
+
+    let [sent, done, written] = [fast_events.sent, fast_events.done, fast_events.listings_written].map(thousands);
+    let fate = if fast_events.sent == 0 {
+        "none was sent".to_owned()
+    } else {
+        format!("{done} of {sent} done, {written} listings written")
+    };
+    lines.add("fast events", &fate);
     if let (Some(p50), Some(p99)) = (fast_events.p50_seconds, fast_events.p99_seconds) {
-        lines.add(
-            "",
-            &format!(
-                "{} while the slow one ran: p50 {}, p99 {} from task start to outcome",
-                thousands(fast_events.beside_the_slow_one),
-                milliseconds(p50),
-                milliseconds(p99),
-            ),
-        );
-        lines.add("", "(from the histogram at /metrics, interpolated linearly within its bucket)");
+        let [p50, p99] = [p50, p99].map(|seconds| format!("{:.1} ms", seconds * 1e3));
+        let beside = thousands(fast_events.beside_the_slow_one);
+        lines.add("", &format!("{beside} while the slow one ran, task start to outcome:"));
+        lines.add("", &format!("p50 {p50}, p99 {p99} (from the histogram in /metrics,"));
+        lines.add("", "interpolated linearly within its bucket)");
     }
     stages(&mut lines, report);
-    lines.add(
-        "memory (RSS)",
-        &format!(
-            "{:.1} MiB before, {:.1} MiB peak, {:.1} MiB 10 s after",
-            report.memory.before.rss_mib, report.memory.peak.rss_mib, report.memory.after.rss_mib,
-        ),
-    );
-    let anonymous = |memory: Memory| memory.anonymous_mib;
-    lines.add(
-        "",
-        &format!(
-            "of it heap and stacks (RssAnon): {:.1}, {:.1}, {:.1} MiB; sampled every 100 ms",
-            anonymous(report.memory.before),
-            anonymous(report.memory.peak),
-            anonymous(report.memory.after),
-        ),
-    );
-    lines.add(
-        "CPU",
-        &match cpu.microseconds_per_listing {
-            Some(each) => {
-                format!("{:.2} s of the service, {each:.0} µs a listing, the fast events included", cpu.seconds)
-            }
-            None => format!("{:.2} s of the service, the fast events included", cpu.seconds),
-        },
-    );
-    lines.add(
-        "queues",
-        &format!(
-            "{} messages left, {} in the dead-letter queues",
-            thousands(queues.left),
-            thousands(queues.dead_letters),
-        ),
-    );
+
+    let of_memory = |part: fn(&Memory) -> f64| {
+        let [before, peak, after] = [&memory.before, &memory.peak, &memory.after].map(part);
+        format!("{before:5.1} before, {peak:5.1} peak, {after:5.1} 10 s after")
+    };
+    lines.add("memory (MiB)", &format!("RSS      {}", of_memory(|memory| memory.rss_mib)));
+    let anonymous = of_memory(|memory| memory.anonymous_mib);
+    lines.add("", &format!("RssAnon  {anonymous} (heap, stacks)"));
+    let each = cpu.microseconds_per_listing.map(|each| format!(", {each:.0} µs a listing")).unwrap_or_default();
+    lines.add("CPU", &format!("{:.2} s of the service{each}, fast events included", cpu.seconds));
+    let [left, dead] = [queues.left, queues.dead_letters].map(thousands);
+    lines.add("queues", &format!("{left} messages left, {dead} in the dead-letter queues"));
     lines.add("log", &format!("{} warnings and errors", thousands(report.log_warnings)));
     if report.machine.development_build {
-        lines.add("note", "write-api is a development build: its CPU and memory are not those of a release");
+        lines.add("note", "a development build of write-api: CPU and memory are not a release's");
     }
-    let wrong = report.wrong().len();
-    let counts = report.checks.len();
+
+    let (wrong, counts) = (report.wrong().len(), report.checks.len());
     let _ = match wrong {
         0 => writeln!(lines.0, "\nAll {counts} counts are right."),
         _ => writeln!(lines.0, "\n{wrong} of {counts} counts are WRONG."),
@@ -145,27 +86,24 @@ pub(super) fn text(report: &Report) -> String {
 }
 
 fn stages(lines: &mut Lines, report: &Report) {
-    let settings = &report.settings;
-    let Stages { sent_to_first_call, first_call_to_run_complete, run_complete_to_published, sent_to_published, .. } =
-        report.stages;
-    let ideal = report.stages.ideal.zip(report.stages.ratio_to_ideal).map(|(ideal, ratio)| {
-        let limit = match ideal.bound {
+    let (settings, stages) = (&report.settings, &report.stages);
+    let mut stage = |name: &str, what: &str, seconds: Option<f64>| {
+        let seconds = seconds.map_or_else(|| "    never".to_owned(), |seconds| format!("{seconds:7.2} s"));
+        lines.add(name, &format!("{seconds}  {what}"));
+    };
+    stage("time", "event sent to first call", stages.sent_to_first_call);
+    stage("", "first call to run complete", stages.first_call_to_run_complete);
+    stage("", "run complete to all published", stages.run_complete_to_published);
+    stage("", "event sent to all published", stages.sent_to_published);
+    if let (Some(ideal), Some(ratio)) = (stages.ideal, stages.ratio_to_ideal) {
+        let bound = match ideal.bound {
             Bound::Rate => format!("{} a second", thousands(settings.partner_rate_cap.into())),
             Bound::Latency => format!("{} in flight", thousands(settings.in_flight.into())),
         };
-        format!(
-            "   {ratio:.3} x the ideal of {:.2} s ({limit}, {} ms each)",
-            ideal.seconds, settings.partner_latency_ms
-        )
-    });
-    let mut stage = |name: &str, what: &str, seconds: Option<f64>, note: &str| {
-        let seconds = seconds.map_or_else(|| "    never".to_owned(), |seconds| format!("{seconds:7.2} s"));
-        lines.add(name, &format!("{what:<34}{seconds}{note}"));
-    };
-    stage("time", "event sent to first call", sent_to_first_call, "");
-    stage("", "first call to run complete", first_call_to_run_complete, ideal.as_deref().unwrap_or_default());
-    stage("", "run complete to all published", run_complete_to_published, "");
-    stage("", "event sent to all published", sent_to_published, "");
+        let (seconds, latency) = (ideal.seconds, settings.partner_latency_ms);
+        lines.add("", &format!("first call to run complete: {ratio:.3} x the ideal of {seconds:.2} s,"));
+        lines.add("", &format!("which is {bound}, {latency} ms each"));
+    }
 }
 
 /// Where to look, with the commands.
@@ -177,12 +115,13 @@ pub(super) fn addresses(addresses: &Addresses) -> String {
     lines.add("partner", &format!("{partner}/stats"));
     lines.add("database", database);
     lines.add("log", log);
-    lines.add("another event", &format!(". {variables} && {service} send refresh --limit 1000"));
+    lines.add("another event", &format!(". {variables}"));
+    lines.add("", &format!("{service} send refresh --limit 1000"));
     lines.0.push_str("\nCtrl-C stops all of it.\n");
     lines.0
 }
 
-#[derive(Default)]
+/// Lines of a name and a text.
 struct Lines(String);
 
 impl Lines {
@@ -204,12 +143,9 @@ pub(super) fn thousands(count: u64) -> String {
     text
 }
 
-fn milliseconds(seconds: f64) -> String {
-    format!("{:.1} ms", seconds * 1e3)
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::report::Stages;
     use super::super::report::tests::good;
     use super::*;
 
@@ -224,13 +160,16 @@ mod tests {
         let text = text(&good());
         for part in [
             "10 selected, 10 valued, 0 failed, 10 published",
-            "10, 0 of them repeats; answers: 10x 200",
-            "1.050 x the ideal of 2.00 s (5 a second, 250 ms each)",
-            "20.0 MiB before, 40.0 MiB peak, 21.0 MiB 10 s after",
+            "10, of them 0 repeats; by status: 10 x 200",
+            "1.050 x the ideal of 2.00 s,\n",
+            "5 a second, 250 ms each\n",
+            " 20.0 before,  40.0 peak,  21.0 10 s after\n",
             "All 19 counts are right.",
         ] {
             assert!(text.contains(part), "{part:?} is missing in\n{text}");
         }
+        let wide: Vec<_> = text.lines().filter(|line| line.chars().count() > 80).collect();
+        assert!(wide.is_empty(), "{wide:#?}");
     }
 
     #[test]

@@ -133,15 +133,14 @@ impl Watch<'_> {
     /// Starts to send the fast events, spread over the time that the slow one takes at best.
     fn send_fast_events(&mut self) -> Result<Option<Process>> {
         let number = self.settings.upserts;
-        let sent = format!("sent valuations.refresh, limit {}", thousands(self.settings.limit.into()));
+        let sent = format!("sent valuations.refresh ({})", thousands(self.settings.limit.into()));
         if number == 0 {
             self.progress.step(&sent);
             return Ok(None);
         }
         let seconds = self.ideal.map_or(1.0, |ideal| ideal.seconds.max(1.0));
         let rate = (f64::from(number) / seconds).ceil();
-        self.progress
-            .step(&format!("{sent}; beside it {} listing.upsert events, {rate} a second", thousands(number.into())));
+        self.progress.step(&format!("{sent}; now {rate} listing.upsert a second"));
         self.program.start(&["send", "upsert", "--sample", &number.to_string(), "--rate", &rate.to_string()]).map(Some)
     }
 
