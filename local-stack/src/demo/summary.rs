@@ -67,7 +67,7 @@ pub(super) fn text(report: &Report) -> String {
     };
     lines.add("memory (MiB)", &format!("RSS      {}", of_memory(|memory| memory.rss_mib)));
     let anonymous = of_memory(|memory| memory.anonymous_mib);
-    lines.add("", &format!("RssAnon  {anonymous} (heap, stacks)"));
+    lines.add("", &format!("RssAnon  {anonymous}"));
     let each = cpu.microseconds_per_listing.map(|each| format!(", {each:.0} µs a listing")).unwrap_or_default();
     lines.add("CPU", &format!("{:.2} s of the service{each}, fast events included", cpu.seconds));
     let [left, dead] = [queues.left, queues.dead_letters].map(thousands);
