@@ -1,4 +1,4 @@
-//! What the demo says while it runs: a bar on a terminal, a line every few seconds elsewhere.
+//! What the demo says while it runs: a bar on a terminal, a line every two seconds elsewhere.
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::summary::thousands;
 
 /// Between two lines where there is no terminal.
-const LINE_INTERVAL: Duration = Duration::from_secs(5);
+const LINE_INTERVAL: Duration = Duration::from_secs(2);
 /// Columns of the bar itself.
 const BAR: usize = 24;
 /// Columns of a terminal that does not tell its width.
