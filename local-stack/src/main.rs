@@ -1,6 +1,8 @@
 //! `local-stack`: the servers around the service, from the command line.
 
 mod cli;
+mod demo;
+mod variables_file;
 
 use std::process::ExitCode;
 

@@ -14,6 +14,7 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
 use crate::machine::{self, Account};
 use crate::process::{Ending, Process, run};
 use crate::python::Virtualenv;
+use crate::scratch::Scratch;
 
 /// Used when the machine has no server of its own. Only its binaries: its Python code would open the permissions of
 /// every directory above the cluster.
@@ -56,9 +57,18 @@ impl Default for PostgresOptions {
 pub struct Postgres {
     process: Process,
     port: u16,
+    // Last: it is removed after the server has stopped.
+    _own_scratch: Option<Scratch>,
 }
 
 impl Postgres {
+    /// Starts a server that belongs to no stack.
+    pub async fn separate(options: PostgresOptions) -> Result<Self> {
+        let scratch = Scratch::create()?;
+        let postgres = Self::start(scratch.path(), options).await?;
+        Ok(Self { _own_scratch: Some(scratch), ..postgres })
+    }
+
     /// Makes a cluster below `scratch` and starts a server on it.
     pub(crate) async fn start(scratch: &Path, options: PostgresOptions) -> Result<Self> {
         let account = Account::unprivileged()?;
@@ -95,7 +105,7 @@ impl Postgres {
         let ending = Ending { stop: libc::SIGQUIT, orphaned: libc::SIGQUIT, patience: Duration::from_secs(10) };
         let process = Process::spawn("PostgreSQL", server, &scratch.join("postgres.log"), None, ending)?;
 
-        let postgres = Self { process, port };
+        let postgres = Self { process, port, _own_scratch: None };
         postgres.process.ready(START_LIMIT, async || postgres.connect().await.ok()).await?;
         Ok(postgres)
     }

@@ -1,5 +1,5 @@
-# Sourced by scripts/demo and scripts/test: installs what is missing on a fresh Debian machine and leaves alone what is
-# there. With apt where it may be used (root), else it names what is missing.
+# Sourced by the scripts beside this directory: installs what is missing on a fresh Debian machine and leaves alone what
+# is there. With apt where it may be used (root), else it names what is missing.
 
 need() { # need COMMAND PACKAGE
     command -v "$1" >/dev/null 2>&1 && return
@@ -10,10 +10,17 @@ install_package() { # install_package PACKAGE WHAT_IS_MISSING
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
         echo "installing $1 ($2 is missing)"
         if [ -z "${APT_UPDATED:-}" ]; then
-            apt-get update -qq
+            # One archive of several may be away; whether the package can be had, the installation shows.
+            apt-get update -qq || true
             APT_UPDATED=1
         fi
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" >/dev/null
+        # What apt says matters only if it fails.
+        local said
+        if ! said=$(DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" 2>&1); then
+            printf '%s\n' "$said" >&2
+            echo "$2 is missing and apt-get could not install Debian's package $1: install it and try again" >&2
+            exit 1
+        fi
     else
         echo "$2 is missing: install Debian's package $1 and try again" >&2
         exit 1
@@ -33,6 +40,23 @@ prerequisites() {
     need g++ g++
     need make make
     need python3 python3
-    # The local SQS runs in a virtual environment.
-    python3 -c 'import ensurepip' >/dev/null 2>&1 || install_package python3-venv "python3 -m venv"
+    # The local SQS runs in a virtual environment, and so does PostgreSQL where the machine has no server of its own.
+    # Debian's python3 has venv but not the pip that it puts inside.
+    python3 -c 'import ensurepip, venv' >/dev/null 2>&1 || install_package python3-venv "python3 -m venv"
+}
+
+need_component() { # need_component COMPONENT COMMAND: a part of Rust that small installations lack
+    command -v "$2" >/dev/null 2>&1 && cargo "${2#cargo-}" --version >/dev/null 2>&1 && return
+    if command -v rustup >/dev/null 2>&1; then
+        echo "installing $1 ($2 is missing)"
+        rustup --quiet component add "$1"
+    else
+        echo "$2 is missing: install Rust's component $1 and try again" >&2
+        exit 1
+    fi
+}
+
+target_directory() { # target_directory WORKSPACE: where cargo builds to, by its settings; a relative one is the caller's
+    cargo metadata --manifest-path "$1/Cargo.toml" --no-deps --locked --format-version 1 |
+        python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])'
 }

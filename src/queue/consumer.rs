@@ -7,7 +7,7 @@
 use std::any::Any;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -68,6 +68,8 @@ struct Consumer {
     deleter: Deleter,
     /// How many loops should poll: one when idle.
     wanted: watch::Sender<usize>,
+    /// Messages that this process has of the lane.
+    at_work: AtomicUsize,
     /// Whether a message was made visible while draining.
     released: AtomicBool,
     /// Cuts the polls that are still parked when everything else is done.
@@ -88,6 +90,7 @@ pub async fn consume(parts: ConsumerParts) {
         dead,
         permits: Arc::new(Semaphore::new(limit)),
         wanted: watch::Sender::new(1),
+        at_work: AtomicUsize::new(0),
         released: AtomicBool::new(false),
         cut: watch::Sender::new(false),
     });
@@ -157,7 +160,7 @@ impl Consumer {
                 _ = wanted.wait_for(|loops| number < *loops) => {}
             }
             let Some(permits) = self.take_permits(number).await else { return };
-            let wait = if number == 0 { self.parts.queue.wait_time } else { EXTRA_WAIT };
+            let wait = self.wait_time(number);
             match self.poll(permits, wait).await {
                 Poll::Received { full, any } => {
                     failures = 0;
@@ -180,6 +183,21 @@ impl Consumer {
                 }
                 Poll::Stopped => return,
             }
+        }
+    }
+
+    /// How long a poll may be parked. SQS does not always notice that the process behind a parked poll was killed, and
+    /// hands it the very message that the process was working on as soon as that is visible: hidden for one more
+    /// visibility timeout. So while there is work, polls are over before what we hold can become visible, which is half a
+    /// timeout away at least.
+    fn wait_time(&self, number: usize) -> Duration {
+        let settings = &self.parts.queue;
+        if number > 0 {
+            EXTRA_WAIT
+        } else if self.at_work.load(Ordering::Relaxed) > 0 {
+            settings.wait_time.min(settings.visibility_timeout / 4).max(EXTRA_WAIT)
+        } else {
+            settings.wait_time
         }
     }
 
@@ -238,6 +256,7 @@ impl Consumer {
                         self.parts.stop.clone(),
                     );
                     let delivery = Delivery::new(message, self.parts.lane, lease);
+                    self.at_work.fetch_add(1, Ordering::Relaxed);
                     tokio::spawn(self.clone().work(delivery, permit));
                 }
                 outcome
@@ -278,6 +297,7 @@ impl Consumer {
         self.report(&delivery, &outcome, started.elapsed());
         self.settle(delivery, outcome).await;
         in_flight.dec();
+        self.at_work.fetch_sub(1, Ordering::Relaxed);
         drop(permit);
     }
 

@@ -1,8 +1,10 @@
 //! The verbs, one file each.
 
+mod demo;
 mod kafka;
 mod partner;
 mod up;
+mod with_postgres;
 
 use std::process::ExitCode;
 
@@ -23,6 +25,10 @@ pub(crate) struct Arguments {
 enum Verb {
     /// Keep everything running until Ctrl-C, and write the variables for the service to a file
     Up(up::Up),
+    /// Run a command with a PostgreSQL database of its own, which ends with it
+    WithPostgres(with_postgres::WithPostgres),
+    /// The whole job once: everything started, events sent, every count checked
+    Demo(demo::Demo),
     /// Only a Kafka broker; its addresses are the first line of the output
     Kafka,
     /// Only the partner stub
@@ -42,27 +48,31 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     };
     let result = runtime.block_on(async {
         let ended = end_asked_for()?;
-        let work = async {
-            match arguments.verb {
-                Verb::Up(up) => up.run().await,
-                Verb::Kafka => kafka::run().await,
-                Verb::Partner(partner) => partner.run().await,
-            }
-        };
-        // Dropping the work drops what it started.
-        tokio::select! {
-            result = work => result,
-            () = ended => Ok(()),
+        // On the heap: these hold a whole stack.
+        match arguments.verb {
+            Verb::Up(up) => Box::pin(until(ended, up.run())).await,
+            Verb::Demo(demo) => Box::pin(demo.run(ended)).await,
+            Verb::WithPostgres(with_postgres) => Box::pin(with_postgres.run(ended)).await,
+            Verb::Kafka => until(ended, kafka::run()).await,
+            Verb::Partner(partner) => until(ended, partner.run()).await,
         }
     });
     // An installation that is under way in a blocking thread is not waited for; its processes end with this one.
     runtime.shutdown_background();
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("local-stack: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Works until the end is asked for. Dropping the work drops what it started.
+async fn until(ended: impl Future<Output = ()>, work: impl Future<Output = Result<()>>) -> Result<ExitCode> {
+    tokio::select! {
+        result = work => result.map(|()| ExitCode::SUCCESS),
+        () = ended => Ok(ExitCode::SUCCESS),
     }
 }
 

@@ -1,11 +1,12 @@
 //! `local-stack up`
 
-use std::fs;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 use local_stack::{Behaviour, Environment, Names, PartnerStub, Stack, StackOptions};
+
+use crate::variables_file::VariablesFile;
 
 /// Everything runs on free ports of 127.0.0.1, with the names that the service has by default.
 #[derive(Debug, Args)]
@@ -34,7 +35,7 @@ impl Up {
         })?;
         let stack = Stack::start(StackOptions::default()).await?;
         let environment = Environment::create(&stack, Names::standard(), &partner.url()).await?;
-        let written = WrittenFile::new(env_file, &environment.shell_script())?;
+        let written = VariablesFile::write(env_file, &environment)?;
 
         println!("PostgreSQL  {}", environment.database_url());
         println!("            {}", settings(&stack).await?);
@@ -44,34 +45,12 @@ impl Up {
         println!("Logs        {}", stack.directory().display());
         println!();
         println!("In another shell:");
-        println!("    . {}", written.path.display());
+        println!("    . {}", written.path().display());
         let service = local_stack::profile_directory()?.join("write-api");
         println!("    for verb in setup seed serve; do {} $verb || break; done", service.display());
         println!();
         println!("Ctrl-C stops all of it.");
         std::future::pending().await
-    }
-}
-
-/// The variables point at servers that end with this process, and so does their file.
-struct WrittenFile {
-    path: PathBuf,
-}
-
-impl WrittenFile {
-    fn new(path: PathBuf, text: &str) -> Result<Self> {
-        // Whoever waits for the file finds it whole.
-        let draft = path.with_added_extension("new");
-        fs::write(&draft, text)
-            .and_then(|()| fs::rename(&draft, &path))
-            .with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(Self { path })
-    }
-}
-
-impl Drop for WrittenFile {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
     }
 }
 
