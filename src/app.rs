@@ -121,10 +121,11 @@ impl App {
         let mut pages = JoinSet::new();
         let mut watchers = JoinSet::new();
         let listeners = self.listeners.take().expect("taken once, here");
-        self.start_pages(listeners, &mut pages, &last);
         self.start_watchers(&mut watchers);
         let mut lanes = self.start_lanes(&draining);
         let relay = tokio::spawn(self.relay(last.clone()).run());
+        // After all that reports to them: `/readyz` must not say yes because nobody was asked yet.
+        self.start_pages(listeners, &mut pages, &last);
         tracing::info!(version = env!("CARGO_PKG_VERSION"), "started");
 
         let died = tokio::select! {
