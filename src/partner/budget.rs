@@ -190,15 +190,19 @@ mod tests {
 
     #[tokio::test]
     async fn no_second_sees_more_sends_than_the_rate_though_the_runtime_stalls() {
+        const STALL: Duration = Duration::from_millis(60);
         let stall = |number: usize| {
             if number.is_multiple_of(400) {
-                std::thread::sleep(Duration::from_millis(60));
+                std::thread::sleep(STALL);
             }
         };
         let sends = record(1000, 1000, 2500, stall).await;
         let most = most_in_a_second(&sends);
         assert!(most <= 1000, "{most}");
-        assert!(most > 900, "only {most} in the best second");
+        // No second has more than three stalls, and each costs no more than what is not made up.
+        let lost = (STALL - TOLERANCE).as_secs_f64() * 3.0;
+        let least = 1000.0 * (1.0 - lost) / (Duration::from_secs(1) + TOLERANCE + SLACK).as_secs_f64();
+        assert!(most as f64 > least, "only {most} in the best second, {least} are possible");
     }
 
     #[tokio::test]
