@@ -121,9 +121,10 @@ impl App {
         let mut pages = JoinSet::new();
         let mut watchers = JoinSet::new();
         let listeners = self.listeners.take().expect("taken once, here");
-        self.start_pages(listeners, &mut pages, &last);
         self.start_watchers(&mut watchers);
         let mut lanes = self.start_lanes(&draining);
+        // After those who say what is missing: `/readyz` must not be asked while nothing is.
+        self.start_pages(listeners, &mut pages, &last);
         let relay = tokio::spawn(self.relay(last.clone()).run());
         tracing::info!(version = env!("CARGO_PKG_VERSION"), "started");
 
