@@ -126,6 +126,8 @@ impl App {
         // After those who say what is missing: `/readyz` must not be asked while nothing is.
         self.start_pages(listeners, &mut pages, &last);
         let relay = tokio::spawn(self.relay(last.clone()).run());
+        // After all that reports to them: `/readyz` must not say yes because nobody was asked yet.
+        self.start_pages(listeners, &mut pages, &last);
         tracing::info!(version = env!("CARGO_PKG_VERSION"), "started");
 
         let died = tokio::select! {

@@ -478,7 +478,8 @@ impl World {
         ensure!(expected.len() == homes.len(), "two homes share a ce_id");
         ensure!(tap.distinct_ids() == homes.len() as u64, "{} distinct records", tap.distinct_ids());
         for record in tap.records() {
-            let expected = expected.get(record.ce_id()).with_context(|| format!("unexpected {record:?}"))?;
+            let expected =
+                expected.get(record.ce_id()).with_context(|| format!("unexpected {}", text(&record.payload)))?;
             let found =
                 ExpectedRecord { key: record.key, value: String::from_utf8(record.payload)?, headers: record.headers };
             ensure!(found == *expected, "the record is\n{found:?}\nand should be\n{expected:?}");

@@ -142,6 +142,8 @@ async fn a_batch_that_arrives_after_the_lease_is_not_written() -> Result<()> {
     let wire = Wire::to(&url.replace("postgres@", &format!("{role}@")))?;
     world.set("database.url", wire.url());
     let late = world.serve().await?;
+    // Cut off from Postgres, it cannot take the message that comes again either.
+    late.expect_errors();
     world.set("database.url", &url);
     let id = world.refresh(&[])?;
     world.run_until(&id, SOON, |run| run.valued >= 600).await?;

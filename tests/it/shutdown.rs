@@ -53,6 +53,7 @@ async fn a_partner_that_does_not_answer_cannot_hold_up_a_stop() -> Result<()> {
     const IN_FLIGHT: i64 = 50;
     let mut world = World::new(Behaviour { latency_ms: 60_000, ..Behaviour::default() }).await?;
     world.set("shutdown.grace", "4s").set("partner.in_flight", IN_FLIGHT).set("queue.visibility_timeout", "60s");
+    world.set("queue.wait_time", "1s");
     world.set("partner.request_timeout", "2m").set("partner.total_timeout", "5m");
     world.listings(200).await?;
     let first = world.serve().await?;
