@@ -123,8 +123,6 @@ impl App {
         let listeners = self.listeners.take().expect("taken once, here");
         self.start_watchers(&mut watchers);
         let mut lanes = self.start_lanes(&draining);
-        // After those who say what is missing: `/readyz` must not be asked while nothing is.
-        self.start_pages(listeners, &mut pages, &last);
         let relay = tokio::spawn(self.relay(last.clone()).run());
         // After all that reports to them: `/readyz` must not say yes because nobody was asked yet.
         self.start_pages(listeners, &mut pages, &last);
