@@ -10,15 +10,16 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 /// How much lateness of its own the pace makes up for, by sends closer together. A timer of tokio wakes up to a
 /// millisecond late, a busy runtime some more.
-const TOLERANCE: Duration = Duration::from_millis(20);
+const TOLERANCE: Duration = Duration::from_millis(12);
 /// Calls that prepare their send at once, at most: each opens a connection if none is idle. A thousand handshakes in one
 /// instant would stall the partner, and its count of requests with it.
 const MAX_PREPARING: usize = 100;
 /// With a pace, a tenth of a second's sends prepare: enough to hide the opening of connections, and no more of them are
 /// opened than the pace needs.
 const PREPARING_SHARE: usize = 10;
-/// Left unused in each second, for what happens between this side's write and the partner's count.
-const SLACK: Duration = Duration::from_millis(10);
+/// Left unused in each second, for what happens between this side's write and the partner's count: a partner that is busy
+/// for a moment finds the calls of that moment in a bunch.
+const SLACK: Duration = Duration::from_millis(28);
 
 /// A place among the calls in flight. Dropping it gives the place back.
 #[must_use = "the place is given back when the permit is dropped"]

@@ -33,9 +33,6 @@ pub(super) fn text(report: &Report) -> String {
     let statuses: Vec<_> =
         partner.by_status.iter().map(|(status, count)| format!("{} x {status}", thousands(*count))).collect();
     lines.add("partner calls", &format!("{calls}, of them {repeats} repeats; by status: {}", statuses.join(", ")));
-    if let Some(too_early) = partner.by_status.get(&429) {
-        lines.add("", &format!("{} came before the partner's cap allowed and were repeated", thousands(*too_early)));
-    }
     let [in_flight, most_in_flight] = [partner.max_in_flight, settings.in_flight.into()].map(thousands);
     lines.add("", &format!("at most {in_flight} in flight (allowed: {most_in_flight})"));
     let [a_second, cap] = [partner.max_in_one_second, settings.partner_rate_cap.into()].map(thousands);
@@ -167,7 +164,7 @@ mod tests {
             "1.050 x the ideal of 2.00 s,\n",
             "5 a second, 250 ms each\n",
             " 20.0 before,  40.0 peak,  21.0 10 s after\n",
-            "All 22 counts are right.",
+            "All 19 counts are right.",
         ] {
             assert!(text.contains(part), "{part:?} is missing in\n{text}");
         }
@@ -182,6 +179,6 @@ mod tests {
         report.stages = Stages::new(100.0, Some(100.5), None, None, None);
         report.check(10, 5);
         let text = text(&report);
-        assert!(text.contains("1 of 22 counts are WRONG.") && text.contains("never"), "{text}");
+        assert!(text.contains("1 of 19 counts are WRONG.") && text.contains("never"), "{text}");
     }
 }
