@@ -194,6 +194,7 @@ async fn an_unknown_run_is_refused_and_an_unfinished_one_is_waited_for() -> Resu
         .await?;
     ensure!(world.dead_letters(Lane::PostProcessing).await?.is_empty() && tap.count() == 0);
     ensure!(world.number("SELECT count(*) FROM publications").await? == 0, "a deferred event is not charged");
+    world.expect_work_left();
     world.finish(service).await
 }
 

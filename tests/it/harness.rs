@@ -100,6 +100,7 @@ pub struct World {
     directory: TempDir,
     services_started: std::cell::Cell<u32>,
     dead_letters_expected: std::cell::Cell<bool>,
+    work_left_expected: std::cell::Cell<bool>,
     _turn: SemaphorePermit<'static>,
 }
 
@@ -136,6 +137,7 @@ impl World {
             directory: tempfile::tempdir()?,
             services_started: Default::default(),
             dead_letters_expected: Default::default(),
+            work_left_expected: Default::default(),
             _turn: turn,
         })
     }
@@ -183,6 +185,11 @@ impl World {
     /// Messages in dead-letter queues are what the test is about.
     pub fn expect_dead_letters(&self) {
         self.dead_letters_expected.set(true);
+    }
+
+    /// The test ends in the middle of some work.
+    pub fn expect_work_left(&self) {
+        self.work_left_expected.set(true);
     }
 
     /// Runs a verb to its end.
@@ -258,6 +265,7 @@ impl World {
             admin_url: url(admin),
             profiling_url: url(profiling),
             errors_expected: false.into(),
+            ended_well: false.into(),
         })
     }
 
@@ -479,10 +487,36 @@ impl World {
         Ok(())
     }
 
-    /// Ends a test: the service stops well, and nothing is in a dead-letter queue that should not be there.
+    /// Ends a test: all that was sent is done, the service stops well, and nothing is in a dead-letter queue that should
+    /// not be there.
     pub async fn finish(&self, service: Service) -> Result<()> {
+        if !self.work_left_expected.get() {
+            self.check_work_done().await?;
+        }
         service.finish().await?;
         self.check_dead_letters().await
+    }
+
+    /// Nothing waits, nothing is half done, nobody owns anything.
+    async fn check_work_done(&self) -> Result<()> {
+        self.quiet(LONG).await?;
+        for (left, statement) in [
+            ("events in the outbox", "SELECT count(*) FROM outbox WHERE sent_at IS NULL"),
+            (
+                "runs",
+                "SELECT count(*) FROM runs WHERE state <> 'complete' OR owner IS NOT NULL OR publisher IS NOT NULL",
+            ),
+            ("publications", "SELECT count(*) FROM publications WHERE state <> 'complete'"),
+            (
+                "runs whose counts are wrong",
+                "SELECT count(*) FROM runs AS r WHERE (r.selected, r.valued, r.failed) <>
+                (SELECT count(*), count(valuation_cents), count(failure) FROM valuations WHERE run_id = r.run_id)",
+            ),
+        ] {
+            let count = self.number(statement).await?;
+            ensure!(count == 0, "{count} {left} are left");
+        }
+        Ok(())
     }
 
     pub async fn check_dead_letters(&self) -> Result<()> {
@@ -561,6 +595,7 @@ pub struct Service {
     admin_url: String,
     profiling_url: String,
     errors_expected: std::cell::Cell<bool>,
+    ended_well: std::cell::Cell<bool>,
 }
 
 impl Service {
@@ -596,7 +631,9 @@ impl Service {
     /// The end that leaves no time for anything.
     pub async fn kill(self) -> Result<()> {
         self.process.signal(libc::SIGKILL);
-        self.exit(SOON).await.map(drop)
+        self.exit(SOON).await?;
+        self.ended_well.set(true);
+        Ok(())
     }
 
     pub fn signal(&self, signal: libc::c_int) {
@@ -635,14 +672,15 @@ impl Service {
                 bail!("an error in the log: {line}");
             }
         }
+        self.ended_well.set(true);
         Ok(())
     }
 }
 
 impl Drop for Service {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("{}", self.process.log_tail());
+        if !self.ended_well.get() {
+            eprintln!("the end of {}:\n{}", self.log.display(), self.process.log_tail());
         }
     }
 }

@@ -37,6 +37,8 @@ async fn a_stop_in_the_middle_of_a_refresh_finishes_what_is_out_and_gives_the_re
     ensure!(stats.requests < LISTINGS as u64, "stopped too late: {stats:?}");
 
     let second = world.serve().await?;
+    // Free for others, and not only counted as visible.
+    world.run_until(&id, 5 * SECOND, |run| run.attempts == 2).await?;
     world.published(&id, LONG).await?;
     world.check_run(&id, &world.homes(LISTINGS).await?).await?;
     let stats = world.partner.stats();
@@ -68,6 +70,8 @@ async fn a_partner_that_does_not_answer_cannot_hold_up_a_stop() -> Result<()> {
 
     world.partner.control(|behaviour| behaviour.latency_ms = 0)?;
     let second = world.serve().await?;
+    // Free for others, and not only counted as visible.
+    world.run_until(&id, 5 * SECOND, |run| run.attempts == 2).await?;
     world.published(&id, LONG).await?;
     world.check_run(&id, &world.homes(200).await?).await?;
     ensure!(world.partner.stats().repeated_requests <= IN_FLIGHT as u64, "{:?}", world.partner.stats());
