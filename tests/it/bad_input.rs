@@ -68,6 +68,7 @@ fn unreadable() -> Vec<(&'static str, String)> {
         ("unknown_version", with("specversion", json!("0.3"))),
         ("unknown_type", with("type", json!("writeapi.listing.upsert.v2"))),
         ("unknown_type", with("type", json!("\"quoted\" ".repeat(25)))),
+        ("too_large", with("data", json!("x".repeat(256 * 1024)))),
         ("too_deep", deep),
         ("invalid_data", without("data")),
         ("invalid_data", with("data", json!("text"))),

@@ -85,6 +85,30 @@ async fn sqs_goes_away_and_comes_back() -> Result<()> {
     outage(&world, service, &wire, Flow::Cut, Duration::from_millis(1_500)).await
 }
 
+/// A receive that hangs, as the SDK's can: the service gives it up and asks again.
+#[tokio::test]
+async fn a_receive_that_hangs_does_not_end_the_polling() -> Result<()> {
+    let mut world = World::new(Behaviour::default()).await?;
+    let endpoint = local_stack::shared().await?.sqs().endpoint();
+    let wire = Wire::to(endpoint)?;
+    world.listings(50).await?;
+    world.set("aws.endpoint_url", wire.url()).set("queue.wait_time", "1s").set("queue.request_timeout", "1s");
+    let service = world.serve().await?;
+    world.set("aws.endpoint_url", endpoint);
+    wire.set(Flow::Stalled);
+    let hung = r#"write_api_sqs_requests_total{action="ReceiveMessage",result="timeout"}"#;
+    until("every lane to give up twice", SOON, async || Ok((service.metric(hung).await? >= 6.0).then_some(()))).await?;
+    let waiting = missing(&service).await?;
+    ensure!(waiting.len() == 3 && waiting.iter().all(|name| name.starts_with("queue ")), "{waiting:?}");
+    ensure!(service.page("/livez").await?.0 == 200);
+    let id = world.refresh(&[])?;
+    wire.set(Flow::Open);
+    world.published(&id, LONG).await?;
+    world.check_run(&id, &world.homes(50).await?).await?;
+    service.ready().await?;
+    world.finish(service).await
+}
+
 #[tokio::test]
 async fn it_starts_before_its_neighbours_and_says_what_it_waits_for() -> Result<()> {
     let mut world = World::new(Behaviour::default()).await?;

@@ -111,3 +111,54 @@ async fn an_idle_service_stops_in_no_time() -> Result<()> {
     }
     Ok(())
 }
+
+/// Fast events that cannot end in time: none is lost, and none has to wait for its visibility timeout.
+#[tokio::test]
+async fn upserts_that_a_stop_cuts_short_are_free_for_others_at_once() -> Result<()> {
+    const UPSERTS: u64 = 40;
+    let mut world = World::new(Behaviour::default()).await?;
+    world.set("shutdown.grace", "4s").set("queue.visibility_timeout", "60s").set("database.max_connections", 4);
+    let first = world.serve().await?;
+    let mut lock = world.database.begin().await?;
+    sqlx::query("LOCK TABLE listings IN EXCLUSIVE MODE").execute(&mut *lock).await?;
+    world.done(&["send", "upsert", "--sample", &UPSERTS.to_string()])?;
+    let in_flight = r#"write_api_events_in_flight{lane="events"}"#;
+    until("all in hand", SOON, async || Ok((first.metric(in_flight).await? == UPSERTS as f64).then_some(()))).await?;
+    first.signal(libc::SIGTERM);
+    let signalled = Instant::now();
+    let status = first.exit(LONG).await?;
+    ensure!(status.code() == Some(0) && signalled.elapsed() <= 4 * SECOND, "{status} after {:?}", signalled.elapsed());
+    first.check_log()?;
+    until("the messages", SECOND, async || Ok((world.depth(Lane::Events).await? == (UPSERTS, 0)).then_some(())))
+        .await?;
+
+    lock.rollback().await?;
+    let second = world.serve().await?;
+    let done = r#"write_api_events_total{kind="listing.upsert",outcome="done"}"#;
+    until("all done", 5 * SECOND, async || Ok((second.metric(done).await? == UPSERTS as f64).then_some(()))).await?;
+    ensure!(world.number("SELECT count(*) FROM listings").await? == UPSERTS as i64);
+    world.finish(second).await
+}
+
+#[tokio::test]
+async fn upserts_that_end_in_time_are_done_and_gone() -> Result<()> {
+    const UPSERTS: u64 = 40;
+    let mut world = World::new(Behaviour::default()).await?;
+    world.set("queue.visibility_timeout", "60s");
+    let service = world.serve().await?;
+    let mut lock = world.database.begin().await?;
+    sqlx::query("LOCK TABLE listings IN EXCLUSIVE MODE").execute(&mut *lock).await?;
+    world.done(&["send", "upsert", "--sample", &UPSERTS.to_string()])?;
+    let in_flight = r#"write_api_events_in_flight{lane="events"}"#;
+    until("all in hand", SOON, async || Ok((service.metric(in_flight).await? == UPSERTS as f64).then_some(()))).await?;
+    service.signal(libc::SIGTERM);
+    until("draining", SOON, async || Ok(service.page("/readyz").await?.1.contains("draining").then_some(()))).await?;
+    ensure!(world.number("SELECT count(*) FROM listings").await? == 0 && service.is_running()?);
+    lock.rollback().await?;
+    let status = service.exit(5 * SECOND).await?;
+    ensure!(status.code() == Some(0), "{status}");
+    service.check_log()?;
+    ensure!(world.depth(Lane::Events).await? == (0, 0), "{:?} are left", world.depth(Lane::Events).await?);
+    ensure!(world.number("SELECT count(*) FROM listings").await? == UPSERTS as i64);
+    world.check_dead_letters().await
+}
