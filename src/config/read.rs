@@ -1,0 +1,370 @@
+//! From layers of text to typed settings: each key with its range, and the pairs that are dangerous together.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::layers::Layers;
+use super::{
+    Admin, Aws, Backoff, Config, ConfigError, Credential, Database, Kafka, Lane, Lanes, Log, LogFormat, Outbox,
+    Partner, Profiling, Queue, Refresh, Secret, Section, Shutdown,
+};
+
+const SECOND: Duration = Duration::from_secs(1);
+const HOUR: Duration = Duration::from_secs(3600);
+
+impl Config {
+    /// Loads defaults, `file` and `environment`; every error at once. What has no default must be there only in the
+    /// sections that the caller `needs`; elsewhere a placeholder stands in.
+    pub fn load(
+        file: Option<&Path>,
+        environment: impl Iterator<Item = (String, String)>,
+        needs: &[Section],
+    ) -> Result<Config, Vec<ConfigError>> {
+        let mut layers = Layers::load(file, environment);
+        let config = Config::read(&mut layers);
+        config.check_pairs(&mut layers);
+        let needed = |key: &str| needs.iter().any(|section| key.starts_with(section.prefix()));
+        let errors: Vec<ConfigError> =
+            layers.finish().into_iter().filter(|error| !error.missing || needed(&error.key)).collect();
+        if errors.is_empty() { Ok(config) } else { Err(errors) }
+    }
+
+    fn read(layers: &mut Layers) -> Config {
+        let ms = Duration::from_millis;
+        Config {
+            aws: Aws {
+                region: layers.required("aws.region", "the region of the queues, such as us-east-1"),
+                endpoint_url: optional_url(layers, "aws.endpoint_url"),
+            },
+            lanes: Lanes {
+                events: lane(layers, "lanes.events"),
+                valuations: lane(layers, "lanes.valuations"),
+                post_processing: lane(layers, "lanes.post_processing"),
+            },
+            queue: Queue {
+                visibility_timeout: layers.duration("queue.visibility_timeout", SECOND * 2..=HOUR * 12),
+                wait_time: layers.duration("queue.wait_time", SECOND..=SECOND * 20),
+                request_timeout: layers.duration("queue.request_timeout", ms(100)..=SECOND * 60),
+                max_polls: layers.integer("queue.max_polls", 1..=32) as usize,
+                delete_linger: layers.duration("queue.delete_linger", Duration::ZERO..=SECOND * 5),
+                retry: Backoff {
+                    base: layers.duration("queue.retry_base", ms(1)..=HOUR),
+                    cap: layers.duration("queue.retry_cap", ms(1)..=HOUR),
+                },
+                receive_cap: layers.duration("queue.receive_cap", SECOND * 2..=HOUR * 12),
+            },
+            database: Database {
+                url: database_url(layers),
+                max_connections: layers.integer("database.max_connections", 2..=1000),
+                connect_timeout: layers.duration("database.connect_timeout", ms(100)..=SECOND * 60),
+                acquire_timeout: layers.duration("database.acquire_timeout", ms(100)..=SECOND * 300),
+                statement_timeout: layers.duration("database.statement_timeout", ms(100)..=HOUR),
+            },
+            partner: Partner {
+                base_url: partner_url(layers),
+                in_flight: layers.integer("partner.in_flight", 1..=100_000) as usize,
+                rate_per_second: Some(layers.integer("partner.rate_per_second", 0..=1_000_000)).filter(|r| *r > 0),
+                connect_timeout: layers.duration("partner.connect_timeout", ms(10)..=SECOND * 60),
+                request_timeout: layers.duration("partner.request_timeout", ms(10)..=SECOND * 600),
+                total_timeout: layers.duration("partner.total_timeout", ms(10)..=HOUR),
+                max_attempts: layers.integer("partner.max_attempts", 1..=100),
+                retry: Backoff {
+                    base: layers.duration("partner.retry_base", ms(1)..=SECOND * 60),
+                    cap: layers.duration("partner.retry_cap", ms(1)..=SECOND * 300),
+                },
+                max_response_bytes: layers.integer("partner.max_response_bytes", 256..=16_777_216) as usize,
+                credential: credential(layers),
+            },
+            refresh: Refresh {
+                page_size: layers.integer("refresh.page_size", 1..=10_000) as usize,
+                batch_linger: layers.duration("refresh.batch_linger", ms(1)..=SECOND * 60),
+                pages_ahead: layers.integer("refresh.pages_ahead", 1..=10_000) as usize,
+            },
+            kafka: Kafka {
+                brokers: layers.required("kafka.brokers", "host:port of a broker, or several separated by commas"),
+                topic: layers.required("kafka.topic", "the topic of the valuation records"),
+                partitions: layers.integer("kafka.partitions", 1..=10_000),
+                replication_factor: layers.integer("kafka.replication_factor", 1..=100),
+                compression: ["none", "lz4"][layers.choice("kafka.compression", &["none", "lz4"])],
+                delivery_timeout: layers.duration("kafka.delivery_timeout", ms(100)..=SECOND * 600),
+                page_size: layers.integer("kafka.page_size", 1..=10_000) as usize,
+            },
+            outbox: Outbox {
+                poll_interval: layers.duration("outbox.poll_interval", ms(10)..=SECOND * 60),
+                claim_timeout: layers.duration("outbox.claim_timeout", SECOND..=HOUR),
+            },
+            admin: Admin { listen: layers.socket_address("admin.listen") },
+            profiling: Profiling {
+                enabled: layers.boolean("profiling.enabled"),
+                listen: layers.socket_address("profiling.listen"),
+                token: profiling_token(layers),
+            },
+            shutdown: Shutdown { grace: layers.duration("shutdown.grace", SECOND * 3..=HOUR) },
+            log: Log {
+                format: [LogFormat::Auto, LogFormat::Json, LogFormat::Pretty]
+                    [layers.choice("log.format", &["auto", "json", "pretty"])],
+                level: log_level(layers),
+            },
+        }
+    }
+
+    /// Settings that are fine alone and dangerous together.
+    fn check_pairs(&self, layers: &mut Layers) {
+        if self.profiling.enabled && !self.profiling.listen.ip().is_loopback() && self.profiling.token.is_none() {
+            layers.error(
+                "profiling.listen",
+                format!("{} can be reached from outside and no token is set", self.profiling.listen),
+                "set profiling.token_file, or listen on 127.0.0.1",
+            );
+        }
+        if self.queue.visibility_timeout.subsec_nanos() != 0 || self.queue.wait_time.subsec_nanos() != 0 {
+            layers.error(
+                "queue.visibility_timeout",
+                format!(
+                    "{:?} (or queue.wait_time {:?}) is not in whole seconds",
+                    self.queue.visibility_timeout, self.queue.wait_time
+                ),
+                "SQS counts in whole seconds; give such as \"60s\"",
+            );
+        }
+        let queues = [&self.lanes.events.queue, &self.lanes.valuations.queue, &self.lanes.post_processing.queue];
+        if queues[0] == queues[1] || queues[1] == queues[2] || queues[0] == queues[2] {
+            layers.error("lanes.valuations.queue", "two lanes share a queue", "give each lane a queue of its own");
+        }
+        if self.queue.receive_cap <= self.queue.visibility_timeout {
+            layers.error(
+                "queue.receive_cap",
+                format!("{:?} is not longer than queue.visibility_timeout", self.queue.receive_cap),
+                "make it longer; work is handed back only after the first extension",
+            );
+        }
+        if self.partner.request_timeout > self.partner.total_timeout {
+            layers.error(
+                "partner.total_timeout",
+                format!("{:?} is shorter than one try (partner.request_timeout)", self.partner.total_timeout),
+                "make it at least partner.request_timeout",
+            );
+        }
+    }
+}
+
+fn lane(layers: &mut Layers, prefix: &str) -> Lane {
+    let key = format!("{prefix}.queue");
+    let queue = layers.required(&key, "an SQS queue name");
+    if queue.ends_with(".fifo") {
+        layers.error(
+            &key,
+            format!("{queue:?} is a FIFO queue"),
+            "use a standard queue: FIFO blocks a group behind one slow event",
+        );
+    } else if queue.len() > 76 || !queue.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_') {
+        layers.error(
+            &key,
+            format!("{queue:?} is not a queue name"),
+            "use at most 76 letters, digits, - and _ (4 more are needed for -dlq)",
+        );
+    }
+    Lane { queue, in_flight: layers.integer(&format!("{prefix}.in_flight"), 1..=10_000) as usize }
+}
+
+fn optional_url(layers: &mut Layers, key: &str) -> Option<String> {
+    let text = layers.text(key);
+    if text.is_empty() {
+        return None;
+    }
+    if parse_http_url(&text).is_none() {
+        layers.error(key, format!("{text:?} is not an http URL"), "give http://HOST:PORT or https://HOST");
+    }
+    Some(text)
+}
+
+fn parse_http_url(text: &str) -> Option<http::Uri> {
+    let uri: http::Uri = text.trim_end_matches('/').parse().ok()?;
+    let good = matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some() && uri.query().is_none();
+    good.then_some(uri)
+}
+
+fn partner_url(layers: &mut Layers) -> http::Uri {
+    let key = "partner.base_url";
+    let text = layers.required(key, "the partner's base URL, such as https://valuations.example");
+    match parse_http_url(&text) {
+        Some(uri) => uri,
+        None => {
+            if !text.is_empty() {
+                layers.error(key, format!("{text:?} is not an http URL"), "give http://HOST:PORT or https://HOST");
+            }
+            http::Uri::from_static("http://localhost")
+        }
+    }
+}
+
+fn credential(layers: &mut Layers) -> Option<Credential> {
+    let header = layers.text("partner.credential_header");
+    let file = layers.text("partner.credential_file");
+    match (header.is_empty(), file.is_empty()) {
+        (true, true) => None,
+        (false, false) => match http::HeaderName::from_bytes(header.as_bytes()) {
+            Ok(header) => {
+                let file = PathBuf::from(file);
+                read_secret(layers, "partner.credential_file", &file);
+                Some(Credential { header, file })
+            }
+            Err(_) => {
+                let problem = format!("{header:?} is not a header name");
+                layers.error("partner.credential_header", problem, "give a name such as Authorization");
+                None
+            }
+        },
+        (true, false) => {
+            layers.error("partner.credential_header", "is missing", "set it, or empty partner.credential_file");
+            None
+        }
+        (false, true) => {
+            layers.error("partner.credential_file", "is missing", "set it, or empty partner.credential_header");
+            None
+        }
+    }
+}
+
+/// A secret from `direct` or from the file named by `file`; `None` if neither is set.
+fn secret(layers: &mut Layers, direct: &str, file: &str) -> Option<Secret> {
+    let value = layers.text(direct);
+    let path = layers.text(file);
+    match (value.is_empty(), path.is_empty()) {
+        (true, true) => None,
+        (false, true) => Some(Secret::new(value)),
+        (true, false) => read_secret(layers, file, Path::new(&path)),
+        (false, false) => {
+            layers.error(file, format!("is set, and so is {direct}"), "set only one of the two");
+            None
+        }
+    }
+}
+
+fn read_secret(layers: &mut Layers, key: &str, path: &Path) -> Option<Secret> {
+    match std::fs::read_to_string(path) {
+        Ok(text) if !text.trim().is_empty() => Some(Secret::new(text.trim())),
+        Ok(_) => {
+            layers.error(key, format!("{} is empty", path.display()), "write the secret into it");
+            None
+        }
+        Err(error) => {
+            layers.error(key, format!("{} cannot be read: {error}", path.display()), "name a readable file");
+            None
+        }
+    }
+}
+
+fn database_url(layers: &mut Layers) -> Secret {
+    let errors_before = layers.error_count();
+    match secret(layers, "database.url", "database.url_file") {
+        Some(url) => {
+            // Neither the URL nor the parser's message may be shown: both can hold the password.
+            let scheme_is_good = ["postgres://", "postgresql://"].iter().any(|s| url.reveal().starts_with(s));
+            if !scheme_is_good || url.reveal().parse::<sqlx::postgres::PgConnectOptions>().is_err() {
+                layers.error("database.url", "is not a Postgres URL", "give postgres://USER@HOST:PORT/DATABASE");
+            }
+            url
+        }
+        None => {
+            if layers.error_count() == errors_before {
+                let fix = "set it, WRITE_API_DATABASE_URL or database.url_file to postgres://USER@HOST:PORT/DATABASE";
+                layers.missing("database.url", fix);
+            }
+            Secret::new("")
+        }
+    }
+}
+
+fn profiling_token(layers: &mut Layers) -> Option<Secret> {
+    let token = secret(layers, "profiling.token", "profiling.token_file")?;
+    if token.reveal().len() < 16 {
+        let problem = format!("has {} characters", token.reveal().len());
+        layers.error("profiling.token", problem, "use at least 16, such as the output of `openssl rand -hex 16`");
+    }
+    Some(token)
+}
+
+fn log_level(layers: &mut Layers) -> String {
+    let level = layers.required("log.level", "a tracing filter, such as info");
+    if let Err(error) = level.parse::<tracing_subscriber::filter::Targets>() {
+        layers.error(
+            "log.level",
+            format!("{level:?} is not a filter: {error}"),
+            "give one such as info or warn,write_api=debug",
+        );
+    }
+    level
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: &[Section] = &[Section::Database, Section::Partner, Section::Kafka];
+
+    fn minimal() -> Vec<(String, String)> {
+        [
+            ("WRITE_API_DATABASE_URL", "postgres://app:hunter2@localhost/app"),
+            ("WRITE_API_PARTNER_BASE_URL", "http://localhost:9000/"),
+            ("WRITE_API_KAFKA_BROKERS", "localhost:9092"),
+        ]
+        .map(|(k, v)| (k.to_owned(), v.to_owned()))
+        .to_vec()
+    }
+
+    #[test]
+    fn three_settings_are_enough() {
+        let config = Config::load(None, minimal().into_iter(), ALL).expect("defaults are good");
+        assert_eq!(config.queue.visibility_timeout, Duration::from_secs(60));
+        assert_eq!(config.partner.rate_per_second, Some(1000));
+        assert_eq!(config.lanes.valuations.queue, "writeapi-valuations");
+    }
+
+    #[test]
+    fn all_errors_come_at_once_with_key_source_and_fix() {
+        let environment = [
+            ("WRITE_API_QUEUE_WAIT_TIME", "30s"),
+            ("WRITE_API_PARTNER_IN_FLIGHT", "many"),
+            ("WRITE_API_LANES_EVENTS_QUEUE", "x.fifo"),
+            ("WRITE_API_PROFILING_LISTEN", "0.0.0.0:6060"),
+            ("WRITE_API_NO_SUCH", "1"),
+        ]
+        .map(|(k, v)| (k.to_owned(), v.to_owned()));
+        let errors = Config::load(None, environment.into_iter(), ALL).expect_err("eight errors");
+        let keys: Vec<&str> = errors.iter().map(|error| error.key.as_str()).collect();
+        for key in [
+            "queue.wait_time",
+            "partner.in_flight",
+            "lanes.events.queue",
+            "profiling.listen",
+            "WRITE_API_NO_SUCH",
+            "database.url",
+            "partner.base_url",
+            "kafka.brokers",
+        ] {
+            assert!(keys.contains(&key), "{key} is not among {keys:?}");
+        }
+        assert_eq!(errors.len(), 8, "{errors:?}");
+        let wait = errors.iter().find(|error| error.key == "queue.wait_time").expect("seen above").to_string();
+        assert!(wait.contains("30s") && wait.contains("WRITE_API_QUEUE_WAIT_TIME"), "{wait}");
+    }
+
+    #[test]
+    fn what_a_verb_does_not_need_may_be_missing_but_not_wrong() {
+        assert!(Config::load(None, std::iter::empty(), &[]).is_ok());
+        let wrong = [("WRITE_API_PARTNER_BASE_URL".to_owned(), "nonsense".to_owned())];
+        let errors = Config::load(None, wrong.into_iter(), &[]).expect_err("not a URL");
+        assert_eq!(errors[0].key, "partner.base_url");
+    }
+
+    #[test]
+    fn a_secret_is_not_printed() {
+        let config = Config::load(None, minimal().into_iter(), ALL).expect("good");
+        assert!(!format!("{config:?}").contains("hunter2"));
+        let mut broken = minimal();
+        broken[0].1 = "mysql://app:hunter2@localhost/app".to_owned();
+        let errors = Config::load(None, broken.into_iter(), ALL).expect_err("wrong scheme");
+        assert!(!format!("{errors:?}").contains("hunter2"));
+    }
+}
