@@ -30,7 +30,7 @@ use crate::{admin, profiling};
 /// Kept of the time to stop for what comes after the last event: Kafka flushed, outbox relayed, connections closed.
 const LAST_STEPS: Duration = Duration::from_secs(2);
 
-/// How often Postgres and Kafka are looked at for `/readyz`.
+/// How often Postgres, Kafka and the partner are looked at for `/readyz`.
 const LOOK: Duration = Duration::from_secs(5);
 
 /// How long Kafka may take to answer such a look.
@@ -231,6 +231,16 @@ impl App {
                 match publisher.check(KAFKA_LOOK).await {
                     Ok(_) => dependency.up(),
                     Err(error) => dependency.down(error.to_string()),
+                }
+                sleep(LOOK).await;
+            }
+        });
+        let (partner, dependency) = (self.events.partner.clone(), self.health.dependency("partner"));
+        watchers.spawn(async move {
+            loop {
+                match partner.check().await {
+                    Ok(()) => dependency.up(),
+                    Err(error) => dependency.down(format!("{error:#}")),
                 }
                 sleep(LOOK).await;
             }

@@ -26,9 +26,9 @@ struct State {
     dependencies: Mutex<Vec<Arc<DependencyState>>>,
 }
 
-/// A loop that is not turning as it should.
+/// How a loop turns.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Stale {
+pub struct Turning {
     /// Name of the loop.
     pub name: String,
     /// Time since its last turn.
@@ -37,6 +37,13 @@ pub struct Stale {
     pub limit: Duration,
     /// The loop is gone: it ended without being asked to.
     pub ended: bool,
+}
+
+impl Turning {
+    /// Whether the loop turns as it should.
+    pub fn is_well(&self) -> bool {
+        !self.ended && self.silent <= self.limit
+    }
 }
 
 /// A neighbour that cannot be worked with now.
@@ -94,10 +101,10 @@ impl Health {
         self.state.draining.load(Ordering::Relaxed)
     }
 
-    /// The loops that are not turning, in the order in which they were added; empty if all is well.
-    pub fn stale(&self) -> Vec<Stale> {
+    /// The loops, in the order in which they were added.
+    pub fn loops(&self) -> Vec<Turning> {
         let now = self.state.now_ms();
-        lock(&self.state.beats).iter().filter_map(|beat| beat.stale_at(now)).collect()
+        lock(&self.state.beats).iter().map(|beat| beat.at(now)).collect()
     }
 
     /// The neighbours that are not ready, in the order in which they were added; empty if all are.
@@ -152,11 +159,10 @@ impl Drop for Beat {
 }
 
 impl BeatState {
-    fn stale_at(&self, now_ms: u64) -> Option<Stale> {
+    fn at(&self, now_ms: u64) -> Turning {
         // A touch may be newer than `now_ms`, which was read before it.
         let silent = Duration::from_millis(now_ms.saturating_sub(self.last_ms.load(Ordering::Relaxed)));
-        let ended = self.ended.load(Ordering::Relaxed);
-        (ended || silent > self.limit).then(|| Stale { name: self.name.clone(), silent, limit: self.limit, ended })
+        Turning { name: self.name.clone(), silent, limit: self.limit, ended: self.ended.load(Ordering::Relaxed) }
     }
 }
 
@@ -217,8 +223,9 @@ mod tests {
         let health = Health::new();
         let beat = health.beat("poll events", Duration::from_millis(100));
         let touched = beat.beat.last_ms.load(Ordering::Relaxed);
-        assert_eq!(beat.beat.stale_at(touched + 100), None);
-        let stale = beat.beat.stale_at(touched + 101).expect("beyond the limit");
+        assert!(beat.beat.at(touched + 100).is_well());
+        let stale = beat.beat.at(touched + 101);
+        assert!(!stale.is_well());
         assert_eq!(
             (stale.name.as_str(), stale.silent, stale.ended),
             ("poll events", Duration::from_millis(101), false)
@@ -230,9 +237,9 @@ mod tests {
         let health = Health::new();
         let beat = health.beat("keeper", Duration::from_millis(20));
         std::thread::sleep(Duration::from_millis(40));
-        assert_eq!(health.stale().len(), 1);
+        assert!(!health.loops()[0].is_well());
         beat.touch();
-        assert_eq!(health.stale(), []);
+        assert!(health.loops()[0].is_well());
     }
 
     #[test]
@@ -246,9 +253,9 @@ mod tests {
             panic!("as a loop might");
         })
         .join();
-        let stale = health.stale();
-        assert_eq!(stale.len(), 1, "{stale:?}");
-        assert_eq!((stale[0].name.as_str(), stale[0].ended), ("died", true));
+        let loops = health.loops();
+        assert_eq!(loops.len(), 1, "{loops:?}");
+        assert_eq!((loops[0].name.as_str(), loops[0].ended, loops[0].is_well()), ("died", true, false));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! | path       | method | answer                                                                                     |
 //! |------------|--------|--------------------------------------------------------------------------------------------|
 //! | `/`        | GET    | this list                                                                                  |
-//! | `/livez`   | GET    | 200 while every loop turns, else 503; JSON that names those that do not                    |
+//! | `/livez`   | GET    | 200 while every loop turns, else 503; JSON with the last turn and the limit of each        |
 //! | `/readyz`  | GET    | 200 while work can be done, else 503; JSON that names what is not ready, why and since when |
 //! | `/metrics` | GET    | 200, the metrics in Prometheus' text format                                                |
 //!

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::health::Health;
+use crate::health::{Health, Turning};
 use crate::metrics::Metrics;
 
 pub(super) async fn index() -> &'static str {
@@ -21,22 +21,24 @@ pub(super) async fn index() -> &'static str {
 }
 
 pub(super) async fn livez(State(health): State<Health>) -> Response {
-    let stale = health.stale();
-    if stale.is_empty() {
-        return answer(StatusCode::OK, json!({ "status": "ok" }));
-    }
-    let stale: Vec<Value> = stale
+    let loops = health.loops();
+    let (code, status) = match loops.iter().all(Turning::is_well) {
+        true => (StatusCode::OK, "ok"),
+        false => (StatusCode::SERVICE_UNAVAILABLE, "stale"),
+    };
+    let loops: Vec<Value> = loops
         .into_iter()
-        .map(|stale| {
+        .map(|turning| {
             json!({
-                "name": stale.name,
-                "silent_seconds": stale.silent.as_secs_f64(),
-                "limit_seconds": stale.limit.as_secs_f64(),
-                "ended": stale.ended,
+                "ok": turning.is_well(),
+                "name": turning.name,
+                "last_turn_seconds_ago": turning.silent.as_secs_f64(),
+                "limit_seconds": turning.limit.as_secs_f64(),
+                "ended": turning.ended,
             })
         })
         .collect();
-    answer(StatusCode::SERVICE_UNAVAILABLE, json!({ "status": "stale", "stale": stale }))
+    answer(code, json!({ "status": status, "loops": loops }))
 }
 
 pub(super) async fn readyz(State(health): State<Health>) -> Response {
@@ -97,13 +99,17 @@ mod tests {
         let health = Health::new();
         let beat = health.beat("poll writeapi-events", Duration::from_millis(30));
         let _other = health.beat("keeper", Duration::from_secs(60));
-        assert_eq!(get(&health, "/livez").await, (200, json!({ "status": "ok" })));
+        let (status, body) = get(&health, "/livez").await;
+        assert_eq!((status, &body["status"], body["loops"].as_array().unwrap().len()), (200, &json!("ok"), 2));
+        assert!(body["loops"][1]["last_turn_seconds_ago"].as_f64().unwrap() < 60.0, "{body}");
         tokio::time::sleep(Duration::from_millis(60)).await;
         let (status, body) = get(&health, "/livez").await;
-        assert_eq!((status, &body["stale"].as_array().unwrap().len()), (503, &1));
-        assert_eq!(body["stale"][0]["name"], "poll writeapi-events");
-        assert_eq!(body["stale"][0]["limit_seconds"], 0.03);
-        assert!(body["stale"][0]["silent_seconds"].as_f64().unwrap() >= 0.06);
+        assert_eq!((status, &body["status"]), (503, &json!("stale")));
+        let [stale, well] = [&body["loops"][0], &body["loops"][1]];
+        assert_eq!((&stale["name"], &stale["ok"]), (&json!("poll writeapi-events"), &json!(false)));
+        assert_eq!((&stale["limit_seconds"], &stale["ended"]), (&json!(0.03), &json!(false)));
+        assert!(stale["last_turn_seconds_ago"].as_f64().unwrap() >= 0.06);
+        assert_eq!((&well["name"], &well["ok"]), (&json!("keeper"), &json!(true)));
         beat.touch();
         assert_eq!(get(&health, "/livez").await.0, 200);
     }

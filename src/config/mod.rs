@@ -162,9 +162,7 @@ pub struct Database {
     pub url: Secret,
     /// Connections of the pool.
     pub max_connections: u32,
-    /// Bound on opening a connection.
-    pub connect_timeout: Duration,
-    /// Bound on waiting for a free connection.
+    /// Bound on waiting for a connection, the opening of one included.
     pub acquire_timeout: Duration,
     /// Bound on one statement, kept by the server.
     pub statement_timeout: Duration,

@@ -56,7 +56,6 @@ impl Config {
             database: Database {
                 url: database_url(layers),
                 max_connections: layers.integer("database.max_connections", 2..=1000),
-                connect_timeout: layers.duration("database.connect_timeout", ms(100)..=SECOND * 60),
                 acquire_timeout: layers.duration("database.acquire_timeout", ms(100)..=SECOND * 300),
                 statement_timeout: layers.duration("database.statement_timeout", ms(100)..=HOUR),
             },

@@ -393,10 +393,13 @@ mod tests {
     fn the_same_event_has_the_same_digest_and_another_has_another() {
         let one = good().to_string();
         let spaced = serde_json::to_string_pretty(&good()).expect("JSON");
+        let reordered = one.replace(r#""limit":10,"zip_codes":null"#, r#""zip_codes":null,"limit":10"#);
+        assert_ne!(one, reordered);
         let mut other = good();
         other["data"]["limit"] = json!(11);
         let digest = |body: &str| Event::decode(body).expect("good").digest().expect("JSON");
         assert_eq!(digest(&one), digest(&spaced));
+        assert_eq!(digest(&one), digest(&reordered));
         assert_ne!(digest(&one), digest(&other.to_string()));
     }
 

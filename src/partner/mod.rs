@@ -145,9 +145,13 @@ impl Partner {
         self.shared.breaker.state()
     }
 
-    /// Checks that a connection to the partner can be opened, its name resolved and TLS set up; sends nothing. The error
-    /// names the address and what went wrong.
-    pub async fn reach(&self) -> anyhow::Result<()> {
+    /// Checks that calls can be made: the breaker is closed, and a connection to the partner can be opened, its name
+    /// resolved and TLS set up. Sends nothing. The error says since when calls are suspended and why, or names the address
+    /// and what went wrong.
+    pub async fn check(&self) -> anyhow::Result<()> {
+        if let BreakerState::Open { reason, .. } = self.breaker_state() {
+            anyhow::bail!("calls are suspended: {reason}");
+        }
         self.shared.client.reach().await
     }
 

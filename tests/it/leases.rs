@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use local_stack::Behaviour;
+use local_stack::kafka::Order;
+use local_stack::wire::{Flow, Wire};
+use local_stack::{Behaviour, Kafka};
 use serde_json::Value;
 
 use crate::harness::{LONG, Lane, SOON, Service, World, until};
@@ -12,10 +14,19 @@ const VISIBILITY: Duration = Duration::from_secs(3);
 
 /// How often each event that is done was received, as its log line says.
 fn receives(service: &Service) -> Result<Vec<u64>> {
-    let log = service.log()?;
-    let entries = log.lines().map(|line| serde_json::from_str::<Value>(line).context("not JSON"));
-    let done = entries.filter(|entry| entry.as_ref().map_or(true, |entry| entry["message"] == "event done"));
-    done.map(|entry| entry?["attempt"].as_u64().context("no attempt")).collect()
+    receives_of(service, |_| true)
+}
+
+/// As [`receives`], of some kinds only.
+fn receives_of(service: &Service, wanted: impl Fn(&Value) -> bool) -> Result<Vec<u64>> {
+    let mut receives = Vec::new();
+    for line in service.log()?.lines() {
+        let entry: Value = serde_json::from_str(line).context("not JSON")?;
+        if entry["message"] == "event done" && wanted(&entry["kind"]) {
+            receives.push(entry["attempt"].as_u64().context("no attempt")?);
+        }
+    }
+    Ok(receives)
 }
 
 #[tokio::test]
@@ -116,5 +127,47 @@ async fn work_on_a_message_that_was_taken_away_stops() -> Result<()> {
     world.published(&id, LONG).await?;
     world.check_run(&id, &world.homes(LISTINGS).await?).await?;
     world.quiet(LONG).await?;
+    world.finish(service).await
+}
+
+/// A Postgres that does not answer takes the leases of runs. Messages without a run need nothing of it to stay hidden.
+#[tokio::test]
+async fn a_postgres_that_hangs_costs_no_fast_event_its_message() -> Result<()> {
+    const UPSERTS: usize = 120;
+    let mut world = World::new(Behaviour::default()).await?;
+    let kafka = Kafka::separate().await?;
+    kafka.create_topic(&world.environment().names().topic, 12).await?;
+    let wire = Wire::to(world.environment().database_url())?;
+    world.set("database.url", wire.url()).set("kafka.brokers", kafka.bootstrap()).set("kafka.page_size", 10);
+    world.set("partner.in_flight", 5).set("partner.rate_per_second", 0).set("refresh.page_size", 20);
+    world.set("database.statement_timeout", "1s");
+    world.listings(2_000).await?;
+    let service = world.serve().await?;
+    service.expect_errors();
+    // One run that is published slowly and one that is refreshed slowly: both roles have a lease to renew.
+    let first = world.refresh(&["--limit", "1000"])?;
+    world.run_until(&first, SOON, |run| run.state == "complete").await?;
+    kafka.order(&Order::Delay { milliseconds: 500 }).await?;
+    world.partner.control(|behaviour| behaviour.latency_ms = 500)?;
+    let second = world.refresh(&["--limit", "300"])?;
+    world.run_until(&second, SOON, |run| run.valued > 0).await?;
+    let publishing = "SELECT count(*) FROM runs WHERE publisher IS NOT NULL";
+    ensure!(world.number(publishing).await? == 1, "the first run is published too fast");
+
+    wire.set(Flow::Stalled);
+    // Spread over more than a visibility timeout, so that some are due whenever the keeper is busy with the runs.
+    let begin = std::time::Instant::now();
+    world.done(&["send", "upsert", "--sample", &UPSERTS.to_string(), "--rate", "15"])?;
+    ensure!(begin.elapsed() > Duration::from_secs(6), "they came too fast");
+    wire.set(Flow::Open);
+    kafka.order(&Order::Delay { milliseconds: 0 }).await?;
+    world.partner.control(|behaviour| behaviour.latency_ms = 0)?;
+
+    for run in [&first, &second] {
+        world.published(run, LONG).await?;
+    }
+    world.quiet(LONG).await?;
+    let receives = receives_of(&service, |kind| kind == "listing.upsert")?;
+    ensure!(receives.len() == UPSERTS && receives.iter().all(|receives| *receives == 1), "{receives:?}");
     world.finish(service).await
 }

@@ -14,14 +14,14 @@ const LISTINGS: i64 = 1_500;
 async fn slow_world() -> Result<World> {
     let mut world = World::new(Behaviour { latency_ms: 100, ..Behaviour::default() }).await?;
     world.set("partner.in_flight", 50).set("partner.rate_per_second", 0).set("refresh.page_size", 100);
-    world.set("database.acquire_timeout", "2s").set("database.connect_timeout", "1s");
+    world.set("database.acquire_timeout", "2s");
     world.set("queue.request_timeout", "2s");
     world.listings(LISTINGS).await?;
     Ok(world)
 }
 
 /// What `/readyz` names as missing.
-async fn missing(service: &Service) -> Result<Vec<String>> {
+pub(crate) async fn missing(service: &Service) -> Result<Vec<String>> {
     let (status, page) = service.page("/readyz").await?;
     let page: serde_json::Value = serde_json::from_str(&page)?;
     let names = page["not_ready"].as_array().into_iter().flatten();
@@ -118,18 +118,21 @@ async fn it_starts_before_its_neighbours_and_says_what_it_waits_for() -> Result<
     kafka.order(&Order::GoDown).await?;
     let postgres = Wire::to(world.environment().database_url())?;
     let sqs = Wire::to(local_stack::shared().await?.sqs().endpoint())?;
+    let partner = Wire::to(&world.partner.url())?;
+    world.set("partner.base_url", partner.url());
     world.set("database.url", postgres.url()).set("kafka.brokers", kafka.bootstrap());
     world.listings(50).await?;
     let id = world.refresh(&[])?;
     world.set("aws.endpoint_url", sqs.url());
     postgres.set(Flow::Cut);
     sqs.set(Flow::Cut);
+    partner.set(Flow::Cut);
 
     let service = world.start()?;
     service.expect_errors();
     let [one, two, three] =
         [Lane::Events, Lane::Valuations, Lane::PostProcessing].map(|lane| format!("queue {}", world.queue_name(lane)));
-    let names = [one, two, three, "database".to_owned(), "kafka".to_owned()];
+    let names = [one, two, three, "database".to_owned(), "kafka".to_owned(), "partner".to_owned()];
     until("a start", SOON, async || Ok(service.page("/livez").await.is_ok().then_some(()))).await?;
     ensure!(service.page("/livez").await?.0 == 200);
     let waiting = missing(&service).await?;
@@ -146,6 +149,11 @@ async fn it_starts_before_its_neighbours_and_says_what_it_waits_for() -> Result<
     .await?;
     ensure!(missing(&service).await?.contains(&"database".to_owned()));
     postgres.set(Flow::Open);
+    until("the run to wait for the partner", LONG, async || {
+        Ok((service.metric("write_api_partner_breaker_open").await? == 1.0).then_some(()))
+    })
+    .await?;
+    partner.set(Flow::Open);
     world.run_until(&id, LONG, |run| run.state == "complete").await?;
     kafka.order(&Order::ComeUp).await?;
     let tap = KafkaTap::start(kafka.bootstrap(), &topic)?;

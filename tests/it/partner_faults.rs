@@ -8,6 +8,7 @@ use local_stack::Behaviour;
 use local_stack::partner::{RequiredHeader, RetryAfter};
 
 use crate::harness::{LONG, SOON, World, until};
+use crate::neighbours::missing;
 
 #[tokio::test]
 async fn faults_that_pass_fail_no_listing() -> Result<()> {
@@ -153,6 +154,7 @@ async fn a_partner_that_is_away_is_waited_for() -> Result<()> {
     wire.set(local_stack::wire::Flow::Cut);
     let open = async || service.metric("write_api_partner_breaker_open").await;
     until("an open breaker", SOON, async || Ok((open().await? == 1.0).then_some(()))).await?;
+    until("readiness to name it", SOON, async || Ok((missing(&service).await? == ["partner"]).then_some(()))).await?;
     wire.set(local_stack::wire::Flow::Open);
     let run = world.published(&id, LONG).await?;
     // At most those that were out when the partner went away may have used up their two tries.

@@ -113,7 +113,7 @@ async fn a_partner_that_is_not_there_suspends_even_a_single_caller() {
     let address = listener.local_addr().expect("bound");
     drop(listener);
     let (partner, metrics) = partner(&config::Partner { in_flight: 1, ..settings(address) });
-    let error = format!("{:#}", partner.reach().await.expect_err("nobody is there"));
+    let error = format!("{:#}", partner.check().await.expect_err("nobody is there"));
     assert!(error.contains(&address.to_string()) && error.contains("refused"), "{error}");
     assert!(timeout(MS * 300, value(&partner, 7)).await.is_err());
     let BreakerState::Open { reason, .. } = partner.breaker_state() else { panic!("still closed") };
