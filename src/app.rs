@@ -86,7 +86,8 @@ impl App {
                 },
             },
             metrics: metrics.clone(),
-            beat: health.beat("keeper", KEEPER_SILENCE),
+            message_beat: health.beat("keeper of messages", KEEPER_SILENCE),
+            run_beat: health.beat("keeper of runs", KEEPER_SILENCE),
         })?;
         let publisher = Publisher::new(&config.kafka, metrics.clone())?;
         let events = Arc::new(Events {

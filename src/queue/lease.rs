@@ -14,12 +14,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use futures::future::select;
+use futures::future::{join, select};
 use futures::stream::{self, StreamExt};
 use sqlx::ConnectOptions;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use tokio::sync::{Notify, watch};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, Interval, MissedTickBehavior, timeout};
 use uuid::Uuid;
 
 use super::sqs::{BATCH, Extension, Queue, Sqs};
@@ -121,8 +121,10 @@ pub struct KeeperSettings {
     pub renewals: Renewals,
     /// Counts extensions.
     pub metrics: Arc<Metrics>,
-    /// Told after each pass.
-    pub beat: Beat,
+    /// Touched after each pass over the messages without a run.
+    pub message_beat: Beat,
+    /// Touched after each pass over the runs and their messages.
+    pub run_beat: Beat,
 }
 
 impl Keeper {
@@ -256,48 +258,104 @@ struct Due {
     run: Option<(Role, String, Uuid)>,
 }
 
+/// Two loops, because they depend on different neighbours: a Postgres that hangs costs the runs their leases, and must not
+/// cost messages without a run anything.
 async fn keep(shared: &Shared, settings: KeeperSettings) {
-    let KeeperSettings { aws, queue, database, renewals, metrics, beat } = settings;
+    let KeeperSettings { aws, queue, database, renewals, metrics, message_beat, run_beat } = settings;
     let sqs = Sqs::new(&aws, &queue, metrics.clone()).await;
-    let mut keeper = Keeping { shared, sqs, database, connection: None, renewals, metrics };
-    let tick = (queue.visibility_timeout / 20).clamp(Duration::from_millis(50), Duration::from_secs(1));
-    let mut ticks = tokio::time::interval(tick);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        ticks.tick().await;
-        keeper.pass().await;
-        beat.touch();
+    let keeping = Keeping { shared, sqs, metrics };
+    let mut leases = RunLeases { bound: shared.visibility / 4, database, connection: None, renewals };
+    let messages = async {
+        let mut ticks = ticks(shared.visibility);
+        loop {
+            ticks.tick().await;
+            keeping.extend(keeping.due(|held| held.run.is_none())).await;
+            message_beat.touch();
+        }
+    };
+    let runs = async {
+        let mut ticks = ticks(shared.visibility);
+        loop {
+            ticks.tick().await;
+            let mut due = keeping.due(|held| held.run.is_some());
+            keeping.renew_runs(&mut leases, &mut due, Role::Owner).await;
+            keeping.renew_runs(&mut leases, &mut due, Role::Publisher).await;
+            keeping.extend(due).await;
+            run_beat.touch();
+        }
+    };
+    join(messages, runs).await;
+}
+
+/// Often enough that half of a visibility timeout is noticed soon after it is over.
+fn ticks(visibility: Duration) -> Interval {
+    let mut ticks = tokio::time::interval((visibility / 20).clamp(Duration::from_millis(50), Duration::from_secs(1)));
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}
+
+/// Renews run leases over a connection of its own.
+struct RunLeases {
+    bound: Duration,
+    database: PgConnectOptions,
+    connection: Option<PgConnection>,
+    renewals: Renewals,
+}
+
+impl RunLeases {
+    /// The tokens that still hold their runs; an error in words if that is not known.
+    async fn renew(
+        &mut self,
+        role: Role,
+        run_ids: &[String],
+        tokens: &[Uuid],
+        lease: Duration,
+    ) -> Result<Vec<Uuid>, String> {
+        let bound = self.bound;
+        let failure = match timeout(bound, self.ask(role, run_ids, tokens, lease)).await {
+            Ok(Ok(kept)) => return Ok(kept),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer within {bound:?}"),
+        };
+        // Whatever it was in the middle of, the connection is of no use any more.
+        self.connection = None;
+        Err(failure)
+    }
+
+    async fn ask(
+        &mut self,
+        role: Role,
+        run_ids: &[String],
+        tokens: &[Uuid],
+        lease: Duration,
+    ) -> sqlx::Result<Vec<Uuid>> {
+        let connection = match &mut self.connection {
+            Some(connection) => connection,
+            none => none.insert(self.database.connect().await?),
+        };
+        let renew = match role {
+            Role::Owner => self.renewals.owner,
+            Role::Publisher => self.renewals.publisher,
+        };
+        renew(connection, run_ids, tokens, lease).await
     }
 }
 
 struct Keeping<'a> {
     shared: &'a Shared,
     sqs: Sqs,
-    database: PgConnectOptions,
-    connection: Option<PgConnection>,
-    renewals: Renewals,
     metrics: Arc<Metrics>,
 }
 
 impl Keeping<'_> {
-    async fn pass(&mut self) {
-        let mut due = self.due();
-        if due.is_empty() {
-            return;
-        }
-        self.renew_runs(&mut due, Role::Owner).await;
-        self.renew_runs(&mut due, Role::Publisher).await;
-        self.extend(due).await;
-    }
-
-    /// Ends what ran out, tells what nears its cap, and collects what is due: per queue in the order of urgency, and
-    /// filled up to whole batches with what is due next.
-    fn due(&self) -> Vec<Due> {
+    /// Of the messages `wanted`: ends what ran out, tells what nears its cap, and collects what is due, per queue in the
+    /// order of urgency, and filled up to whole batches with what is due next.
+    fn due(&self, wanted: impl Fn(&Held) -> bool) -> Vec<Due> {
         let now = Instant::now();
         let visibility = self.shared.visibility;
         let mut by_queue: HashMap<Arc<str>, Vec<Due>> = HashMap::new();
         let held = self.shared.held();
-        for (id, held) in held.iter() {
+        for (id, held) in held.iter().filter(|(_, held)| wanted(held)) {
             if *held.stop.borrow() == Some(StopReason::Lost) {
                 continue;
             }
@@ -337,7 +395,7 @@ impl Keeping<'_> {
 
     /// Renews the runs of one role among `due`. Lost ones are stopped; if Postgres does not answer, theirs are left for
     /// the next pass, because a message must not outlive its run's lease.
-    async fn renew_runs(&mut self, due: &mut Vec<Due>, role: Role) {
+    async fn renew_runs(&self, leases: &mut RunLeases, due: &mut Vec<Due>, role: Role) {
         let (run_ids, tokens): (Vec<String>, Vec<Uuid>) = due
             .iter()
             .filter_map(|entry| entry.run.as_ref())
@@ -347,42 +405,21 @@ impl Keeping<'_> {
         if tokens.is_empty() {
             return;
         }
-        let of_role = |entry: &Due| entry.run.as_ref().is_some_and(|(of, _, _)| *of == role);
-        let bound = self.shared.visibility / 4;
-        let kept = match timeout(bound, self.renew(role, &run_ids, &tokens)).await {
-            Ok(Ok(kept)) => kept,
-            failure => {
-                self.connection = None;
-                let error = match failure {
-                    Ok(Err(error)) => error.to_string(),
-                    _ => format!("no answer within {bound:?}"),
-                };
-                tracing::warn!(error, runs = tokens.len(), "run leases could not be renewed; trying again");
-                due.retain(|entry| !of_role(entry));
-                return;
-            }
-        };
-        due.retain(|entry| match &entry.run {
-            Some((of, run_id, token)) if *of == role && !kept.contains(token) => {
-                self.lose(entry.id, *token, run_id);
-                false
-            }
-            _ => true,
-        });
-    }
-
-    async fn renew(&mut self, role: Role, run_ids: &[String], tokens: &[Uuid]) -> sqlx::Result<Vec<Uuid>> {
-        let connection = match &mut self.connection {
-            Some(connection) => connection,
-            none => none.insert(self.database.connect().await?),
-        };
-        let renew = match role {
-            Role::Owner => self.renewals.owner,
-            Role::Publisher => self.renewals.publisher,
-        };
         // The message is extended right after this, for the whole visibility from then on.
         let lease = self.shared.visibility - margin(self.shared.visibility);
-        renew(connection, run_ids, tokens, lease).await
+        match leases.renew(role, &run_ids, &tokens, lease).await {
+            Ok(kept) => due.retain(|entry| match &entry.run {
+                Some((of, run_id, token)) if *of == role && !kept.contains(token) => {
+                    self.lose(entry.id, *token, run_id);
+                    false
+                }
+                _ => true,
+            }),
+            Err(error) => {
+                tracing::warn!(error, runs = tokens.len(), "run leases could not be renewed; trying again");
+                due.retain(|entry| entry.run.as_ref().is_none_or(|(of, _, _)| *of != role));
+            }
+        }
     }
 
     /// Stops the work on a run that is no longer ours, unless it was given back while we asked.
