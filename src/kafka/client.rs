@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use rdkafka::ClientConfig;
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
-use rdkafka::error::KafkaError;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
 use crate::config;
 
@@ -47,10 +47,28 @@ pub(super) fn producer(kafka: &config::Kafka) -> ClientConfig {
     client
 }
 
+/// While brokers are away librdkafka tells each kind of error several times a second. Once in this time is enough:
+/// `/readyz` says the same, and since when.
+const SAME_ERROR: Duration = Duration::from_secs(60);
+
 /// Passes librdkafka's own log lines on to ours.
 #[derive(Default)]
 pub(super) struct ClientLog {
-    last_error: Mutex<Option<(String, Instant)>>,
+    said: Mutex<Vec<(Option<RDKafkaErrorCode>, Instant)>>,
+}
+
+impl ClientLog {
+    /// Whether this kind of error was not told for a while. There are few kinds.
+    fn is_news(&self, code: Option<RDKafkaErrorCode>) -> bool {
+        let now = Instant::now();
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        said.retain(|(_, at)| now.duration_since(*at) < SAME_ERROR);
+        let is_news = !said.iter().any(|(said, _)| *said == code);
+        if is_news {
+            said.push((code, now));
+        }
+        is_news
+    }
 }
 
 impl ClientContext for ClientLog {
@@ -68,13 +86,23 @@ impl ClientContext for ClientLog {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        // The wrapper calls this twice for each error of a producer.
-        let line = format!("{error}: {reason}");
-        let mut last = self.last_error.lock().unwrap_or_else(PoisonError::into_inner);
-        let repeated = last.as_ref().is_some_and(|(said, at)| *said == line && at.elapsed() < Duration::from_secs(1));
-        if !repeated {
-            tracing::warn!("librdkafka: {line}");
-            *last = Some((line, Instant::now()));
+        if self.is_news(error.rdkafka_error_code()) {
+            tracing::warn!("librdkafka: {error}: {reason}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_kind_of_error_is_told_once_in_a_while() {
+        let log = ClientLog::default();
+        let (down, refused) = (Some(RDKafkaErrorCode::AllBrokersDown), Some(RDKafkaErrorCode::BrokerTransportFailure));
+        assert_eq!(
+            [down, refused, down, None, None, refused].map(|code| log.is_news(code)),
+            [true, true, false, true, false, false]
+        );
     }
 }

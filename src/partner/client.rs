@@ -126,6 +126,7 @@ impl Client {
         limit: Duration,
     ) -> Attempt {
         let mut only_fresh = false;
+        let mut closed_early = false;
         let (outcome, took) = loop {
             let preparing = budget.prepare().await;
             if !breaker.honours(pass) {
@@ -149,8 +150,16 @@ impl Client {
                 self.pool.put(connection);
                 break (Outcome::Withdrawn, Duration::ZERO);
             }
-            // The wait may have been long.
+            // The wait may have been long: what a partner closed meanwhile is opened anew. But one that closes two new
+            // connections before anything was sent is not there, though something accepts in its place.
             if !connection.is_quiet() {
+                let is_fresh = !connection.used;
+                if is_fresh && closed_early {
+                    let problem = "the partner closed two connections before a call was sent".to_owned();
+                    break (Outcome::Failed(Failure::Connect(problem)), Duration::ZERO);
+                }
+                closed_early |= is_fresh;
+                only_fresh = true;
                 continue;
             }
 

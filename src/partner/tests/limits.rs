@@ -121,6 +121,41 @@ async fn a_partner_that_is_not_there_suspends_even_a_single_caller() {
     assert_eq!(metrics.partner_calls.with_label_values(&["connect"]).get(), 5);
 }
 
+/// As a load balancer does that has no server left: connections are accepted and closed before anything was sent.
+#[tokio::test]
+async fn a_partner_that_closes_every_connection_at_once_suspends_the_calls() {
+    for rate_per_second in [None, Some(100)] {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("bound");
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let server = tokio::spawn({
+            let accepted = Arc::clone(&accepted);
+            async move {
+                while let Ok((connection, _)) = listener.accept().await {
+                    accepted.fetch_add(1, Ordering::SeqCst);
+                    drop(connection);
+                }
+            }
+        });
+        let (partner, _) = partner(&config::Partner { rate_per_second, ..settings(address) });
+        let all = tokio::spawn({
+            let partner = partner.clone();
+            async move { value_all(&partner, 0..60).await }
+        });
+        let is_open = async || {
+            while partner.breaker_state() == BreakerState::Closed {
+                tokio::time::sleep(MS).await
+            }
+        };
+        timeout(SECOND * 5, is_open()).await.expect("the breaker opens");
+        let BreakerState::Open { reason, .. } = partner.breaker_state() else { panic!("it closed again") };
+        assert!(reason.contains("closed"), "{reason}");
+        assert!(accepted.load(Ordering::SeqCst) < 200, "{accepted:?} connections");
+        server.abort();
+        all.abort();
+    }
+}
+
 #[tokio::test]
 async fn a_connection_that_is_never_accepted_ends_with_the_connect_timeout() {
     // TLS against a server that says nothing: TCP connects and the handshake hangs.
