@@ -121,6 +121,14 @@ async fn setup_makes_what_is_missing_and_leaves_alone_what_is_there() -> Result<
             ensure!(retention? == (14 * 24 * 3600).to_string());
         }
     }
+    let unexplained: Vec<String> = sqlx::query_scalar(
+        "SELECT format('%s.%s', table_name, column_name) FROM information_schema.columns
+         WHERE table_schema = 'public' AND table_name <> '_sqlx_migrations'
+           AND col_description(format('%I', table_name)::regclass, ordinal_position) IS NULL",
+    )
+    .fetch_all(&world.database)
+    .await?;
+    ensure!(unexplained.is_empty(), "columns without a comment in the migrations: {unexplained:?}");
 
     // What an operator changed, and what producers have sent, is not touched.
     let world = world.with_queues().await?;
