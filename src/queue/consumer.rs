@@ -138,8 +138,9 @@ async fn find_queues(parts: &ConsumerParts) -> Option<(Queue, Queue)> {
             },
         };
         let hint = if error.is_missing_queue() { "; create it with `write-api setup`" } else { "" };
-        tracing::warn!(lane = parts.lane, attempt, "{error}{hint}");
-        parts.dependency.down(format!("{error}{hint}"));
+        let error = format!("{error}{hint}");
+        tracing::warn!(lane = parts.lane, attempt, error, "a queue of the lane was not found; looking again");
+        parts.dependency.down(error);
         parts.beat.touch();
         tokio::select! {
             () = parts.stop.draining() => return None,
