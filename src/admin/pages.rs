@@ -1,6 +1,7 @@
 //! The answers of the health and metrics pages.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -32,8 +33,8 @@ pub(super) async fn livez(State(health): State<Health>) -> Response {
             json!({
                 "ok": turning.is_well(),
                 "name": turning.name,
-                "last_turn_seconds_ago": turning.silent.as_secs_f64(),
-                "limit_seconds": turning.limit.as_secs_f64(),
+                "last_turn_seconds_ago": seconds(turning.silent),
+                "limit_seconds": seconds(turning.limit),
                 "ended": turning.ended,
             })
         })
@@ -64,6 +65,11 @@ pub(super) async fn metrics(State(metrics): State<Arc<Metrics>>) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
 }
 
+/// In whole milliseconds: people read this page.
+fn seconds(duration: Duration) -> f64 {
+    duration.as_millis() as f64 / 1000.0
+}
+
 fn answer(code: StatusCode, body: Value) -> Response {
     // A cached answer about now is a wrong one.
     let headers = [(header::CONTENT_TYPE, "application/json"), (header::CACHE_CONTROL, "no-store")];
@@ -72,8 +78,6 @@ fn answer(code: StatusCode, body: Value) -> Response {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use axum::body::Body;
     use axum::http::Request;
     use http_body_util::BodyExt;
