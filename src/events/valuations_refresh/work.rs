@@ -24,6 +24,9 @@ use crate::queue::lease::StopReason;
 /// How long a handover before SQS's 12 h may wait for calls that are out.
 const HANDOVER: Duration = Duration::from_secs(30);
 
+/// How long a cancelled run waits for calls that are out. What does not come in time is asked again if the run is retried.
+const CANCEL: Duration = Duration::from_secs(5);
+
 /// Kept of the time to stop for the last commit and for giving the message back.
 const LAST_COMMIT: Duration = Duration::from_millis(500);
 
@@ -35,7 +38,12 @@ pub(super) enum Ended {
         rows: u64,
     },
     /// It was told to stop; what was answered is committed, unless the run was lost.
-    Stopped(StopReason),
+    Stopped {
+        /// Why.
+        reason: StopReason,
+        /// Rows committed by this attempt.
+        rows: u64,
+    },
     /// It cannot go on now.
     Failed(anyhow::Error),
 }
@@ -124,7 +132,7 @@ impl<'a> Work<'a> {
                 reason = &mut stopped => {
                     let out = calls.len();
                     if reason == StopReason::Lost {
-                        return (Ended::Stopped(reason), out);
+                        return (self.stopped(reason), out);
                     }
                     drop(permit);
                     return self.wind_down(reason, calls, committing).await;
@@ -264,7 +272,7 @@ impl<'a> Work<'a> {
             Ok(None) => {
                 self.events.metrics.fenced.inc();
                 tracing::warn!(event_id = self.run.set.run_id, "a batch was refused: the run has another owner");
-                Err(Ended::Stopped(StopReason::Lost))
+                Err(self.stopped(StopReason::Lost))
             }
             Err(error) => Err(Ended::Failed(error.into())),
         }
@@ -278,8 +286,13 @@ impl<'a> Work<'a> {
         committing: Option<BoxFuture<'a, Result<Option<runs::Progress>, DbError>>>,
     ) -> (Ended, usize) {
         self.pages.clear();
+        let drained = self.delivery.lease.drain_deadline();
         let deadline = match reason {
-            StopReason::Shutdown => self.delivery.lease.drain_deadline().unwrap_or_else(Instant::now),
+            StopReason::Shutdown => drained.unwrap_or_else(Instant::now),
+            StopReason::Cancelled => {
+                let answers = Instant::now() + CANCEL;
+                drained.map_or(answers, |drained| drained.min(answers))
+            }
             StopReason::ReceiveCap | StopReason::Lost => Instant::now() + HANDOVER,
         };
         let answers_until = deadline.checked_sub(LAST_COMMIT).unwrap_or(deadline);
@@ -299,7 +312,11 @@ impl<'a> Work<'a> {
                 return (ended, dropped);
             }
         }
-        (Ended::Stopped(reason), dropped)
+        (self.stopped(reason), dropped)
+    }
+
+    fn stopped(&self, reason: StopReason) -> Ended {
+        Ended::Stopped { reason, rows: self.rows_committed }
     }
 }
 
