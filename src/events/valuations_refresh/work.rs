@@ -99,7 +99,8 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Works until all is terminal, or until told to stop. Also returns how many calls were dropped unanswered.
+    /// Works until all is terminal, or until told to stop. Also returns how many listings were begun and dropped
+    /// unanswered.
     pub(super) async fn run(mut self) -> (Ended, usize) {
         let stopped = self.delivery.lease.stopped();
         let mut stopped = std::pin::pin!(stopped);
@@ -223,8 +224,14 @@ impl<'a> Work<'a> {
         }
     }
 
-    fn collect(&mut self, answer: Answer) {
+    /// Takes an answer into the batch. `false`: it is none, because the call was not sent.
+    fn collect(&mut self, answer: Answer) -> bool {
         let Answer { row, page, verdict } = answer;
+        let (valuation, confidence, failure) = match verdict {
+            Verdict::Valued { valuation_cents, confidence } => (Some(valuation_cents), Some(confidence), None),
+            Verdict::Failed { reason } => (None, None, Some(reason)),
+            Verdict::NotSent => return false,
+        };
         if self.batch.listing_ids.capacity() == 0 {
             self.batch = Answers::with_capacity(self.events.refresh.page_size);
         }
@@ -232,13 +239,10 @@ impl<'a> Work<'a> {
         self.batch.listing_ids.push(row.listing_id);
         self.batch.zip_codes.push(row.zip_code);
         self.batch.list_prices_cents.push(row.list_price_cents);
-        let (valuation, confidence, failure) = match verdict {
-            Verdict::Valued { valuation_cents, confidence } => (Some(valuation_cents), Some(confidence), None),
-            Verdict::Failed { reason } => (None, None, Some(reason)),
-        };
         self.batch.valuations_cents.push(valuation);
         self.batch.confidences.push(confidence);
         self.batch.failures.push(failure);
+        true
     }
 
     /// Takes the batch as it is. The cursor goes with it: commits are one after another, so when this one is done, all
@@ -286,6 +290,7 @@ impl<'a> Work<'a> {
         committing: Option<BoxFuture<'a, Result<Option<runs::Progress>, DbError>>>,
     ) -> (Ended, usize) {
         self.pages.clear();
+        self.key.close();
         let drained = self.delivery.lease.drain_deadline();
         let deadline = match reason {
             StopReason::Shutdown => drained.unwrap_or_else(Instant::now),
@@ -301,10 +306,13 @@ impl<'a> Work<'a> {
         {
             return (ended, calls.len());
         }
+        let mut not_sent = 0;
         while let Ok(Some(answer)) = timeout_at(answers_until, calls.next()).await {
-            self.collect(answer);
+            if !self.collect(answer) {
+                not_sent += 1;
+            }
         }
-        let dropped = calls.len();
+        let dropped = calls.len() + not_sent;
         drop(calls);
         if !self.batch.listing_ids.is_empty() {
             let done = self.commit().await;
