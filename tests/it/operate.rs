@@ -389,7 +389,7 @@ async fn a_retry_sends_the_very_event_that_opened_the_run() -> Result<()> {
 
 #[tokio::test]
 async fn the_status_is_right_at_each_state() -> Result<()> {
-    const LISTINGS: i64 = 1_500;
+    const LISTINGS: i64 = 3_000;
     const ID: &str = "night-0193d0c8-5a1e-7c44-9b9e-3f1f2a9d7c55-of-a-producer-that-likes-long-ids-very-much-2026";
     let world = slow_world(1, 200).await?;
     world.listings(LISTINGS).await?;
@@ -407,7 +407,7 @@ async fn the_status_is_right_at_each_state() -> Result<()> {
     .await?;
     let number = |name: &str| running[name].as_f64().with_context(|| format!("{name} in {running}"));
     ensure!(running["state"] == "running" && running["phase"] == "running" && running["attempts"] == 1, "{running}");
-    ensure!(number("selected")? == 1_500.0 && number("done")? + number("left")? == 1_500.0, "{running}");
+    ensure!(number("selected")? == 3_000.0 && number("done")? + number("left")? == 3_000.0, "{running}");
     ensure!(number("valued")? + number("failed")? == number("done")?, "{running}");
     let rate = number("rate_rows_per_second")?;
     let rows = rate * number("rate_window_seconds")?;
@@ -418,9 +418,26 @@ async fn the_status_is_right_at_each_state() -> Result<()> {
     ensure!(running["publication"].is_null() && running["ended_at"].is_null(), "{running}");
     let page = shown(&world, &["status", &id])?;
     for entry in
-        ["state        running", "1,500 selected", "rows/s over the last", "eta", "its lease ends in", "none before"]
+        ["state        running", "3,000 selected", "rows/s over the last", "eta", "its lease ends in", "none before"]
     {
         ensure!(page.contains(entry), "{entry:?} is not in\n{page}");
+    }
+
+    // The stretch that the rate covers moves on: its next beginning becomes its beginning, with the rows of that moment.
+    let aged = "UPDATE runs SET rate_since = rate_since - interval '1 hour',
+                                next_rate_since = next_rate_since - interval '20 s'";
+    for _ in 0..2 {
+        let next_rows = world.number("SELECT next_rate_since_rows FROM runs").await? as f64;
+        world.sql(aged).await?;
+        let moved = until("a later beginning", SOON, async || {
+            let now = status(&world, &id)?;
+            Ok(now["rate_window_seconds"].as_f64().is_some_and(|seconds| seconds < 60.0).then_some(now))
+        })
+        .await?;
+        let number = |name: &str| moved[name].as_f64().with_context(|| format!("{name} in {moved}"));
+        let (window, rows) =
+            (number("rate_window_seconds")?, number("rate_rows_per_second")? * number("rate_window_seconds")?);
+        ensure!(window >= 20.0 && (number("done")? - rows - next_rows).abs() < 0.5, "from {next_rows}: {moved}");
     }
 
     // Watched from here on: the lines of a pipe, and the documents of a program.
@@ -432,11 +449,10 @@ async fn the_status_is_right_at_each_state() -> Result<()> {
 
     // Nothing comes any more: the rate falls, instead of staying what it was.
     world.partner.control(|behaviour| behaviour.hang_ratio = 1.0)?;
-    until("a falling rate", LONG, async || {
-        let now = status(&world, &id)?["rate_rows_per_second"].as_f64();
-        Ok(now.is_some_and(|now| now < rate / 2.0).then_some(()))
-    })
-    .await?;
+    let rate = || anyhow::Ok(status(&world, &id)?["rate_rows_per_second"].as_f64().unwrap_or_default());
+    let before = rate()?;
+    ensure!(before > 0.0, "no rate to fall");
+    until("a falling rate", LONG, async || Ok((rate()? < before * 0.9).then_some(()))).await?;
 
     // Cancelling, cancelled: its watchers have seen the end.
     let mut cancel = world.command().args(["cancel", &id]).stderr(Stdio::null()).stdout(Stdio::null()).spawn()?;
@@ -481,11 +497,11 @@ async fn the_status_is_right_at_each_state() -> Result<()> {
     let complete = status(&world, &id)?;
     ensure!(complete["phase"] == "complete" && complete["failed"] == 1 && complete["left"] == 0, "{complete}");
     let publication = &complete["publication"];
-    ensure!(publication["state"] == "complete" && publication["published"] == 1_499, "{complete}");
+    ensure!(publication["state"] == "complete" && publication["published"] == 2_999, "{complete}");
     ensure!(publication["cursor"] == LISTINGS && publication["count"] == 1, "{complete}");
     let page = shown(&world, &["status", &id])?;
-    ensure!(page.contains("complete, 1,499 of 1,499 records, sent up to listing 1500"), "{page}");
-    ensure!(world.done(&["status", &id, "--watch"])?.contains("complete 1,500 of 1,500 (1 failed)"));
+    ensure!(page.contains("complete, 2,999 of 2,999 records, sent up to listing 3000"), "{page}");
+    ensure!(world.done(&["status", &id, "--watch"])?.contains("complete 3,000 of 3,000 (1 failed)"));
 
     // The table: newest first, bounded, whole in its width with ids of any length.
     let small: Vec<String> =
@@ -496,7 +512,7 @@ async fn the_status_is_right_at_each_state() -> Result<()> {
     let table = shown(&world, &["status"])?;
     let rows: Vec<&str> = table.lines().collect();
     ensure!(rows.len() == 5 && rows[0].starts_with("RUN") && rows[4].starts_with("night-0193"), "{table}");
-    ensure!(rows[4].contains("…") && rows[4].contains(" complete ") && rows[4].contains(" 1,500 100%"), "{table}");
+    ensure!(rows[4].contains("…") && rows[4].contains(" complete ") && rows[4].contains(" 3,000 100%"), "{table}");
     let newest: Value = serde_json::from_str(&world.done(&["status", "--json", "--limit", "2"])?)?;
     let opened = |run: &Value| run["opened_at"].as_str().map(str::to_owned);
     ensure!(newest.as_array().is_some_and(|runs| runs.len() == 2), "{newest}");
