@@ -391,7 +391,9 @@ async fn a_retry_sends_the_very_event_that_opened_the_run() -> Result<()> {
 async fn the_status_is_right_at_each_state() -> Result<()> {
     const LISTINGS: i64 = 3_000;
     const ID: &str = "night-0193d0c8-5a1e-7c44-9b9e-3f1f2a9d7c55-of-a-producer-that-likes-long-ids-very-much-2026";
-    let world = slow_world(1, 200).await?;
+    let mut world = slow_world(1, 200).await?;
+    // A partner that is silent for a while is no fault here.
+    world.set("partner.request_timeout", "2m").set("partner.total_timeout", "5m");
     world.listings(LISTINGS).await?;
     ensure!(shown(&world, &["status"])? == "no run was opened yet" && world.done(&["status", "--json"])? == "[]");
     world.partner.control(|behaviour| behaviour.forced = [(3, 410)].into())?;
