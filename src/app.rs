@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::config::Config;
 use crate::db::{self, Database, runs};
 use crate::events::relay::{self, Relay};
-use crate::events::{Events, LaneQueues, lane};
+use crate::events::{Events, LaneQueues, cancels, lane};
 use crate::health::Health;
 use crate::kafka::Publisher;
 use crate::lifecycle::{Stop, StopSource};
@@ -123,6 +123,12 @@ impl App {
         let mut watchers = JoinSet::new();
         let listeners = self.listeners.take().expect("taken once, here");
         self.start_watchers(&mut watchers);
+        watchers.spawn(cancels::watch(
+            self.database.clone(),
+            self.keeper.clone(),
+            self.health.beat("cancels", cancels::SILENCE),
+            draining.clone(),
+        ));
         let mut lanes = self.start_lanes(&draining);
         let relay = tokio::spawn(self.relay(last.clone()).run());
         // After all that reports to them: `/readyz` must not say yes because nobody was asked yet.

@@ -43,7 +43,7 @@ macro_rules! metrics {
 }
 
 metrics! {
-    /// Events by kind and outcome: done, forwarded, retried, deferred, released, lost, dead_lettered.
+    /// Events by kind and outcome: done, cancelled, forwarded, retried, deferred, released, lost, dead_lettered.
     events: IntCounterVec("write_api_events_total", &["kind", "outcome"]),
     /// Time from the start of an event's task to its outcome, by kind.
     event_seconds: HistogramVec("write_api_event_duration_seconds", EVENT_SECONDS, &["kind"]),

@@ -2,11 +2,15 @@
 //!
 //! Exit codes: 0 done, 1 failed, 64 usage (`EX_USAGE`), 78 configuration (`EX_CONFIG`), as in sysexits.h.
 
+mod cancel;
 mod migrate;
+mod retry;
 mod seed;
 mod send;
 mod serve;
 mod setup;
+mod status;
+mod text;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -48,6 +52,12 @@ enum Verb {
     /// Send an event to the queue that producers use; prints its id.
     #[command(subcommand)]
     Send(send::Options),
+    /// Show how runs are: rows, rate, owner, post-processing.
+    Status(status::Options),
+    /// End a run, wherever it is worked on; what is done stays.
+    Cancel(cancel::Options),
+    /// Let a cancelled or failed run go on where it was.
+    Retry(retry::Options),
 }
 
 impl Verb {
@@ -55,7 +65,7 @@ impl Verb {
     fn needs(&self) -> &'static [Section] {
         match self {
             Verb::Serve => &[Section::Database, Section::Partner, Section::Kafka],
-            Verb::Migrate | Verb::Seed(_) => &[Section::Database],
+            Verb::Migrate | Verb::Seed(_) | Verb::Status(_) | Verb::Cancel(_) | Verb::Retry(_) => &[Section::Database],
             Verb::Setup => &[Section::Database, Section::Kafka],
             Verb::Send(_) => &[],
         }
@@ -88,6 +98,9 @@ pub fn run() -> ExitCode {
         Verb::Setup => block_on(setup::run(&config)),
         Verb::Seed(options) => block_on(seed::run(&config, &options)),
         Verb::Send(options) => block_on(send::run(&config, &options)),
+        Verb::Status(options) => block_on(status::run(&config, &options)),
+        Verb::Cancel(options) => block_on(cancel::run(&config, &options)),
+        Verb::Retry(options) => block_on(retry::run(&config, &options)),
     });
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -6,6 +6,7 @@
 //! `run!` can retry whatever failed for a reason that passes.
 
 pub mod listings;
+pub mod operations;
 pub mod outbox;
 pub mod publications;
 pub mod runs;

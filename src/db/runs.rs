@@ -1,4 +1,4 @@
-//! Runs: opening, owning, progress, completion.
+//! Runs: opening, owning, progress, completion, and the owner's part of a cancel.
 //!
 //! A run has one owner at a time, told by a token. Whoever claims a run gets a fresh token; every later write names it,
 //! so an owner that lost the run (its process was suspended, its lease ran out) writes nothing. Leases are measured by
@@ -11,7 +11,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::valuations::Answers;
-use super::{Database, DbError, run};
+use super::{Database, DbError, operations, run};
 
 /// What a refresh event asks for.
 #[derive(Debug, Clone)]
@@ -30,6 +30,8 @@ pub struct RunRequest<'a> {
     pub zip_codes: Option<&'a [i32]>,
     /// The most listings; `None` for all.
     pub limit: Option<i64>,
+    /// The event's data as they came, kept so that the event can be sent again.
+    pub data: &'a str,
 }
 
 /// The listings of a run, fixed when it was opened.
@@ -73,8 +75,24 @@ pub enum RunClaim {
     Busy(Duration),
     /// It is complete: the event was delivered again.
     Complete,
+    /// An operator cancelled it, or it failed: it goes on only when an operator says so.
+    Stopped {
+        /// The run's state.
+        state: String,
+    },
     /// Another event with the same id came first.
     OtherEvent,
+}
+
+/// What came of completing a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Completion {
+    /// It is complete, and its post-processing is in the outbox.
+    Complete,
+    /// An operator asked for its end first; it is still ours.
+    CancelRequested,
+    /// It is no longer ours.
+    Lost,
 }
 
 /// How far a run is after a commit.
@@ -101,7 +119,8 @@ impl Database {
                 }
                 let found = sqlx::query!(
                     r#"
-                    SELECT digest, state, coalesce(extract(epoch FROM lease_until - clock_timestamp()), 0)::float8 AS "left!"
+                    SELECT digest, state, cancel_requested_at IS NOT NULL AS "cancel_requested!",
+                           coalesce(extract(epoch FROM lease_until - clock_timestamp()), 0)::float8 AS "left!"
                     FROM runs WHERE run_id = $1
                     "#,
                     request.run_id,
@@ -112,7 +131,12 @@ impl Database {
                     None => open_run(connection, request).await?,
                     Some(run) if run.digest != request.digest => return Ok(RunClaim::OtherEvent),
                     Some(run) if run.state == "complete" => return Ok(RunClaim::Complete),
+                    Some(run) if run.state != "running" => return Ok(RunClaim::Stopped { state: run.state }),
                     Some(run) if run.left > 0.0 => return Ok(RunClaim::Busy(Duration::from_secs_f64(run.left))),
+                    // Its owner died before it could obey.
+                    Some(run) if run.cancel_requested => {
+                        operations::request_cancel(connection, request.run_id).await?;
+                    }
                     Some(_) => {}
                 }
             }
@@ -135,7 +159,8 @@ impl Database {
                 r#"
                 WITH run AS MATERIALIZED (
                     -- The lock and the fence: without this row nothing below has anything to do.
-                    SELECT run_id, event_time FROM runs
+                    SELECT run_id, event_time, next_rate_since < clock_timestamp() - interval '15 s' AS rate_moves
+                    FROM runs
                     WHERE run_id = $1 AND owner = $2 AND state = 'running'
                     FOR UPDATE
                 ), answer AS (
@@ -171,6 +196,14 @@ impl Database {
                     valued = runs.valued + count.valued,
                     failed = runs.failed + count.failed,
                     cursor = greatest(runs.cursor, $9),
+                    progressed_at = clock_timestamp(),
+                    rate_since = CASE WHEN run.rate_moves THEN runs.next_rate_since ELSE runs.rate_since END,
+                    rate_since_rows =
+                        CASE WHEN run.rate_moves THEN runs.next_rate_since_rows ELSE runs.rate_since_rows END,
+                    next_rate_since = CASE WHEN run.rate_moves THEN clock_timestamp() ELSE runs.next_rate_since END,
+                    next_rate_since_rows = CASE WHEN run.rate_moves
+                        THEN runs.valued + runs.failed + count.valued + count.failed
+                        ELSE runs.next_rate_since_rows END,
                     last_error = NULL
                 FROM run CROSS JOIN count
                 WHERE runs.run_id = run.run_id
@@ -192,7 +225,7 @@ impl Database {
     }
 
     /// Completes a run whose every listing is terminal and writes the event of its post-processing, together or not at
-    /// all. `false`: the run is no longer ours and nothing was written.
+    /// all. Of a completion and a cancel, the one that has the row first wins.
     pub async fn complete_run(
         &self,
         run_id: &str,
@@ -200,7 +233,7 @@ impl Database {
         lane: &str,
         event_id: Uuid,
         body: &str,
-    ) -> Result<bool, DbError> {
+    ) -> Result<Completion, DbError> {
         run!(self, "the completion of a run", connection => {
             let done = sqlx::query!(
                 r#"
@@ -208,7 +241,7 @@ impl Database {
                     UPDATE runs SET
                         state = 'complete', completed_at = clock_timestamp(), cursor = last_listing_id,
                         selected = valued + failed, owner = NULL, lease_until = NULL, last_error = NULL
-                    WHERE run_id = $1 AND owner = $2 AND state = 'running'
+                    WHERE run_id = $1 AND owner = $2 AND state = 'running' AND cancel_requested_at IS NULL
                     RETURNING run_id
                 )
                 INSERT INTO outbox (event_id, lane, body) SELECT $3, $4, $5 FROM done
@@ -223,14 +256,71 @@ impl Database {
             .execute(&mut *connection)
             .await?;
             if done.rows_affected() == 1 {
+                return Ok(Completion::Complete);
+            }
+            // Nothing written: a cancel came first, or the run was lost, or this very statement was committed and its
+            // answer lost.
+            let found = sqlx::query!(
+                r#"
+                SELECT EXISTS (SELECT FROM outbox WHERE event_id = $3) AS "there!",
+                       EXISTS (SELECT FROM runs WHERE run_id = $1 AND owner = $2 AND state = 'running') AS "ours!"
+                "#,
+                run_id,
+                token,
+                event_id,
+            )
+            .fetch_one(connection)
+            .await?;
+            Ok(match (found.there, found.ours) {
+                (true, _) => Completion::Complete,
+                (false, true) => Completion::CancelRequested,
+                (false, false) => Completion::Lost,
+            })
+        })
+    }
+
+    /// Which of the runs owned with these tokens an operator wants cancelled.
+    pub async fn cancel_requests(&self, run_ids: &[String], tokens: &[Uuid]) -> Result<Vec<Uuid>, DbError> {
+        run!(self, "a look for cancelled runs", connection => {
+            sqlx::query_scalar!(
+                r#"
+                SELECT held.token AS "token!"
+                FROM unnest($1::text[], $2::uuid[]) AS held (run_id, token)
+                JOIN runs ON runs.run_id = held.run_id AND runs.owner = held.token
+                WHERE runs.state = 'running' AND runs.cancel_requested_at IS NOT NULL
+                "#,
+                run_ids,
+                tokens,
+            )
+            .fetch_all(connection)
+            .await
+        })
+    }
+
+    /// Ends our work on a run whose cancel was requested. `false`: the run is no longer ours and nothing was written.
+    pub async fn cancel_owned_run(&self, run_id: &str, token: Uuid) -> Result<bool, DbError> {
+        run!(self, "the end of a cancelled run", connection => {
+            let done = sqlx::query!(
+                r#"
+                UPDATE runs SET state = 'cancelled', cancelled_at = clock_timestamp(), owner = NULL, lease_until = NULL
+                WHERE run_id = $1 AND owner = $2 AND state = 'running' AND cancel_requested_at IS NOT NULL
+                "#,
+                run_id,
+                token,
+            )
+            .execute(&mut *connection)
+            .await?;
+            if done.rows_affected() == 1 {
                 return Ok(true);
             }
-            // Nothing written: either the run was lost, or this very statement was committed and its answer lost.
-            let there =
-                sqlx::query_scalar!(r#"SELECT EXISTS (SELECT FROM outbox WHERE event_id = $1) AS "there!""#, event_id)
-                    .fetch_one(connection)
-                    .await?;
-            Ok(there)
+            // Either the run was lost, or this very statement was committed and its answer lost.
+            let cancelled = sqlx::query_scalar!(
+                r#"SELECT state = 'cancelled' AS "cancelled!" FROM runs WHERE run_id = $1"#,
+                run_id,
+            )
+            .fetch_one(connection)
+            .await?;
+            Ok(cancelled)
         })
     }
 
@@ -259,9 +349,14 @@ async fn take_run(
 ) -> sqlx::Result<Option<OwnedRun>> {
     let taken = sqlx::query!(
         r#"
-        UPDATE runs SET owner = $2, lease_until = clock_timestamp() + make_interval(secs => $3), attempts = attempts + 1
+        UPDATE runs SET
+            owner = $2, lease_until = clock_timestamp() + make_interval(secs => $3), attempts = attempts + 1,
+            -- What an earlier attempt did, perhaps long ago, says nothing about how fast this one is.
+            rate_since = clock_timestamp(), rate_since_rows = valued + failed,
+            next_rate_since = clock_timestamp(), next_rate_since_rows = valued + failed
         WHERE run_id = $1 AND digest = $4 AND state = 'running'
-          AND (lease_until IS NULL OR lease_until < clock_timestamp() OR owner = $2)
+          AND (owner = $2
+               OR cancel_requested_at IS NULL AND (lease_until IS NULL OR lease_until < clock_timestamp()))
         RETURNING zip_codes, last_listing_id, opened_at, selected, cursor, valued, failed, attempts
         "#,
         request.run_id,
@@ -294,8 +389,9 @@ async fn open_run(connection: &mut PgConnection, request: &RunRequest<'_>) -> sq
         None => {
             sqlx::query!(
                 r#"
-                INSERT INTO runs (run_id, digest, event_source, event_time, traceparent, row_limit, last_listing_id, selected)
-                SELECT $1, $2, $3, $4, $5, $6, coalesce(max(listing_id), '-9223372036854775808'), count(*)
+                INSERT INTO runs
+                    (run_id, digest, event_source, event_time, traceparent, event_data, row_limit, last_listing_id, selected)
+                SELECT $1, $2, $3, $4, $5, $7, $6, coalesce(max(listing_id), '-9223372036854775808'), count(*)
                 FROM (SELECT listing_id FROM listings ORDER BY listing_id LIMIT $6) AS matches
                 ON CONFLICT (run_id) DO NOTHING
                 "#,
@@ -305,6 +401,7 @@ async fn open_run(connection: &mut PgConnection, request: &RunRequest<'_>) -> sq
                 r.event_time,
                 r.traceparent,
                 r.limit,
+                r.data,
             )
             .execute(connection)
             .await?;
@@ -313,8 +410,9 @@ async fn open_run(connection: &mut PgConnection, request: &RunRequest<'_>) -> sq
             sqlx::query!(
                 r#"
                 INSERT INTO runs
-                    (run_id, digest, event_source, event_time, traceparent, row_limit, zip_codes, last_listing_id, selected)
-                SELECT $1, $2, $3, $4, $5, $6, $7, coalesce(max(listing_id), '-9223372036854775808'), count(*)
+                    (run_id, digest, event_source, event_time, traceparent, event_data, row_limit, zip_codes,
+                     last_listing_id, selected)
+                SELECT $1, $2, $3, $4, $5, $8, $6, $7, coalesce(max(listing_id), '-9223372036854775808'), count(*)
                 FROM (
                     SELECT listing_id FROM listings WHERE zip_code = ANY ($7) ORDER BY listing_id LIMIT $6
                 ) AS matches
@@ -327,6 +425,7 @@ async fn open_run(connection: &mut PgConnection, request: &RunRequest<'_>) -> sq
                 r.traceparent,
                 r.limit,
                 zip_codes,
+                r.data,
             )
             .execute(connection)
             .await?;

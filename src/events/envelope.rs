@@ -4,8 +4,8 @@
 //! whose own id, time and detail-type count unless its detail is a CloudEvent. Whatever else arrives is refused with a
 //! word to filter by and a sentence that names the thing and the value.
 
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
 use std::borrow::Cow;
@@ -215,6 +215,11 @@ impl<'a> Event<'a> {
             .map_err(|error| refuse("invalid_data", format!("data of {} cannot be read: {error}", self.kind)))
     }
 
+    /// The data as they came.
+    pub fn data_text(&self) -> &str {
+        &self.data
+    }
+
     /// SHA-256 over source, type and data: two events with the same id are the same event if this is equal. The data
     /// are compared as JSON values, so white space and the order of keys do not count.
     pub fn digest(&self) -> Result<[u8; 32], Refusal> {
@@ -275,6 +280,39 @@ pub fn publish_event(run_id: &str, time: OffsetDateTime, traceparent: Option<&st
     let body =
         cloud_event(&id.to_string(), VALUATIONS_PUBLISH, time, traceparent, &serde_json::json!({"run_id": run_id}));
     (id, body)
+}
+
+/// The event of a run once more: a repeat of the one that opened it, by id and digest. It has nothing that the first had
+/// not, so it is no longer than that was.
+pub fn refresh_event(
+    run_id: &str,
+    source: &str,
+    time: OffsetDateTime,
+    traceparent: Option<&str>,
+    data: &str,
+) -> serde_json::Result<String> {
+    #[derive(Serialize)]
+    struct Again<'a> {
+        specversion: &'static str,
+        id: &'a str,
+        source: &'a str,
+        #[serde(rename = "type")]
+        kind: &'static str,
+        time: String,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        traceparent: Option<&'a str>,
+        // Not a Value, which would order and space the data anew.
+        data: &'a RawValue,
+    }
+    serde_json::to_string(&Again {
+        specversion: "1.0",
+        id: run_id,
+        source,
+        kind: VALUATIONS_REFRESH,
+        time: time.format(&Rfc3339).expect("years have four digits"),
+        traceparent,
+        data: serde_json::from_str(data)?,
+    })
 }
 
 /// UUIDv5 of `<run_id>:publish` in the namespace of URLs' sibling, OIDs.
@@ -401,6 +439,20 @@ mod tests {
         assert_eq!(digest(&one), digest(&spaced));
         assert_eq!(digest(&one), digest(&reordered));
         assert_ne!(digest(&one), digest(&other.to_string()));
+    }
+
+    #[test]
+    fn an_event_sent_again_is_the_same_event_with_the_same_bytes_of_data() {
+        let data = r#"{ "zip_codes" : [98005, 98001,98001], "limit": 1.0e1 }"#;
+        let first = format!(
+            r#"{{"specversion":"1.0","id":"n \"1\"","source":"/té","type":"{VALUATIONS_REFRESH}","time":"2026-01-31T02:00:00Z","data":{data}}}"#
+        );
+        let event = Event::decode(&first).expect("good");
+        let again = refresh_event(&event.id, &event.source, event.time, None, event.data_text()).expect("JSON");
+        let repeat = Event::decode(&again).expect("good");
+        assert_eq!((&repeat.id, &repeat.source, repeat.data_text()), (&event.id, &event.source, data));
+        assert_eq!((repeat.time, repeat.digest()), (event.time, event.digest()));
+        assert!(again.len() <= first.len(), "{again} may not pass where {first} did");
     }
 
     #[test]

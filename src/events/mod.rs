@@ -3,6 +3,7 @@
 //! [`Events`] is the handler that the consumers are given. It decodes a delivery, sends a slow event that came in on the
 //! common lane to its own, and runs the rest where it is.
 
+pub mod cancels;
 pub mod envelope;
 mod listing_upsert;
 pub mod relay;

@@ -144,7 +144,8 @@ async fn end(
         }
         Ended::Stopped(StopReason::Lost) => return Outcome::Lost,
         Ended::Stopped(StopReason::Shutdown) => (Outcome::Release("stopped between two pages".into()), None),
-        Ended::Stopped(StopReason::ReceiveCap) => {
+        // Only refreshes are cancelled: a complete run has no way back.
+        Ended::Stopped(StopReason::ReceiveCap | StopReason::Cancelled) => {
             (Outcome::Release("handed over before SQS's 12 h are over".into()), None)
         }
         Ended::Failed(error) => {

@@ -17,7 +17,7 @@ use self::work::{Ended, Work};
 use super::envelope::{self, Event};
 use super::{Events, lane};
 use crate::db::DbError;
-use crate::db::runs::{OwnedRun, RunClaim, RunRequest};
+use crate::db::runs::{Completion, OwnedRun, RunClaim, RunRequest};
 use crate::queue::lease::{Role, StopReason};
 use crate::queue::{Delivery, Outcome, Refusal};
 
@@ -103,11 +103,16 @@ async fn claim(
         traceparent: event.traceparent.as_deref(),
         zip_codes: data.zip_codes.as_deref(),
         limit: data.limit,
+        data: event.data_text(),
     };
     Ok(match events.database.claim_run(&request, delivery.lease.run_lease()).await {
         Ok(RunClaim::Owned(run)) => Ok(*run),
         Ok(RunClaim::Busy(left)) => Err(Outcome::Defer(left + AFTER_LEASE, "another attempt works on the run".into())),
         Ok(RunClaim::Complete) => Err(Outcome::Done { rows: 0, note: "the run was complete already".into() }),
+        Ok(RunClaim::Stopped { state }) => {
+            let note = format!("the run is {state} and is left as it is; `write-api retry` lets it go on");
+            Err(Outcome::Done { rows: 0, note: note.into() })
+        }
         Ok(RunClaim::OtherEvent) => return Err(other_event(&event.id)),
         Err(DbError::Refused { what, source }) => {
             let reason = format!("Postgres refused {what}: {source}");
@@ -123,7 +128,7 @@ pub(super) fn other_event(id: &str) -> Refusal {
     Refusal { code: "id_reused", reason }
 }
 
-/// Completes the run or gives it back.
+/// Completes the run, closes it as cancelled, or gives it back.
 async fn end(
     events: &Events,
     event: &Event<'_>,
@@ -135,18 +140,28 @@ async fn end(
     let run_id = run.set.run_id.as_str();
     let (outcome, error) = match ended {
         Ended::AllTerminal { rows } => match complete(events, event, run, delivery).await {
-            Ok(true) => {
+            Ok(Completion::Complete) => {
                 let note = if rows == 0 && run.selected == 0 { "no listing matches" } else { "" };
                 return Outcome::Done { rows, note: note.into() };
             }
-            Ok(false) => return Outcome::Lost,
+            Ok(Completion::CancelRequested) => match cancel(events, run, delivery, rows, 0).await {
+                Ok(outcome) => return outcome,
+                Err(error) => (None, Some(error.into())),
+            },
+            Ok(Completion::Lost) => return Outcome::Lost,
             Err(error) => (None, Some(error.into())),
         },
-        Ended::Stopped(StopReason::Lost) => return Outcome::Lost,
-        Ended::Stopped(StopReason::Shutdown) => {
+        Ended::Stopped { reason: StopReason::Cancelled, rows } => {
+            match cancel(events, run, delivery, rows, calls_dropped).await {
+                Ok(outcome) => return outcome,
+                Err(error) => (None, Some(error.into())),
+            }
+        }
+        Ended::Stopped { reason: StopReason::Lost, .. } => return Outcome::Lost,
+        Ended::Stopped { reason: StopReason::Shutdown, .. } => {
             (Some(Outcome::Release(format!("stopped with {calls_dropped} calls unanswered").into())), None)
         }
-        Ended::Stopped(StopReason::ReceiveCap) => {
+        Ended::Stopped { reason: StopReason::ReceiveCap, .. } => {
             (Some(Outcome::Release("handed over before SQS's 12 h are over".into())), None)
         }
         Ended::Failed(error) => (None, Some(error)),
@@ -163,16 +178,38 @@ async fn end(
     }
 }
 
-async fn complete(events: &Events, event: &Event<'_>, run: &OwnedRun, delivery: &Delivery) -> Result<bool, DbError> {
+async fn complete(
+    events: &Events,
+    event: &Event<'_>,
+    run: &OwnedRun,
+    delivery: &Delivery,
+) -> Result<Completion, DbError> {
     let run_id = run.set.run_id.as_str();
     let (publish_id, body) = envelope::publish_event(run_id, OffsetDateTime::now_utc(), event.traceparent.as_deref());
     // A completed run has no owner: renewing it meanwhile would look like having lost it.
     delivery.lease.forget_run();
     let done = events.database.complete_run(run_id, run.token, lane::POST_PROCESSING, publish_id, &body).await?;
-    if done {
-        events.outbox.notify_one();
-    } else {
-        events.metrics.fenced.inc();
+    match done {
+        Completion::Complete => events.outbox.notify_one(),
+        Completion::CancelRequested => {}
+        Completion::Lost => events.metrics.fenced.inc(),
     }
     Ok(done)
+}
+
+/// Closes the run as an operator asked.
+async fn cancel(
+    events: &Events,
+    run: &OwnedRun,
+    delivery: &Delivery,
+    rows: u64,
+    calls_dropped: usize,
+) -> Result<Outcome, DbError> {
+    delivery.lease.forget_run();
+    if events.database.cancel_owned_run(&run.set.run_id, run.token).await? {
+        let note = format!("stopped with {calls_dropped} calls unanswered; `write-api retry` lets the run go on");
+        return Ok(Outcome::Cancelled { rows, note: note.into() });
+    }
+    events.metrics.fenced.inc();
+    Ok(Outcome::Lost)
 }

@@ -129,7 +129,7 @@ impl Client {
         let mut closed_early = false;
         let (outcome, took) = loop {
             let preparing = budget.prepare().await;
-            if !breaker.honours(pass) {
+            if run.is_closed() || !breaker.honours(pass) {
                 break (Outcome::Withdrawn, Duration::ZERO);
             }
             // The connection first: the moment of the send is used when it comes.
@@ -146,7 +146,7 @@ impl Client {
                 Box::pin(Arc::clone(credential).refresh()).await;
             }
             budget.grant().await;
-            if !breaker.honours(pass) {
+            if run.is_closed() || !breaker.honours(pass) {
                 self.pool.put(connection);
                 break (Outcome::Withdrawn, Duration::ZERO);
             }

@@ -57,7 +57,7 @@ struct Shared {
     client: Client,
 }
 
-/// How a listing ended: it is in one of two terminal states.
+/// How a listing ended: in one of two terminal states, or not yet.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Verdict {
     /// The partner valued it.
@@ -72,6 +72,8 @@ pub enum Verdict {
         /// Why, for people; at most 200 bytes.
         reason: String,
     },
+    /// Its run was closed before the next try was sent ([`RunKey::close`]): nothing is known of it.
+    NotSent,
 }
 
 impl Partner {
@@ -104,7 +106,7 @@ impl Partner {
         let Shared { settings, budget, breaker, client } = &*self.shared;
         let mut patience = Patience::new(settings);
         loop {
-            let pass = breaker.admit().await;
+            let Some(pass) = run.while_open(breaker.admit()).await else { return Verdict::NotSent };
             let attempt = client.attempt(budget, breaker, &pass, run, &request, patience.next_timeout()).await;
             let failure = match attempt.outcome {
                 Outcome::Valued(valuation) => {
@@ -134,7 +136,11 @@ impl Partner {
                 continue;
             }
             match patience.charge(attempt.took) {
-                Some(backoff) => tokio::time::sleep(backoff).await,
+                Some(backoff) => {
+                    if run.while_open(tokio::time::sleep(backoff)).await.is_none() {
+                        return Verdict::NotSent;
+                    }
+                }
                 None => return Verdict::Failed { reason: final_reason(&failure, patience.tries()) },
             }
         }

@@ -24,7 +24,7 @@ pub(super) enum Outcome {
     Failed(Failure),
     /// No listing's fault: whoever called would have been answered so.
     Fault(StatusCode),
-    /// Not sent, because the breaker opened while the call waited for its connection or its turn.
+    /// Not sent, because the breaker opened or the run was closed while the call waited for its connection or its turn.
     Withdrawn,
 }
 

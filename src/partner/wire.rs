@@ -2,8 +2,10 @@
 
 use std::fmt::Write as _;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
 
 /// One listing, as the partner wants to see it. Its JSON is the body of the call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -20,30 +22,61 @@ pub struct Request {
     pub living_square_feet: Option<i32>,
 }
 
-/// A run's part of its idempotency keys, in a form that a header can carry.
+/// A run to the partner: its part of the idempotency keys, and whether its calls may still be sent. Clones are one run.
 ///
 /// The key of one listing is `<run_id>:<listing_id>`. Event ids are arbitrary text and header values are not: every
 /// byte outside printable ASCII, the space and the percent sign are percent-encoded, all else stays as it is. The percent
-/// sign is among them so that two runs never share a key. Cheap to clone.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RunKey(Arc<str>);
+/// sign is among them so that two runs never share a key.
+#[derive(Debug, Clone)]
+pub struct RunKey(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    key: String,
+    closed: AtomicBool,
+    closing: Notify,
+}
 
 impl RunKey {
-    /// The key part of the run with this id.
+    /// The run with this id.
     pub fn new(run_id: &str) -> Self {
-        let mut encoded = String::with_capacity(run_id.len());
+        let mut key = String::with_capacity(run_id.len());
         for byte in run_id.bytes() {
             match byte {
-                b'!'..=b'~' if byte != b'%' => encoded.push(char::from(byte)),
-                _ => write!(encoded, "%{byte:02X}").expect("writing to a string cannot fail"),
+                b'!'..=b'~' if byte != b'%' => key.push(char::from(byte)),
+                _ => write!(key, "%{byte:02X}").expect("writing to a string cannot fail"),
             }
         }
-        RunKey(encoded.into())
+        RunKey(Arc::new(Inner { key, closed: AtomicBool::new(false), closing: Notify::new() }))
+    }
+
+    /// Nothing of the run is sent from now on. What is out goes on; what waits for its first or its next try ends.
+    pub fn close(&self) {
+        self.0.closed.store(true, Ordering::Release);
+        self.0.closing.notify_waiters();
     }
 
     /// The run's part alone, without colon and listing id.
     pub(super) fn as_str(&self) -> &str {
-        &self.0
+        &self.0.key
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.0.closed.load(Ordering::Acquire)
+    }
+
+    /// Waits for `work`; `None` if the run is closed first.
+    pub(super) async fn while_open<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        // Before the flag is read: what is closed in between is heard.
+        let closing = self.0.closing.notified();
+        if self.is_closed() {
+            return None;
+        }
+        tokio::select! {
+            biased;
+            done = work => Some(done),
+            () = closing => None,
+        }
     }
 }
 
@@ -131,6 +164,6 @@ mod tests {
     fn a_run_key_is_a_header_value_and_no_two_runs_share_one() {
         assert_eq!(RunKey::new("nightly/2024-05-01:a_b~").as_str(), "nightly/2024-05-01:a_b~");
         assert_eq!(RunKey::new("a b\r\nx: ü").as_str(), "a%20b%0D%0Ax:%20%C3%BC");
-        assert_ne!(RunKey::new("a b"), RunKey::new("a%20b"));
+        assert_ne!(RunKey::new("a b").as_str(), RunKey::new("a%20b").as_str());
     }
 }

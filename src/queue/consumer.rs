@@ -326,6 +326,10 @@ impl Consumer {
                 let (rows, note) = (*rows, &**note);
                 line!(info, "event done", rows, note)
             }
+            Outcome::Cancelled { rows, note } => {
+                let (rows, note) = (*rows, &**note);
+                line!(info, "event cancelled", rows, note)
+            }
             Outcome::Forwarded(to) => {
                 let to = *to;
                 line!(info, "event forwarded to its lane", to)
@@ -354,7 +358,7 @@ impl Consumer {
         let attempt = delivery.message.receive_count;
         let backoff = self.parts.queue.retry;
         let visible_in = match outcome {
-            Outcome::Done { .. } | Outcome::Forwarded(_) => {
+            Outcome::Done { .. } | Outcome::Cancelled { .. } | Outcome::Forwarded(_) => {
                 self.deleter.delete(delivery.message.receipt, delivery.lease).await;
                 return;
             }

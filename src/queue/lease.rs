@@ -64,6 +64,8 @@ pub enum StopReason {
     Shutdown,
     /// The delivery nears the longest time that SQS grants one receive: give it back at the cursor.
     ReceiveCap,
+    /// An operator cancelled the run: finish what is under way, give nothing back.
+    Cancelled,
     /// Somebody else may have it: stop at once, write nothing.
     Lost,
 }
@@ -167,6 +169,26 @@ impl Keeper {
     /// Whether no message is kept.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The runs that are being refreshed and were not told to stop: their ids and, in the same order, their tokens.
+    pub fn owned_runs(&self) -> (Vec<String>, Vec<Uuid>) {
+        let held = self.shared.held();
+        let owned = held.values().filter(|held| held.stop.borrow().is_none()).filter_map(|held| held.run.as_ref());
+        owned.filter(|run| run.role == Role::Owner).map(|run| (run.run_id.clone(), run.token)).unzip()
+    }
+
+    /// Tells the work on the runs held with these tokens that they are cancelled.
+    pub fn cancel_runs(&self, tokens: &[Uuid]) {
+        for held in self.shared.held().values() {
+            if held.run.as_ref().is_some_and(|run| tokens.contains(&run.token)) {
+                held.stop.send_if_modified(|reason| {
+                    let first = reason.is_none();
+                    reason.get_or_insert(StopReason::Cancelled);
+                    first
+                });
+            }
+        }
     }
 
     /// Ends the thread. What is still held runs out by itself.

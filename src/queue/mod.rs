@@ -81,6 +81,13 @@ pub enum Outcome {
         /// What there is to say beyond success, for the log.
         note: Cow<'static, str>,
     },
+    /// An operator cancelled the work, and that is committed: the message is deleted.
+    Cancelled {
+        /// Listings that this delivery still finished, for the log.
+        rows: u64,
+        /// What became of the rest, for the log.
+        note: Cow<'static, str>,
+    },
     /// It was handed to another lane: the message is deleted.
     Forwarded(&'static str),
     /// It failed in a way that may pass: visible again after a backoff.
@@ -100,6 +107,7 @@ impl Outcome {
     pub fn name(&self) -> &'static str {
         match self {
             Outcome::Done { .. } => "done",
+            Outcome::Cancelled { .. } => "cancelled",
             Outcome::Forwarded(_) => "forwarded",
             Outcome::Retry(_) => "retried",
             Outcome::Defer(..) => "deferred",

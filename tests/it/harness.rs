@@ -445,10 +445,8 @@ impl World {
         ensure!(different == 0, "{different} listings do not carry their newest valuation");
 
         let like = format!("%{id}%");
-        let sent: Vec<bool> = sqlx::query_scalar("SELECT sent_at IS NOT NULL FROM outbox WHERE body LIKE $1")
-            .bind(like)
-            .fetch_all(&self.database)
-            .await?;
+        let sent = "SELECT sent_at IS NOT NULL FROM outbox WHERE body LIKE $1 AND lane = 'post_processing'";
+        let sent: Vec<bool> = sqlx::query_scalar(sent).bind(like).fetch_all(&self.database).await?;
         ensure!(sent == [true], "the outbox has {sent:?} for the run");
         Ok(())
     }
@@ -504,13 +502,16 @@ impl World {
             ("events in the outbox", "SELECT count(*) FROM outbox WHERE sent_at IS NULL"),
             (
                 "runs",
-                "SELECT count(*) FROM runs WHERE state <> 'complete' OR owner IS NOT NULL OR publisher IS NOT NULL",
+                "SELECT count(*) FROM runs
+                 WHERE state NOT IN ('complete', 'cancelled') OR owner IS NOT NULL OR publisher IS NOT NULL",
             ),
             ("publications", "SELECT count(*) FROM publications WHERE state <> 'complete'"),
             (
                 "runs whose counts are wrong",
-                "SELECT count(*) FROM runs AS r WHERE (r.selected, r.valued, r.failed) <>
-                (SELECT count(*), count(valuation_cents), count(failure) FROM valuations WHERE run_id = r.run_id)",
+                "SELECT count(*) FROM runs AS r
+                 JOIN LATERAL (SELECT count(*), count(valuation_cents), count(failure)
+                               FROM valuations WHERE run_id = r.run_id) AS v (rows, valued, failed) ON true
+                 WHERE (r.valued, r.failed) <> (v.valued, v.failed) OR r.state = 'complete' AND r.selected <> v.rows",
             ),
         ] {
             let count = self.number(statement).await?;

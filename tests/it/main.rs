@@ -11,6 +11,7 @@ mod leases;
 mod main_job;
 mod metrics;
 mod neighbours;
+mod operate;
 mod ordering;
 mod partner_faults;
 mod pprof;

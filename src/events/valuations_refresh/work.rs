@@ -24,6 +24,9 @@ use crate::queue::lease::StopReason;
 /// How long a handover before SQS's 12 h may wait for calls that are out.
 const HANDOVER: Duration = Duration::from_secs(30);
 
+/// How long a cancelled run waits for calls that are out. What does not come in time is asked again if the run is retried.
+const CANCEL: Duration = Duration::from_secs(5);
+
 /// Kept of the time to stop for the last commit and for giving the message back.
 const LAST_COMMIT: Duration = Duration::from_millis(500);
 
@@ -35,7 +38,12 @@ pub(super) enum Ended {
         rows: u64,
     },
     /// It was told to stop; what was answered is committed, unless the run was lost.
-    Stopped(StopReason),
+    Stopped {
+        /// Why.
+        reason: StopReason,
+        /// Rows committed by this attempt.
+        rows: u64,
+    },
     /// It cannot go on now.
     Failed(anyhow::Error),
 }
@@ -91,7 +99,8 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Works until all is terminal, or until told to stop. Also returns how many calls were dropped unanswered.
+    /// Works until all is terminal, or until told to stop. Also returns how many listings were begun and dropped
+    /// unanswered.
     pub(super) async fn run(mut self) -> (Ended, usize) {
         let stopped = self.delivery.lease.stopped();
         let mut stopped = std::pin::pin!(stopped);
@@ -124,7 +133,7 @@ impl<'a> Work<'a> {
                 reason = &mut stopped => {
                     let out = calls.len();
                     if reason == StopReason::Lost {
-                        return (Ended::Stopped(reason), out);
+                        return (self.stopped(reason), out);
                     }
                     drop(permit);
                     return self.wind_down(reason, calls, committing).await;
@@ -215,8 +224,14 @@ impl<'a> Work<'a> {
         }
     }
 
-    fn collect(&mut self, answer: Answer) {
+    /// Takes an answer into the batch. `false`: it is none, because the call was not sent.
+    fn collect(&mut self, answer: Answer) -> bool {
         let Answer { row, page, verdict } = answer;
+        let (valuation, confidence, failure) = match verdict {
+            Verdict::Valued { valuation_cents, confidence } => (Some(valuation_cents), Some(confidence), None),
+            Verdict::Failed { reason } => (None, None, Some(reason)),
+            Verdict::NotSent => return false,
+        };
         if self.batch.listing_ids.capacity() == 0 {
             self.batch = Answers::with_capacity(self.events.refresh.page_size);
         }
@@ -224,13 +239,10 @@ impl<'a> Work<'a> {
         self.batch.listing_ids.push(row.listing_id);
         self.batch.zip_codes.push(row.zip_code);
         self.batch.list_prices_cents.push(row.list_price_cents);
-        let (valuation, confidence, failure) = match verdict {
-            Verdict::Valued { valuation_cents, confidence } => (Some(valuation_cents), Some(confidence), None),
-            Verdict::Failed { reason } => (None, None, Some(reason)),
-        };
         self.batch.valuations_cents.push(valuation);
         self.batch.confidences.push(confidence);
         self.batch.failures.push(failure);
+        true
     }
 
     /// Takes the batch as it is. The cursor goes with it: commits are one after another, so when this one is done, all
@@ -264,7 +276,7 @@ impl<'a> Work<'a> {
             Ok(None) => {
                 self.events.metrics.fenced.inc();
                 tracing::warn!(event_id = self.run.set.run_id, "a batch was refused: the run has another owner");
-                Err(Ended::Stopped(StopReason::Lost))
+                Err(self.stopped(StopReason::Lost))
             }
             Err(error) => Err(Ended::Failed(error.into())),
         }
@@ -278,8 +290,14 @@ impl<'a> Work<'a> {
         committing: Option<BoxFuture<'a, Result<Option<runs::Progress>, DbError>>>,
     ) -> (Ended, usize) {
         self.pages.clear();
+        self.key.close();
+        let drained = self.delivery.lease.drain_deadline();
         let deadline = match reason {
-            StopReason::Shutdown => self.delivery.lease.drain_deadline().unwrap_or_else(Instant::now),
+            StopReason::Shutdown => drained.unwrap_or_else(Instant::now),
+            StopReason::Cancelled => {
+                let answers = Instant::now() + CANCEL;
+                drained.map_or(answers, |drained| drained.min(answers))
+            }
             StopReason::ReceiveCap | StopReason::Lost => Instant::now() + HANDOVER,
         };
         let answers_until = deadline.checked_sub(LAST_COMMIT).unwrap_or(deadline);
@@ -288,10 +306,13 @@ impl<'a> Work<'a> {
         {
             return (ended, calls.len());
         }
+        let mut not_sent = 0;
         while let Ok(Some(answer)) = timeout_at(answers_until, calls.next()).await {
-            self.collect(answer);
+            if !self.collect(answer) {
+                not_sent += 1;
+            }
         }
-        let dropped = calls.len();
+        let dropped = calls.len() + not_sent;
         drop(calls);
         if !self.batch.listing_ids.is_empty() {
             let done = self.commit().await;
@@ -299,7 +320,11 @@ impl<'a> Work<'a> {
                 return (ended, dropped);
             }
         }
-        (Ended::Stopped(reason), dropped)
+        (self.stopped(reason), dropped)
+    }
+
+    fn stopped(&self, reason: StopReason) -> Ended {
+        Ended::Stopped { reason, rows: self.rows_committed }
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use futures::stream::{FuturesUnordered, StreamExt};
+
 use super::*;
 
 #[tokio::test]
@@ -201,4 +203,44 @@ async fn no_second_sees_more_calls_than_allowed_retries_included() {
     assert!(connections <= 40, "{connections} connections though a tenth of them would do");
     let ideal = SECOND.mul_f64(sends.len() as f64 / 200.0);
     assert!(start.elapsed() < ideal.mul_f64(1.06), "{:?} for {} calls", start.elapsed(), sends.len());
+}
+
+#[tokio::test]
+async fn a_closed_run_sends_nothing_more_and_keeps_what_is_out() {
+    let stub = Stub::start(|call| match call.listing_id % 2 {
+        // Out for a while.
+        0 => [vec![Step::Wait(MS * 300)], valued(call.listing_id)].concat(),
+        // In backoff for an hour.
+        _ => status(503),
+    })
+    .await;
+    let retry = Backoff { base: SECOND * 3600, cap: SECOND * 3600 };
+    let settings = config::Partner { retry, total_timeout: retry.cap * 9, ..settings(stub.address) };
+    let (partner, _) = partner(&config::Partner { rate_per_second: Some(50), ..settings });
+    let run = RunKey::new("run");
+    let calls: FuturesUnordered<_> = (0..20)
+        .map(|listing_id| {
+            let (partner, run) = (&partner, &run);
+            async move { (listing_id, partner.valuation(partner.permit().await, run, request(listing_id)).await) }
+        })
+        .collect();
+    let closing = async {
+        // The others wait for the pace.
+        while stub.calls().len() < 8 {
+            tokio::time::sleep(MS).await;
+        }
+        run.close();
+        Instant::now()
+    };
+    let (mut verdicts, closed) = tokio::join!(calls.collect::<Vec<_>>(), closing);
+    assert!(closed.elapsed() < SECOND, "{:?}", closed.elapsed());
+
+    let sent: Vec<i64> = stub.calls().iter().map(|call| call.listing_id).collect();
+    assert!((8..15).contains(&sent.len()), "{sent:?}");
+    verdicts.sort_by_key(|(listing_id, _)| *listing_id);
+    for (listing_id, verdict) in verdicts {
+        let answered = listing_id % 2 == 0 && sent.contains(&listing_id);
+        assert_eq!(verdict, if answered { worth(listing_id) } else { Verdict::NotSent }, "{listing_id} of {sent:?}");
+    }
+    assert_eq!(partner.valuation(partner.permit().await, &run, request(30)).await, Verdict::NotSent);
 }

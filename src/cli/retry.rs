@@ -1,0 +1,49 @@
+//! `write-api retry`: lets a cancelled or failed run go on where it was.
+
+use anyhow::Context;
+use clap::Args;
+
+use super::status::unknown_run;
+use super::text::thousands;
+use crate::config::Config;
+use crate::db::Database;
+use crate::events::{envelope, lane};
+
+/// Which run.
+#[derive(Debug, Args)]
+pub(super) struct Options {
+    /// Id of the refresh event.
+    #[arg(value_name = "EVENT_ID")]
+    event_id: String,
+}
+
+/// Opens the run again and has its event sent by the outbox, in one transaction.
+pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()> {
+    let database = Database::new(&config.database)?;
+    let id = options.event_id.as_str();
+    let event = database.kept_event(id).await?.ok_or_else(|| unknown_run(id))?;
+    let data = event.data.with_context(|| {
+        format!(
+            "run {id} is from before events were kept and cannot be retried; `write-api send refresh` makes a new run"
+        )
+    })?;
+    let body = envelope::refresh_event(id, &event.source, event.time, event.traceparent.as_deref(), &data)
+        .with_context(|| format!("the data kept of run {id} are no JSON"))?;
+    let reopened = database.reopen_run(id, lane::VALUATIONS, &body).await?;
+    let run = database.run_statuses(Some(id), 1).await?.pop().ok_or_else(|| unknown_run(id))?;
+    if !reopened {
+        anyhow::bail!(match run.state.as_str() {
+            "running" if run.cancel_requested =>
+                format!("run {id} is being cancelled; retry it once `write-api status` says that it is"),
+            "running" => format!("run {id} is running and goes on by itself; `write-api send refresh` makes a new run"),
+            state => format!("run {id} is {state}; `write-api send refresh` makes a new run"),
+        });
+    }
+    println!(
+        "run {id} goes on: {} of {} listings are left; a running service sends its event within {:?}",
+        thousands((run.selected - run.valued - run.failed).max(0)),
+        thousands(run.selected),
+        config.outbox.poll_interval
+    );
+    Ok(())
+}

@@ -1,0 +1,46 @@
+//! Figures as people read them.
+
+/// A number with commas between its thousands.
+pub(super) fn thousands(number: i64) -> String {
+    let digits = number.unsigned_abs().to_string();
+    let mut text = String::from(if number < 0 { "-" } else { "" });
+    for (index, digit) in digits.char_indices() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// A time span by its two largest units, in at most seven characters for whatever is shorter than three years.
+pub(super) fn span(seconds: f64) -> String {
+    let seconds = seconds.max(0.0).round() as u64;
+    let (minutes, hours, days) = (seconds / 60, seconds / 3_600, seconds / 86_400);
+    if days > 0 {
+        format!("{days}d{:02}h", hours % 24)
+    } else if hours > 0 {
+        format!("{hours}h{:02}m", minutes % 60)
+    } else if minutes > 0 {
+        format!("{minutes}m{:02}s", seconds % 60)
+    } else {
+        format!("{seconds}s")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thousands_are_parted() {
+        let texts = [0, 7, 999, 1_000, 17_000, -1_234_567, i64::MIN].map(thousands);
+        assert_eq!(texts, ["0", "7", "999", "1,000", "17,000", "-1,234,567", "-9,223,372,036,854,775,808"]);
+    }
+
+    #[test]
+    fn a_span_has_two_units() {
+        let texts = [-3.0, 0.4, 59.4, 59.6, 200.0, 7_500.0, 97_300.0].map(span);
+        assert_eq!(texts, ["0s", "0s", "59s", "1m00s", "3m20s", "2h05m", "1d03h"]);
+    }
+}
