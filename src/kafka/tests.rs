@@ -34,6 +34,8 @@ fn cluster() -> (Cluster, config::Kafka) {
         compression: "lz4",
         delivery_timeout: TIMEOUT,
         page_size: 1000,
+        tls: None,
+        sasl: None,
     };
     (cluster, kafka)
 }
