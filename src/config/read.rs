@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use super::layers::Layers;
 use super::{
-    Admin, Aws, Backoff, ClientCertificate, Config, ConfigError, Credential, Database, Kafka, KafkaSasl, KafkaTls, Lane,
-    Lanes, Log, LogFormat, Outbox, Partner, Profiling, Queue, Refresh, Secret, Section, Shutdown,
+    Admin, Aws, Backoff, ClientCertificate, Config, ConfigError, Credential, Database, Kafka, KafkaSasl, KafkaTls,
+    Lane, Lanes, Log, LogFormat, Outbox, Partner, Profiling, Queue, Refresh, Secret, Section, Shutdown,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -474,10 +474,7 @@ mod tests {
             (&[("PASSWORD", "hunter2")], "kafka.password"),
             (&[("SECURITY_PROTOCOL", "sasl_ssl"), ("PASSWORD", "hunter2")], "kafka.username"),
             (&[("SECURITY_PROTOCOL", "sasl_ssl"), ("USERNAME", "app")], "kafka.password"),
-            (
-                &[("SECURITY_PROTOCOL", "sasl_ssl"), ("USERNAME", "app"), ("PASSWORD", "hunter\n2")],
-                "kafka.password",
-            ),
+            (&[("SECURITY_PROTOCOL", "sasl_ssl"), ("USERNAME", "app"), ("PASSWORD", "hunter\n2")], "kafka.password"),
             (
                 &[
                     ("SECURITY_PROTOCOL", "sasl_plaintext"),

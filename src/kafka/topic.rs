@@ -32,8 +32,7 @@ pub struct TopicError {
     pub remedy: &'static str,
 }
 
-const CHECK_BROKERS: &str =
-    "see that the brokers run, that kafka.brokers (WRITE_API_KAFKA_BROKERS) names them and that the security settings \
+const CHECK_BROKERS: &str = "see that the brokers run, that kafka.brokers (WRITE_API_KAFKA_BROKERS) names them and that the security settings \
      of [kafka] are theirs";
 const CREATE: &str = "create it with `write-api setup`, or name another in kafka.topic";
 const CHECK_PERMISSIONS: &str = "see the brokers' log and the permissions of this client";

@@ -95,9 +95,8 @@ fn acceptor(own: &Certificate, security: &Security) -> Result<TlsAcceptor> {
         Some(authority) => {
             let mut roots = RootCertStore::empty();
             roots.add_parsable_certificates(certificates(authority)?);
-            config.with_client_cert_verifier(
-                WebPkiClientVerifier::builder_with_provider(roots.into(), provider).build()?,
-            )
+            config
+                .with_client_cert_verifier(WebPkiClientVerifier::builder_with_provider(roots.into(), provider).build()?)
         }
     };
     Ok(TlsAcceptor::from(Arc::new(config.with_single_cert(chain, key)?)))
