@@ -46,5 +46,6 @@ pub use machine::{cache_directory, free_port, profile_directory, workspace_binar
 pub use partner::{Behaviour, PartnerStub};
 pub use postgres::{Postgres, PostgresOptions};
 pub use process::{Ending, Process};
+pub use python::Virtualenv;
 pub use sqs::Sqs;
 pub use stack::{Stack, StackOptions, shared};

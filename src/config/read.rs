@@ -459,6 +459,7 @@ mod tests {
         let sasl = both.sasl.expect("a user");
         assert_eq!((sasl.mechanism, sasl.username.as_str()), ("SCRAM-SHA-512", "app"));
         assert_eq!(sasl.password.reveal(), "hunter2");
+        assert!(!format!("{sasl:?}").contains("hunter2"), "{sasl:?}");
         let scram_in_the_clear = of("sasl_plaintext");
         assert!(scram_in_the_clear.tls.is_none() && scram_in_the_clear.sasl.is_some());
     }

@@ -54,27 +54,30 @@ async fn records_are_published_over_tls_as_a_user_with_a_certificate() -> Result
 }
 
 #[tokio::test]
-async fn setup_finds_the_topic_by_each_mechanism() -> Result<()> {
+async fn setup_finds_the_topic_by_each_protocol_and_mechanism() -> Result<()> {
     let mut world = World::new(Behaviour::default()).await?;
     let authority = Authority::create().await?;
     let own = authority.issue("IP:127.0.0.1").await?;
-    world.set("kafka.ca_file", authority.certificate().display()).set("kafka.security_protocol", "ssl");
-    for mechanism in [None, Some("PLAIN"), Some("SCRAM-SHA-256"), Some("SCRAM-SHA-512")] {
-        let gateway = gateway(&Security {
-            certificate: Some(own.clone()),
-            user: mechanism.and_then(user),
-            ..Security::default()
-        })
-        .await?;
-        world.set("kafka.brokers", gateway.bootstrap());
+    for (protocol, mechanism) in [
+        ("ssl", None),
+        ("sasl_ssl", Some("PLAIN")),
+        ("sasl_ssl", Some("SCRAM-SHA-256")),
+        ("sasl_ssl", Some("SCRAM-SHA-512")),
+        ("sasl_plaintext", Some("SCRAM-SHA-256")),
+    ] {
+        let certificate = protocol.ends_with("ssl").then(|| own.clone());
+        let ca_file = certificate.as_ref().map(|_| authority.certificate().display().to_string());
+        let gateway = gateway(&Security { certificate, user: mechanism.and_then(user), clients_of: None }).await?;
+        world.set("kafka.brokers", gateway.bootstrap()).set("kafka.security_protocol", protocol);
+        world.set("kafka.ca_file", ca_file.unwrap_or_default());
         if let Some(mechanism) = mechanism {
-            world.set("kafka.security_protocol", "sasl_ssl").set("kafka.sasl_mechanism", mechanism);
+            world.set("kafka.sasl_mechanism", mechanism);
             world.set("kafka.username", "write-api").set("kafka.password", PASSWORD);
         }
         let output = world.cli(&["setup"])?;
-        ensure!(output.status.success(), "{mechanism:?}: {}", text(&output.stderr));
+        ensure!(output.status.success(), "{protocol} {mechanism:?}: {}", text(&output.stderr));
         ensure!(text(&output.stdout).contains("with 12 partitions was there"), "{output:?}");
-        ensure!(gateway.admitted() > 0, "{mechanism:?}: not through the gateway");
+        ensure!(gateway.admitted() > 0, "{protocol} {mechanism:?}: not through the gateway");
     }
     Ok(())
 }
@@ -116,6 +119,8 @@ async fn each_refusal_is_told_with_its_reason() -> Result<()> {
         anyhow::Ok(())
     };
     world.set("kafka.security_protocol", "ssl").set("kafka.ca_file", other.certificate().display());
+    start(&mut world, &right, &["certificate verify failed"])?;
+    world.set("kafka.ca_file", "");
     start(&mut world, &right, &["certificate verify failed"])?;
     world.set("kafka.ca_file", authority.certificate().display());
     start(&mut world, &wrong_name, &["certificate verify failed"])?;

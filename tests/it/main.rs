@@ -3,6 +3,7 @@
 //! Each test has a [`harness::World`] of its own: a database, queues, a topic and a partner that nobody else uses. The
 //! program is a child process, as in production, so that it can be stopped, killed and suspended.
 
+mod aws_credentials;
 mod bad_input;
 mod cli;
 mod duplicates;
@@ -14,6 +15,8 @@ mod metrics;
 mod neighbours;
 mod ordering;
 mod partner_faults;
+mod postgres_tls;
 mod pprof;
 mod resume;
+mod secrets;
 mod shutdown;
