@@ -98,6 +98,12 @@ impl Environment {
         self
     }
 
+    /// Sets a variable that is not the service's own, such as AWS's.
+    pub fn set_variable(&mut self, name: &str, value: &str) -> &mut Self {
+        self.variables.insert(name.to_owned(), value.to_owned());
+        self
+    }
+
     /// The variables, for [`Command::envs`](std::process::Command::envs).
     pub fn variables(&self) -> impl Iterator<Item = (&str, &str)> {
         self.variables.iter().map(|(name, value)| (name.as_str(), value.as_str()))

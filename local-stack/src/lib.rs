@@ -7,6 +7,7 @@
 //! - [`PartnerStub`] answers the service's calls, well or badly, and counts them;
 //! - [`KafkaTap`] reads what the service published;
 //! - [`wire::Wire`] stands between the service and a neighbour and can be cut;
+//! - [`kafka::Gateway`] demands TLS and passwords of Kafka clients, by certificates of an [`Authority`];
 //! - [`Process`] starts a child that never outlives this process;
 //! - [`http_client`] asks a server one thing.
 //!
@@ -24,6 +25,7 @@
 //! ```
 
 mod background;
+mod certificates;
 mod environment;
 pub mod http_client;
 pub mod kafka;
@@ -37,11 +39,13 @@ mod sqs;
 mod stack;
 pub mod wire;
 
+pub use certificates::{Authority, Certificate};
 pub use environment::{Environment, Names};
 pub use kafka::{Kafka, KafkaTap, TapRecord};
 pub use machine::{cache_directory, free_port, profile_directory, workspace_binary};
 pub use partner::{Behaviour, PartnerStub};
 pub use postgres::{Postgres, PostgresOptions};
 pub use process::{Ending, Process};
+pub use python::Virtualenv;
 pub use sqs::Sqs;
 pub use stack::{Stack, StackOptions, shared};

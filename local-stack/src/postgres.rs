@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder};
-use std::os::unix::fs::{DirBuilderExt, chown};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
 
+use crate::certificates::Certificate;
 use crate::machine::{self, Account};
 use crate::process::{Ending, Process, run};
 use crate::python::Virtualenv;
@@ -52,11 +53,14 @@ impl Default for PostgresOptions {
 
 /// A running server with a cluster of its own. Stopped when dropped.
 ///
-/// It listens on loopback and trusts every connection: anybody with an account on the machine can use it.
+/// It listens on loopback and trusts every connection, unless it was started [with demands](Postgres::guarded): anybody
+/// with an account on the machine can use it.
 #[derive(Debug)]
 pub struct Postgres {
     process: Process,
     port: u16,
+    /// The superuser's, where one is asked for, and then over TLS only.
+    password: Option<String>,
     // Last: it is removed after the server has stopped.
     _own_scratch: Option<Scratch>,
 }
@@ -69,8 +73,23 @@ impl Postgres {
         Ok(Self { _own_scratch: Some(scratch), ..postgres })
     }
 
+    /// Starts a server that belongs to no stack, with this certificate, which takes connections over TLS only and asks
+    /// for this password. `None` where the machine's server was built without TLS, as PyPI's is.
+    pub async fn guarded(certificate: &Certificate, password: &str) -> Result<Option<Self>> {
+        let scratch = Scratch::create()?;
+        let guard = Guard { certificate, password };
+        let options = PostgresOptions { durable: false, ..PostgresOptions::default() };
+        let postgres = Self::start_with(scratch.path(), options, Some(guard)).await?;
+        Ok(postgres.map(|postgres| Self { _own_scratch: Some(scratch), ..postgres }))
+    }
+
     /// Makes a cluster below `scratch` and starts a server on it.
     pub(crate) async fn start(scratch: &Path, options: PostgresOptions) -> Result<Self> {
+        let started = Self::start_with(scratch, options, None).await?;
+        started.context("a server without demands was refused some")
+    }
+
+    async fn start_with(scratch: &Path, options: PostgresOptions, guard: Option<Guard<'_>>) -> Result<Option<Self>> {
         let account = Account::unprivileged()?;
         let home = scratch.join("postgres");
         DirBuilder::new().mode(0o700).create(&home).with_context(|| format!("cannot make {}", home.display()))?;
@@ -83,10 +102,23 @@ impl Postgres {
         let mut initdb = binaries.command("initdb", ["-D"]);
         initdb.arg(&data).args(["--auth=trust", "--username=postgres", "--encoding=UTF8"]);
         initdb.args(["--locale=C.UTF-8", "--no-sync"]);
+        if let Some(guard) = &guard {
+            let file = home.join("password");
+            fs::write(&file, guard.password).and_then(|()| give(&file, account, 0o600))?;
+            initdb.arg("--pwfile").arg(file);
+        }
         run("initdb", initdb).await.with_context(|| {
             format!("cannot make a PostgreSQL cluster in {} (TMPDIR chooses another place)", data.display())
         })?;
 
+        if let Some(guard) = &guard {
+            let mut ask = binaries.command("postgres", ["-D"]);
+            ask.arg(&data).args(["-C", "ssl_library"]);
+            if run("postgres -C ssl_library", ask).await?.is_empty() {
+                return Ok(None);
+            }
+            guard.write(&data, account)?;
+        }
         let port = machine::free_port()?;
         let switch = |on: bool| if on { "on" } else { "off" };
         let settings = [
@@ -98,6 +130,7 @@ impl Postgres {
             format!("fsync={}", switch(options.durable)),
             format!("synchronous_commit={}", switch(options.durable)),
             format!("full_page_writes={}", switch(options.durable)),
+            format!("ssl={}", switch(guard.is_some())),
         ];
         let mut server = binaries.command("postgres", ["-D"]);
         server.arg(&data).args(settings.iter().flat_map(|setting| ["-c", setting]));
@@ -105,9 +138,10 @@ impl Postgres {
         let ending = Ending { stop: libc::SIGQUIT, orphaned: libc::SIGQUIT, patience: Duration::from_secs(10) };
         let process = Process::spawn("PostgreSQL", server, &scratch.join("postgres.log"), None, ending)?;
 
-        let postgres = Self { process, port, _own_scratch: None };
+        let password = guard.as_ref().map(|guard| guard.password.to_owned());
+        let postgres = Self { process, port, password, _own_scratch: None };
         postgres.process.ready(START_LIMIT, async || postgres.connect().await.ok()).await?;
-        Ok(postgres)
+        Ok(Some(postgres))
     }
 
     /// The URL of the database `postgres`, as the superuser.
@@ -119,7 +153,19 @@ impl Postgres {
     /// The URL of a database, as the superuser.
     #[must_use]
     pub fn database_url(&self, name: &str) -> String {
-        format!("postgres://postgres@127.0.0.1:{}/{name}", self.port)
+        match &self.password {
+            None => format!("postgres://postgres@127.0.0.1:{}/{name}", self.port),
+            // Verified by nobody here: what a service verifies is what its tests are about.
+            Some(password) => {
+                format!("postgres://postgres:{password}@127.0.0.1:{}/{name}?sslmode=require", self.port)
+            }
+        }
+    }
+
+    /// Its port on 127.0.0.1.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port
     }
 
     /// Makes an empty database and gives its URL.
@@ -155,6 +201,36 @@ impl Postgres {
     async fn connect(&self) -> Result<PgConnection> {
         let url = self.admin_url();
         PgConnection::connect(&url).await.with_context(|| format!("cannot connect to {url}"))
+    }
+}
+
+/// What a server demands.
+struct Guard<'a> {
+    certificate: &'a Certificate,
+    password: &'a str,
+}
+
+impl Guard<'_> {
+    /// Puts certificate, key and the rule for connections where the server looks for them.
+    fn write(&self, data: &Path, account: Option<Account>) -> Result<()> {
+        // The server refuses a key that others may read.
+        for (file, from) in [("server.crt", &self.certificate.certificate), ("server.key", &self.certificate.key)] {
+            let to = data.join(file);
+            fs::copy(from, &to).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
+            give(&to, account, 0o600)?;
+        }
+        // Written over, so it stays the server's.
+        fs::write(data.join("pg_hba.conf"), "hostssl all all 127.0.0.1/32 scram-sha-256\n")?;
+        Ok(())
+    }
+}
+
+/// Makes a file the server's.
+fn give(file: &Path, account: Option<Account>, mode: u32) -> std::io::Result<()> {
+    fs::set_permissions(file, fs::Permissions::from_mode(mode))?;
+    match account {
+        Some(Account { user, group }) => chown(file, Some(user), Some(group)),
+        None => Ok(()),
     }
 }
 

@@ -11,13 +11,13 @@ use crate::process::run;
 
 /// The interpreter of a virtualenv that has the packages asked for.
 #[derive(Debug)]
-pub(crate) struct Virtualenv {
+pub struct Virtualenv {
     directory: PathBuf,
 }
 
 impl Virtualenv {
     /// Makes sure that `package`, pinned as `name==version`, is installed; at once when it is already.
-    pub(crate) async fn with(package: &str) -> Result<Self> {
+    pub async fn with(package: &str) -> Result<Self> {
         let cache = machine::cache_directory()?;
         let environment = Self { directory: cache.join("venv") };
         // The marks are written last, so an installation that was interrupted has none.
@@ -57,7 +57,8 @@ impl Virtualenv {
 
     /// The Python interpreter. Scripts are run as its modules, because their first lines carry the path of a directory
     /// that may have moved since.
-    pub(crate) fn python(&self) -> PathBuf {
+    #[must_use]
+    pub fn python(&self) -> PathBuf {
         self.directory.join("bin/python3")
     }
 

@@ -39,6 +39,9 @@ prerequisites() {
     need gcc gcc
     need g++ g++
     need make make
+    # librdkafka speaks TLS by the system's OpenSSL. Its headers are found by pkg-config, as the build finds them.
+    need pkg-config pkg-config
+    pkg-config --exists openssl || install_package libssl-dev "OpenSSL's development package"
     need python3 python3
     # The local SQS runs in a virtual environment, and so does PostgreSQL where the machine has no server of its own.
     # Debian's python3 has venv but not the pip that it puts inside.

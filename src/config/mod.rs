@@ -230,6 +230,39 @@ pub struct Kafka {
     pub delivery_timeout: Duration,
     /// Valuations a page.
     pub page_size: usize,
+    /// Encryption, `None` for plain text.
+    pub tls: Option<KafkaTls>,
+    /// Who the service says it is, `None` where brokers do not ask, or go by the client certificate.
+    pub sasl: Option<KafkaSasl>,
+}
+
+/// Encrypted connections to the brokers, whose certificate and name are always verified.
+#[derive(Debug, Clone)]
+pub struct KafkaTls {
+    /// PEM file of the authorities that are trusted; `None` for the system's.
+    pub ca_file: Option<PathBuf>,
+    /// The service's own certificate, for brokers that ask for one.
+    pub client: Option<ClientCertificate>,
+}
+
+/// PEM files that say who a client is.
+#[derive(Debug, Clone)]
+pub struct ClientCertificate {
+    /// The certificate, followed by those of intermediate authorities.
+    pub certificate_file: PathBuf,
+    /// Its private key, without a passphrase.
+    pub key_file: PathBuf,
+}
+
+/// A name and a password for the brokers.
+#[derive(Debug, Clone)]
+pub struct KafkaSasl {
+    /// librdkafka's `sasl.mechanism`.
+    pub mechanism: &'static str,
+    /// User name.
+    pub username: String,
+    /// Password.
+    pub password: Secret,
 }
 
 /// The relay of outbox rows.

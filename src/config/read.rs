@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use super::layers::Layers;
 use super::{
-    Admin, Aws, Backoff, Config, ConfigError, Credential, Database, Kafka, Lane, Lanes, Log, LogFormat, Outbox,
-    Partner, Profiling, Queue, Refresh, Secret, Section, Shutdown,
+    Admin, Aws, Backoff, ClientCertificate, Config, ConfigError, Credential, Database, Kafka, KafkaSasl, KafkaTls,
+    Lane, Lanes, Log, LogFormat, Outbox, Partner, Profiling, Queue, Refresh, Secret, Section, Shutdown,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -87,6 +87,8 @@ impl Config {
                 compression: ["none", "lz4"][layers.choice("kafka.compression", &["none", "lz4"])],
                 delivery_timeout: layers.duration("kafka.delivery_timeout", ms(100)..=SECOND * 600),
                 page_size: layers.integer("kafka.page_size", 1..=10_000) as usize,
+                tls: kafka_tls(layers),
+                sasl: kafka_sasl(layers),
             },
             outbox: Outbox {
                 poll_interval: layers.duration("outbox.poll_interval", ms(10)..=SECOND * 60),
@@ -275,6 +277,87 @@ fn database_url(layers: &mut Layers) -> Secret {
     }
 }
 
+const SECURITY_PROTOCOLS: [&str; 4] = ["plaintext", "ssl", "sasl_plaintext", "sasl_ssl"];
+const SASL_MECHANISMS: [&str; 3] = ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"];
+
+/// What `kafka.security_protocol` asks for: encryption, and a user name.
+fn kafka_security(layers: &mut Layers) -> (bool, bool) {
+    let key = "kafka.security_protocol";
+    // A wrong value is told once, though two ask.
+    match SECURITY_PROTOCOLS.iter().position(|name| *name == layers.text(key)) {
+        Some(index) => (index % 2 == 1, index >= 2),
+        None => (false, false),
+    }
+}
+
+fn kafka_tls(layers: &mut Layers) -> Option<KafkaTls> {
+    layers.choice("kafka.security_protocol", &SECURITY_PROTOCOLS);
+    let (tls, _) = kafka_security(layers);
+    let mut file = |key: &str| {
+        let path = layers.text(key);
+        if path.is_empty() {
+            return None;
+        }
+        if !tls {
+            // Whoever names an authority believes that the connection is encrypted.
+            let fix = "set kafka.security_protocol to ssl or sasl_ssl, or empty this one";
+            layers.error(key, "is set, and connections are not encrypted", fix);
+            return None;
+        }
+        if let Err(error) = std::fs::File::open(&path) {
+            layers.error(key, format!("{path} cannot be read: {error}"), "name a readable PEM file");
+        }
+        Some(PathBuf::from(path))
+    };
+    let ca_file = file("kafka.ca_file");
+    let (certificate_file, key_file) = (file("kafka.client_certificate_file"), file("kafka.client_key_file"));
+    let client = match (certificate_file, key_file) {
+        (Some(certificate_file), Some(key_file)) => Some(ClientCertificate { certificate_file, key_file }),
+        (None, None) => None,
+        (Some(_), None) => {
+            layers.error("kafka.client_key_file", "is missing", "set it, or empty kafka.client_certificate_file");
+            None
+        }
+        (None, Some(_)) => {
+            layers.error("kafka.client_certificate_file", "is missing", "set it, or empty kafka.client_key_file");
+            None
+        }
+    };
+    tls.then_some(KafkaTls { ca_file, client })
+}
+
+fn kafka_sasl(layers: &mut Layers) -> Option<KafkaSasl> {
+    let (tls, sasl) = kafka_security(layers);
+    let mechanism = SASL_MECHANISMS[layers.choice("kafka.sasl_mechanism", &SASL_MECHANISMS)];
+    if !sasl {
+        for key in ["kafka.username", "kafka.password", "kafka.password_file"] {
+            if !layers.text(key).is_empty() {
+                let fix = "set kafka.security_protocol to sasl_ssl, or empty this one";
+                layers.error(key, "is set, and nobody is told", fix);
+            }
+        }
+        return None;
+    }
+    if mechanism == "PLAIN" && !tls {
+        let fix = "use sasl_ssl, or a SCRAM mechanism, which proves the password without sending it";
+        layers.error("kafka.sasl_mechanism", "PLAIN over sasl_plaintext sends the password as it is", fix);
+    }
+    let username = layers.required("kafka.username", "the user that the brokers know");
+    let errors_before = layers.error_count();
+    let password = secret(layers, "kafka.password", "kafka.password_file").unwrap_or_else(|| {
+        if layers.error_count() == errors_before {
+            let fix = "set it, WRITE_API_KAFKA_PASSWORD or kafka.password_file to the user's password";
+            layers.missing("kafka.password", fix);
+        }
+        Secret::new("")
+    });
+    if password.reveal().contains(char::is_control) {
+        // Such as a line break in the middle. librdkafka's own complaint would quote it.
+        layers.error("kafka.password", "holds a control character", "write the password alone, on one line");
+    }
+    Some(KafkaSasl { mechanism, username, password })
+}
+
 fn profiling_token(layers: &mut Layers) -> Option<Secret> {
     let token = secret(layers, "profiling.token", "profiling.token_file")?;
     if token.reveal().len() < 16 {
@@ -355,6 +438,56 @@ mod tests {
         let wrong = [("WRITE_API_PARTNER_BASE_URL".to_owned(), "nonsense".to_owned())];
         let errors = Config::load(None, wrong.into_iter(), &[]).expect_err("not a URL");
         assert_eq!(errors[0].key, "partner.base_url");
+    }
+
+    fn kafka(settings: &[(&str, &str)]) -> Result<Kafka, Vec<String>> {
+        let settings = settings.iter().map(|(k, v)| (format!("WRITE_API_KAFKA_{k}"), (*v).to_owned()));
+        let loaded = Config::load(None, minimal().into_iter().chain(settings), ALL);
+        loaded.map(|config| config.kafka).map_err(|errors| errors.into_iter().map(|error| error.key).collect())
+    }
+
+    #[test]
+    fn kafka_is_plain_unless_told_and_sasl_goes_with_or_without_tls() {
+        let user = [("USERNAME", "app"), ("PASSWORD", "hunter2")];
+        let of = |protocol| kafka(&[&user[..], &[("SECURITY_PROTOCOL", protocol)]].concat()).expect(protocol);
+        let plain = kafka(&[]).expect("the default");
+        assert!(plain.tls.is_none() && plain.sasl.is_none());
+        let encrypted = kafka(&[("SECURITY_PROTOCOL", "ssl")]).expect("the system's authorities");
+        assert!(encrypted.tls.is_some_and(|tls| tls.ca_file.is_none()) && encrypted.sasl.is_none());
+        let both = of("sasl_ssl");
+        assert!(both.tls.is_some());
+        let sasl = both.sasl.expect("a user");
+        assert_eq!((sasl.mechanism, sasl.username.as_str()), ("SCRAM-SHA-512", "app"));
+        assert_eq!(sasl.password.reveal(), "hunter2");
+        assert!(!format!("{sasl:?}").contains("hunter2"), "{sasl:?}");
+        let scram_in_the_clear = of("sasl_plaintext");
+        assert!(scram_in_the_clear.tls.is_none() && scram_in_the_clear.sasl.is_some());
+    }
+
+    #[test]
+    fn half_of_kafkas_security_is_an_error() {
+        for (settings, key) in [
+            (&[("SECURITY_PROTOCOL", "tls")][..], "kafka.security_protocol"),
+            (&[("CA_FILE", "/dev/null")], "kafka.ca_file"),
+            (&[("SECURITY_PROTOCOL", "ssl"), ("CA_FILE", "/nowhere/ca.pem")], "kafka.ca_file"),
+            (&[("SECURITY_PROTOCOL", "ssl"), ("CLIENT_KEY_FILE", "/dev/null")], "kafka.client_certificate_file"),
+            (&[("SECURITY_PROTOCOL", "ssl"), ("CLIENT_CERTIFICATE_FILE", "/dev/null")], "kafka.client_key_file"),
+            (&[("PASSWORD", "hunter2")], "kafka.password"),
+            (&[("SECURITY_PROTOCOL", "sasl_ssl"), ("PASSWORD", "hunter2")], "kafka.username"),
+            (&[("SECURITY_PROTOCOL", "sasl_ssl"), ("USERNAME", "app")], "kafka.password"),
+            (&[("SECURITY_PROTOCOL", "sasl_ssl"), ("USERNAME", "app"), ("PASSWORD", "hunter\n2")], "kafka.password"),
+            (
+                &[
+                    ("SECURITY_PROTOCOL", "sasl_plaintext"),
+                    ("SASL_MECHANISM", "PLAIN"),
+                    ("USERNAME", "app"),
+                    ("PASSWORD", "hunter2"),
+                ],
+                "kafka.sasl_mechanism",
+            ),
+        ] {
+            assert_eq!(kafka(settings).expect_err("wrong"), [key], "{settings:?}");
+        }
     }
 
     #[test]

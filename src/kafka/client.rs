@@ -25,7 +25,37 @@ pub(super) fn common(kafka: &config::Kafka) -> ClientConfig {
         // Idle connections are closed by brokers and opened again; that is no news.
         .set("log.connection.close", "false")
         .set_log_level(RDKafkaLogLevel::Info);
+    secure(&mut client, kafka);
     client
+}
+
+/// Encryption and authentication. librdkafka reads the files when a client is made; it verifies the brokers' names by
+/// itself.
+fn secure(client: &mut ClientConfig, kafka: &config::Kafka) {
+    client.set(
+        "security.protocol",
+        match (&kafka.tls, &kafka.sasl) {
+            (None, None) => "plaintext",
+            (Some(_), None) => "ssl",
+            (None, Some(_)) => "sasl_plaintext",
+            (Some(_), Some(_)) => "sasl_ssl",
+        },
+    );
+    if let Some(tls) = &kafka.tls {
+        // Each distribution keeps its authorities in another place, and a small image may hold them in none that the
+        // linked OpenSSL was built to look at: probing knows them all.
+        let authorities = tls.ca_file.as_ref().map_or("probe".into(), |file| file.to_string_lossy());
+        client.set("ssl.ca.location", authorities);
+        if let Some(own) = &tls.client {
+            client.set("ssl.certificate.location", own.certificate_file.to_string_lossy());
+            client.set("ssl.key.location", own.key_file.to_string_lossy());
+        }
+    }
+    if let Some(sasl) = &kafka.sasl {
+        client.set("sasl.mechanism", sasl.mechanism);
+        client.set("sasl.username", &sasl.username);
+        client.set("sasl.password", sasl.password.reveal());
+    }
 }
 
 /// Settings of the producer.
@@ -51,10 +81,15 @@ pub(super) fn producer(kafka: &config::Kafka) -> ClientConfig {
 /// `/readyz` says the same, and since when.
 const SAME_ERROR: Duration = Duration::from_secs(60);
 
+/// How long an error is worth naming as the cause of what came later. Brokers that are away, or refuse us, are tried
+/// again, and complained of, every few seconds.
+const RECENT: Duration = Duration::from_secs(10);
+
 /// Passes librdkafka's own log lines on to ours.
 #[derive(Default)]
 pub(super) struct ClientLog {
     said: Mutex<Vec<(Option<RDKafkaErrorCode>, Instant)>>,
+    last_cause: Mutex<Option<(String, Instant)>>,
 }
 
 impl ClientLog {
@@ -68,6 +103,13 @@ impl ClientLog {
             said.push((code, now));
         }
         is_news
+    }
+
+    /// Why a broker could not be used just now, in librdkafka's words: a refused certificate, a wrong password, nobody
+    /// there. Its answers to calls say only that there was none.
+    pub fn recent_cause(&self) -> Option<String> {
+        let last = self.last_cause.lock().unwrap_or_else(PoisonError::into_inner);
+        last.as_ref().filter(|(_, at)| at.elapsed() < RECENT).map(|(cause, _)| cause.clone())
     }
 }
 
@@ -86,6 +128,10 @@ impl ClientContext for ClientLog {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
+        // That all brokers are down follows from what was said of each, and says less.
+        if error.rdkafka_error_code() != Some(RDKafkaErrorCode::AllBrokersDown) {
+            *self.last_cause.lock().unwrap_or_else(PoisonError::into_inner) = Some((reason.to_owned(), Instant::now()));
+        }
         if self.is_news(error.rdkafka_error_code()) {
             tracing::warn!("librdkafka: {error}: {reason}");
         }

@@ -174,6 +174,10 @@ impl Deliveries {
             error: metrics.kafka_deliveries.with_label_values(&["error"]),
         }
     }
+
+    pub fn log(&self) -> &ClientLog {
+        &self.log
+    }
 }
 
 impl ClientContext for Deliveries {

@@ -131,7 +131,10 @@ impl Publisher {
     pub async fn check(&self, timeout: Duration) -> Result<TopicInfo, TopicError> {
         let producer = self.shared.producer();
         let shared = Arc::clone(&self.shared);
-        let asked = tokio::task::spawn_blocking(move || topic::look_at(producer.client(), &shared.kafka, timeout));
+        let asked = tokio::task::spawn_blocking(move || {
+            let client = producer.client();
+            topic::look_at(client, client.context().log(), &shared.kafka, timeout)
+        });
         asked.await.unwrap_or_else(|_| Err(TopicError::interrupted(&self.shared.kafka)))
     }
 

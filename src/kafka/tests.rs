@@ -34,6 +34,8 @@ fn cluster() -> (Cluster, config::Kafka) {
         compression: "lz4",
         delivery_timeout: TIMEOUT,
         page_size: 1000,
+        tls: None,
+        sasl: None,
     };
     (cluster, kafka)
 }
@@ -280,6 +282,17 @@ async fn an_absent_broker_is_told_with_its_address_in_time() {
     let error = ensure_topic(&kafka, timeout).await.expect_err("nobody there").to_string();
     assert!(error.contains(&kafka.brokers), "{error}");
     assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+}
+
+/// What cannot be built in silently, because nothing would be missed until it is deployed.
+#[test]
+fn the_library_was_built_with_tls_and_sasl() {
+    let native = ClientConfig::new().create_native_config().expect("librdkafka's defaults");
+    let features = native.get("builtin.features").expect("a setting of librdkafka");
+    let features: Vec<&str> = features.trim_end_matches('\0').split(',').collect();
+    for needed in ["ssl", "sasl_plain", "sasl_scram", "lz4"] {
+        assert!(features.contains(&needed), "{needed} is not among {features:?}");
+    }
 }
 
 #[test]

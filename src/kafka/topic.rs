@@ -32,7 +32,8 @@ pub struct TopicError {
     pub remedy: &'static str,
 }
 
-const CHECK_BROKERS: &str = "see that the brokers run and that kafka.brokers (WRITE_API_KAFKA_BROKERS) names them";
+const CHECK_BROKERS: &str = "see that the brokers run, that kafka.brokers (WRITE_API_KAFKA_BROKERS) names them and that the security settings \
+     of [kafka] are theirs";
 const CREATE: &str = "create it with `write-api setup`, or name another in kafka.topic";
 const CHECK_PERMISSIONS: &str = "see the brokers' log and the permissions of this client";
 
@@ -53,11 +54,13 @@ impl TopicError {
 /// Asks for the topic's partitions. Blocks for up to `timeout`.
 pub(super) fn look_at<C: ClientContext>(
     client: &Client<C>,
+    log: &ClientLog,
     kafka: &config::Kafka,
     timeout: Duration,
 ) -> Result<TopicInfo, TopicError> {
     let metadata = client.fetch_metadata(Some(&kafka.topic), timeout).map_err(|error| {
-        TopicError::new(kafka, format!("no answer within {timeout:?} ({})", describe(&error)), CHECK_BROKERS)
+        let cause = log.recent_cause().unwrap_or_else(|| describe(&error));
+        TopicError::new(kafka, format!("no answer within {timeout:?} ({cause})"), CHECK_BROKERS)
     })?;
     let topic = metadata.topics().iter().find(|topic| topic.name() == kafka.topic);
     let Some(topic) = topic else {
@@ -83,7 +86,7 @@ pub async fn ensure_topic(kafka: &config::Kafka, timeout: Duration) -> Result<To
 
     let asked = {
         let (admin, kafka) = (std::sync::Arc::clone(&admin), kafka.clone());
-        tokio::task::spawn_blocking(move || look_at(admin.inner(), &kafka, timeout)).await
+        tokio::task::spawn_blocking(move || look_at(admin.inner(), admin.inner().context(), &kafka, timeout)).await
     };
     match asked.unwrap_or_else(|_| Err(TopicError::interrupted(kafka))) {
         Err(error) if error.is_missing() => {}

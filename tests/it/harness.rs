@@ -177,6 +177,12 @@ impl World {
         self
     }
 
+    /// Changes a variable that is not the program's own, such as AWS's.
+    pub fn set_variable(&mut self, name: &str, value: &str) -> &mut Self {
+        self.environment.set_variable(name, value);
+        self
+    }
+
     /// A directory that is removed with the world.
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)

@@ -3,10 +3,12 @@
 //! Each test has a [`harness::World`] of its own: a database, queues, a topic and a partner that nobody else uses. The
 //! program is a child process, as in production, so that it can be stopped, killed and suspended.
 
+mod aws_credentials;
 mod bad_input;
 mod cli;
 mod duplicates;
 mod harness;
+mod kafka_security;
 mod leases;
 mod main_job;
 mod metrics;
@@ -14,6 +16,8 @@ mod neighbours;
 mod operate;
 mod ordering;
 mod partner_faults;
+mod postgres_tls;
 mod pprof;
 mod resume;
+mod secrets;
 mod shutdown;

@@ -6,7 +6,9 @@
 //! newest 5 MiB only**, dropping older records silently. A consumer that checks results must read while they are
 //! written: see [`KafkaTap`].
 
+mod gateway;
 mod host;
+mod sasl;
 mod tap;
 
 use std::fs::{self, File};
@@ -17,7 +19,9 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+pub use gateway::{Gateway, Security};
 pub use host::host;
+pub use sasl::User;
 pub use tap::{KafkaTap, TapRecord};
 
 use crate::process::{Ending, Process};
