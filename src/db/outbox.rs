@@ -9,7 +9,7 @@ use super::{Database, DbError, run};
 /// A row that this relay claimed.
 #[derive(Debug, Clone)]
 pub struct OutboxRow {
-    /// Id of the event.
+    /// Id of the row; that of its event, unless the event was sent before.
     pub event_id: Uuid,
     /// The lane that it goes to.
     pub lane: String,

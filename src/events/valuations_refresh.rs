@@ -85,8 +85,8 @@ pub(super) async fn handle(
             "run resumed"
         );
     }
-    let (ended, calls_dropped) = Work::new(events, &run, delivery).run().await;
-    Ok(end(events, event, &run, delivery, ended, calls_dropped).await)
+    let (ended, unanswered) = Work::new(events, &run, delivery).run().await;
+    Ok(end(events, event, &run, delivery, ended, unanswered).await)
 }
 
 async fn claim(
@@ -135,7 +135,7 @@ async fn end(
     run: &OwnedRun,
     delivery: &Delivery,
     ended: Ended,
-    calls_dropped: usize,
+    unanswered: usize,
 ) -> Outcome {
     let run_id = run.set.run_id.as_str();
     let (outcome, error) = match ended {
@@ -152,14 +152,14 @@ async fn end(
             Err(error) => (None, Some(error.into())),
         },
         Ended::Stopped { reason: StopReason::Cancelled, rows } => {
-            match cancel(events, run, delivery, rows, calls_dropped).await {
+            match cancel(events, run, delivery, rows, unanswered).await {
                 Ok(outcome) => return outcome,
                 Err(error) => (None, Some(error.into())),
             }
         }
         Ended::Stopped { reason: StopReason::Lost, .. } => return Outcome::Lost,
         Ended::Stopped { reason: StopReason::Shutdown, .. } => {
-            (Some(Outcome::Release(format!("stopped with {calls_dropped} calls unanswered").into())), None)
+            (Some(Outcome::Release(format!("stopped with {unanswered} listings begun and unanswered").into())), None)
         }
         Ended::Stopped { reason: StopReason::ReceiveCap, .. } => {
             (Some(Outcome::Release("handed over before SQS's 12 h are over".into())), None)
@@ -203,11 +203,12 @@ async fn cancel(
     run: &OwnedRun,
     delivery: &Delivery,
     rows: u64,
-    calls_dropped: usize,
+    unanswered: usize,
 ) -> Result<Outcome, DbError> {
     delivery.lease.forget_run();
     if events.database.cancel_owned_run(&run.set.run_id, run.token).await? {
-        let note = format!("stopped with {calls_dropped} calls unanswered; `write-api retry` lets the run go on");
+        let note =
+            format!("stopped with {unanswered} listings begun and unanswered; `write-api retry` lets the run go on");
         return Ok(Outcome::Cancelled { rows, note: note.into() });
     }
     events.metrics.fenced.inc();
