@@ -2,7 +2,7 @@
 //! key lies in the repository.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -70,6 +70,6 @@ impl Authority {
     }
 
     fn file(&self, name: &str) -> PathBuf {
-        self.scratch.path().join(Path::new(name))
+        self.scratch.path().join(name)
     }
 }

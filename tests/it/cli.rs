@@ -136,7 +136,7 @@ async fn setup_makes_what_is_missing_and_leaves_alone_what_is_there() -> Result<
     let unexplained: Vec<String> = sqlx::query_scalar(
         "SELECT format('%s.%s', table_name, column_name) FROM information_schema.columns
          WHERE table_schema = 'public' AND table_name <> '_sqlx_migrations'
-           AND col_description(format('%I', table_name)::regclass, ordinal_position) IS NULL",
+           AND col_description(format('%I.%I', table_schema, table_name)::regclass, ordinal_position) IS NULL",
     )
     .fetch_all(&world.database)
     .await?;

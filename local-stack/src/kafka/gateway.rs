@@ -3,6 +3,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -37,7 +38,7 @@ pub struct Security {
     /// The gateway's certificate; without one, connections are plain.
     pub certificate: Option<Certificate>,
     /// The certificate of an authority: clients must show one that it issued.
-    pub clients_of: Option<std::path::PathBuf>,
+    pub clients_of: Option<PathBuf>,
     /// The one user that there is; without one, nobody is asked.
     pub user: Option<User>,
 }
@@ -102,7 +103,7 @@ fn acceptor(own: &Certificate, security: &Security) -> Result<TlsAcceptor> {
     Ok(TlsAcceptor::from(Arc::new(config.with_single_cert(chain, key)?)))
 }
 
-fn certificates(file: &std::path::Path) -> Result<Vec<CertificateDer<'static>>> {
+fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>> {
     let read = CertificateDer::pem_file_iter(file).and_then(Iterator::collect);
     read.map_err(|error| anyhow!("{}: {error}", file.display()))
 }
