@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 failed, 64 usage (`EX_USAGE`), 78 configuration (`EX_CONFIG`), as in sysexits.h.
 
 mod migrate;
+mod replay;
 mod seed;
 mod send;
 mod serve;
@@ -38,7 +39,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Consume events until SIGTERM or Ctrl-C.
-    Serve,
+    Serve(serve::Options),
     /// Bring the database's schema up to date.
     Migrate,
     /// Migrate, and create the queues with their dead-letter queues and the Kafka topic where they are missing.
@@ -48,16 +49,18 @@ enum Verb {
     /// Send an event to the queue that producers use; prints its id.
     #[command(subcommand)]
     Send(send::Options),
+    /// Send recorded events to the queue that producers use.
+    Replay(replay::Options),
 }
 
 impl Verb {
     /// The sections of the configuration that must be complete.
     fn needs(&self) -> &'static [Section] {
         match self {
-            Verb::Serve => &[Section::Database, Section::Partner, Section::Kafka],
+            Verb::Serve(_) => &[Section::Database, Section::Partner, Section::Kafka],
             Verb::Migrate | Verb::Seed(_) => &[Section::Database],
             Verb::Setup => &[Section::Database, Section::Kafka],
-            Verb::Send(_) => &[],
+            Verb::Send(_) | Verb::Replay(_) => &[],
         }
     }
 }
@@ -71,11 +74,17 @@ pub fn run() -> ExitCode {
             return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
         }
     };
+    if let Verb::Replay(options) = &cli.verb
+        && let Err(error) = options.check()
+    {
+        eprintln!("write-api: {error}");
+        return ExitCode::from(USAGE);
+    }
     let file = cli.config.or_else(|| std::env::var_os("WRITE_API_CONFIG").map(PathBuf::from));
     let config = match Config::load(file.as_deref(), environment(), cli.verb.needs()) {
         Ok(config) => config,
         Err(errors) => {
-            eprintln!("write-api: {} in the configuration:", count(errors.len(), "error"));
+            eprintln!("write-api: {} in the configuration:", count(errors.len() as u64, "error"));
             for error in errors {
                 eprintln!("  {error}");
             }
@@ -83,11 +92,12 @@ pub fn run() -> ExitCode {
         }
     };
     let done = crate::telemetry::init(&config.log).and_then(|()| match cli.verb {
-        Verb::Serve => serve::run(config),
+        Verb::Serve(options) => serve::run(config, options),
         Verb::Migrate => block_on(migrate::run(&config)),
         Verb::Setup => block_on(setup::run(&config)),
         Verb::Seed(options) => block_on(seed::run(&config, &options)),
         Verb::Send(options) => block_on(send::run(&config, &options)),
+        Verb::Replay(options) => block_on(replay::run(&config, &options)),
     });
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -107,7 +117,7 @@ fn block_on(verb: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(verb)
 }
 
-fn count(number: usize, what: &str) -> String {
+fn count(number: u64, what: &str) -> String {
     if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
 }
 

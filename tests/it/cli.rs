@@ -32,13 +32,15 @@ fn ended(output: &Output, code: i32) -> Result<()> {
 
 #[test]
 fn help_is_there_for_every_verb_and_wrong_usage_is_told_apart_from_failure() -> Result<()> {
-    for arguments in ["--help", "--version", "serve --help", "migrate --help", "setup --help", "seed --help"] {
+    for arguments in
+        ["--help", "--version", "serve --help", "migrate --help", "setup --help", "seed --help", "replay --help"]
+    {
         let output = program(&arguments.split(' ').collect::<Vec<_>>(), &[])?;
         ended(&output, DONE)?;
         ensure!(!output.stdout.is_empty() && output.stderr.is_empty(), "{arguments}: {output:?}");
     }
     let help = text(&program(&["--help"], &[])?.stdout);
-    for verb in ["serve", "migrate", "setup", "seed", "send"] {
+    for verb in ["serve", "migrate", "setup", "seed", "send", "replay"] {
         ensure!(help.lines().any(|line| line.trim_start().starts_with(verb)), "{verb} is not in\n{help}");
     }
     for kind in ["refresh", "publish", "upsert"] {
@@ -54,6 +56,14 @@ fn help_is_there_for_every_verb_and_wrong_usage_is_told_apart_from_failure() -> 
         "send refresh --time yesterday",
         "send upsert",
         "send publish",
+        "serve --record-limit 5",
+        "replay",
+        "replay x --rate 0",
+        "replay x --speed 0",
+        "replay x --rate 1 --speed 1",
+        "replay x --dry-run --resume",
+        "replay - -",
+        "replay - --resume",
     ] {
         let output = program(&wrong.split_whitespace().collect::<Vec<_>>(), &[])?;
         ended(&output, USAGE)?;

@@ -14,5 +14,8 @@ mod neighbours;
 mod ordering;
 mod partner_faults;
 mod pprof;
+mod recording;
+mod replay;
 mod resume;
 mod shutdown;
+mod sqs_stub;
