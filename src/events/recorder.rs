@@ -1,9 +1,9 @@
 //! `serve --record`: what was consumed from the common lane as a file that `write-api replay` reads, a CloudEvent a line.
 //!
-//! An event is written once it has ended well, done or forwarded, and before its message is deleted: so a retried event
+//! An event is taken once it has ended well, done or forwarded, and before its message is deleted: so a retried event
 //! is there once and not once a try, whichever process ended it. What was refused is not there; it is in the dead-letter
-//! queue. A message that comes again after its end, because its delete was lost, is known by its id for as long as
-//! [`REMEMBERED`] others; beyond that the event is written again, and its own id absorbs that in a replay.
+//! queue. A message that comes again after its end, because its delete was lost, is known by its id for the next 65,536
+//! at least; beyond that the event is written again, and its own id absorbs that in a replay.
 //!
 //! The file is written by a thread, so a slow disk delays nobody; lines wait for it in memory up to a limit and are
 //! left out beyond. It is appended whole lines at a time, as they come: `kill -9` loses what waits, which is moments,

@@ -2,7 +2,7 @@
 //! tells when each came.
 
 use std::collections::{BTreeMap, HashSet};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -43,6 +43,10 @@ struct Shop {
     address: String,
 }
 
+fn open(shop: &Mutex<Shop>) -> MutexGuard<'_, Shop> {
+    shop.lock().expect("nothing panics in the shop")
+}
+
 /// The stub; it ends with the test.
 pub struct SqsStub {
     shop: Arc<Mutex<Shop>>,
@@ -61,7 +65,7 @@ impl SqsStub {
 
     /// The settings that lead the program here.
     pub fn settings(&self) -> BTreeMap<&'static str, String> {
-        let address = self.shop.lock().unwrap().address.clone();
+        let address = open(&self.shop).address.clone();
         [
             ("WRITE_API_AWS_ENDPOINT_URL", address.as_str()),
             ("AWS_ACCESS_KEY_ID", "stub"),
@@ -72,7 +76,7 @@ impl SqsStub {
     }
 
     pub fn taken(&self) -> Vec<Taken> {
-        self.shop.lock().unwrap().taken.clone()
+        open(&self.shop).taken.clone()
     }
 
     /// How often each event was taken, by its id.
@@ -86,11 +90,11 @@ impl SqsStub {
 
     /// Messages and bytes of each batch.
     pub fn batches(&self) -> Vec<(usize, usize)> {
-        self.shop.lock().unwrap().batches.clone()
+        open(&self.shop).batches.clone()
     }
 
     pub fn change(&self, change: impl FnOnce(&mut Manner)) {
-        change(&mut self.shop.lock().unwrap().manner);
+        change(&mut open(&self.shop).manner);
     }
 }
 
@@ -103,9 +107,9 @@ impl Drop for SqsStub {
 async fn answer(State(shop): State<Arc<Mutex<Shop>>>, headers: HeaderMap, request: String) -> (StatusCode, String) {
     let request: Value = serde_json::from_str(&request).unwrap_or_default();
     let action = headers.get("x-amz-target").and_then(|target| target.to_str().ok()).unwrap_or_default();
-    let latency = shop.lock().unwrap().manner.latency;
+    let latency = open(&shop).manner.latency;
     tokio::time::sleep(latency).await;
-    let mut shop = shop.lock().unwrap();
+    let mut shop = open(&shop);
     let (status, answer) = match action {
         "AmazonSQS.GetQueueUrl" => {
             let url = format!("{}/{}", shop.address, request["QueueName"].as_str().unwrap_or_default());

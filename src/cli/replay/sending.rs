@@ -95,7 +95,7 @@ impl Sending<'_> {
             Some(file) => format!("the same command goes on from there, by {file}"),
             None => "with --resume, a replay can go on where it was".to_owned(),
         };
-        result.with_context(|| format!("the replay stopped after {sent} of {total} events; {hint}"))?;
+        result.with_context(|| format!("the replay stopped after {sent} of {total} events ({hint})"))?;
         Ok(Summary { kinds, queue: self.queue.name.to_string(), took: began.elapsed() })
     }
 
