@@ -53,10 +53,11 @@ impl Meter {
     fn text(&self, done: u64, elapsed: Duration) -> String {
         let rate = done as f64 / elapsed.as_secs_f64().max(0.001);
         let Some(total) = self.total else { return format!("{done} events {}, {rate:.0} a second", self.verb) };
-        let left = match self.planned {
-            Some(planned) => Some(planned.saturating_sub(elapsed)),
-            None => Duration::try_from_secs_f64(total.saturating_sub(done) as f64 / rate).ok(),
-        };
+        // Once the pace is over and events are left, SQS was slower, and what it takes a second counts.
+        let left = self
+            .planned
+            .and_then(|planned| planned.checked_sub(elapsed))
+            .or_else(|| Duration::try_from_secs_f64(total.saturating_sub(done) as f64 / rate).ok());
         let percent = (done * 100).checked_div(total).unwrap_or(100);
         let left = left.map_or("?".to_owned(), span);
         format!("{done} of {total} events {} ({percent} %), {rate:.0} a second, {left} left", self.verb)
@@ -101,6 +102,8 @@ mod tests {
         assert_eq!(meter(Some(400), None).text(100, at), "100 of 400 events sent (25 %), 10 a second, 30 s left");
         let planned = Some(Duration::from_secs(3_690));
         assert_eq!(meter(Some(400), planned).text(1, at), "1 of 400 events sent (0 %), 0 a second, 1 h 1 min left");
+        let over = Some(Duration::from_secs(9));
+        assert_eq!(meter(Some(400), over).text(100, at), "100 of 400 events sent (25 %), 10 a second, 30 s left");
         assert_eq!(meter(Some(400), None).text(0, at), "0 of 400 events sent (0 %), 0 a second, ? left");
         assert_eq!(meter(None, None).text(100, at), "100 events sent, 10 a second");
     }
