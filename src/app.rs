@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::config::Config;
 use crate::db::{self, Database, runs};
+use crate::events::recorder::{Recorder, Recording};
 use crate::events::relay::{self, Relay};
 use crate::events::{Events, LaneQueues, cancels, lane};
 use crate::health::Health;
@@ -29,6 +30,9 @@ use crate::{admin, profiling};
 
 /// Kept of the time to stop for what comes after the last event: Kafka flushed, outbox relayed, connections closed.
 const LAST_STEPS: Duration = Duration::from_secs(2);
+
+/// How long the last lines of a recording may take.
+const RECORDER_FLUSH: Duration = Duration::from_millis(500);
 
 /// How often Postgres, Kafka and the partner are looked at for `/readyz`.
 const LOOK: Duration = Duration::from_secs(5);
@@ -66,7 +70,7 @@ struct Listeners {
 
 impl App {
     /// Builds every part and binds the listeners. Neighbours that are away are no error: the service waits for them.
-    pub async fn build(config: Config) -> anyhow::Result<App> {
+    pub async fn build(config: Config, recording: Option<Recording>) -> anyhow::Result<App> {
         let metrics = Arc::new(Metrics::new());
         let health = Health::new();
         profiling::sample_allocations(config.profiling.enabled)?;
@@ -100,6 +104,10 @@ impl App {
             pages: Arc::new(Semaphore::new(config.refresh.pages_ahead)),
             publish_page_size: config.kafka.page_size,
             outbox: Arc::new(Notify::new()),
+            recorder: recording
+                .map(|recording| Recorder::start(recording, metrics.clone()))
+                .transpose()
+                .context("the thread of the recorder")?,
             metrics: metrics.clone(),
         });
         Ok(App {
@@ -154,6 +162,9 @@ impl App {
         let left = grace.saturating_sub(began.elapsed()).saturating_sub(Duration::from_millis(200));
         let in_time = timeout(left, async {
             join_all(&mut lanes).await;
+            if let Some(recorder) = &self.events.recorder {
+                recorder.flush(RECORDER_FLUSH).await;
+            }
             watchers.shutdown().await;
             if !self.publisher.flush(left).await {
                 tracing::warn!(

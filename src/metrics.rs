@@ -78,6 +78,8 @@ metrics! {
     outbox_lag: IntGauge("write_api_outbox_lag_seconds"),
     /// Outbox rows sent.
     outbox_sent: IntCounter("write_api_outbox_sent_total"),
+    /// Events for the recording by result: written; over_limit, failed (it has ended), overrun (the disk was too slow).
+    recorded: IntCounterVec("write_api_recorded_events_total", &["result"]),
     /// Bytes in live allocations.
     jemalloc_allocated: IntGauge("write_api_jemalloc_allocated_bytes"),
     /// Bytes in pages with live allocations.

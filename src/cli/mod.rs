@@ -4,6 +4,7 @@
 
 mod cancel;
 mod migrate;
+mod replay;
 mod retry;
 mod seed;
 mod send;
@@ -42,7 +43,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Consume events until SIGTERM or Ctrl-C.
-    Serve,
+    Serve(serve::Options),
     /// Bring the database's schema up to date.
     Migrate,
     /// Migrate, and create the queues with their dead-letter queues and the Kafka topic where they are missing.
@@ -58,16 +59,18 @@ enum Verb {
     Cancel(cancel::Options),
     /// Let a cancelled or failed run go on where it was.
     Retry(retry::Options),
+    /// Send recorded events to the queue that producers use.
+    Replay(replay::Options),
 }
 
 impl Verb {
     /// The sections of the configuration that must be complete.
     fn needs(&self) -> &'static [Section] {
         match self {
-            Verb::Serve => &[Section::Database, Section::Partner, Section::Kafka],
+            Verb::Serve(_) => &[Section::Database, Section::Partner, Section::Kafka],
             Verb::Migrate | Verb::Seed(_) | Verb::Status(_) | Verb::Cancel(_) | Verb::Retry(_) => &[Section::Database],
             Verb::Setup => &[Section::Database, Section::Kafka],
-            Verb::Send(_) => &[],
+            Verb::Send(_) | Verb::Replay(_) => &[],
         }
     }
 }
@@ -81,11 +84,17 @@ pub fn run() -> ExitCode {
             return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
         }
     };
+    if let Verb::Replay(options) = &cli.verb
+        && let Err(error) = options.check()
+    {
+        eprintln!("write-api: {error}");
+        return ExitCode::from(USAGE);
+    }
     let file = cli.config.or_else(|| std::env::var_os("WRITE_API_CONFIG").map(PathBuf::from));
     let config = match Config::load(file.as_deref(), environment(), cli.verb.needs()) {
         Ok(config) => config,
         Err(errors) => {
-            eprintln!("write-api: {} in the configuration:", count(errors.len(), "error"));
+            eprintln!("write-api: {} in the configuration:", count(errors.len() as u64, "error"));
             for error in errors {
                 eprintln!("  {error}");
             }
@@ -93,7 +102,7 @@ pub fn run() -> ExitCode {
         }
     };
     let done = crate::telemetry::init(&config.log).and_then(|()| match cli.verb {
-        Verb::Serve => serve::run(config),
+        Verb::Serve(options) => serve::run(config, options),
         Verb::Migrate => block_on(migrate::run(&config)),
         Verb::Setup => block_on(setup::run(&config)),
         Verb::Seed(options) => block_on(seed::run(&config, &options)),
@@ -101,6 +110,7 @@ pub fn run() -> ExitCode {
         Verb::Status(options) => block_on(status::run(&config, &options)),
         Verb::Cancel(options) => block_on(cancel::run(&config, &options)),
         Verb::Retry(options) => block_on(retry::run(&config, &options)),
+        Verb::Replay(options) => block_on(replay::run(&config, &options)),
     });
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -120,7 +130,7 @@ fn block_on(verb: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(verb)
 }
 
-fn count(number: usize, what: &str) -> String {
+fn count(number: u64, what: &str) -> String {
     if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
 }
 

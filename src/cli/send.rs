@@ -14,7 +14,7 @@ use super::seed;
 use crate::config::Config;
 use crate::events::envelope::{self, LISTING_UPSERT, VALUATIONS_PUBLISH, VALUATIONS_REFRESH};
 use crate::metrics::Metrics;
-use crate::queue::sqs::{BATCH, Queue, Sqs};
+use crate::queue::sqs::{BATCH, Queue, Sent, Sqs};
 
 /// Which event.
 #[derive(Debug, Subcommand)]
@@ -140,7 +140,9 @@ async fn send_sample(
         let bodies: Vec<&str> = batch.iter().map(|(_, body)| body.as_str()).collect();
         let accepted = sqs.send_batch(queue, &bodies).await?;
         for ((id, _), accepted) in batch.iter().zip(accepted) {
-            anyhow::ensure!(accepted, "SQS did not accept event {id}; {sent} events were sent before it");
+            if let Sent::Refused(why) | Sent::Failed(why) = accepted {
+                anyhow::bail!("SQS did not accept event {id} ({why}); {sent} events were sent before it");
+            }
             sent += 1;
             println!("{id}");
         }

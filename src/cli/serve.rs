@@ -1,12 +1,29 @@
 //! `write-api serve`: the service.
 
+use std::path::PathBuf;
+
+use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::app::App;
 use crate::config::Config;
+use crate::events::recorder::Recording;
+
+/// What to do beside serving.
+#[derive(Debug, Args)]
+pub(super) struct Options {
+    /// Append the events that were consumed from the queue of the producers, a CloudEvent a line, for
+    /// `write-api replay`. A file that cannot be written is told once and never harms the work.
+    #[arg(long, value_name = "FILE")]
+    record: Option<PathBuf>,
+    /// End the recording before its file is larger than this.
+    #[arg(long, value_name = "BYTES", requires = "record", default_value_t = 1024 * 1024 * 1024)]
+    record_limit: u64,
+}
 
 /// Builds, starts, and stops in order at the first SIGTERM or SIGINT; a second one exits at once.
-pub(super) fn run(config: Config) -> anyhow::Result<()> {
+pub(super) fn run(config: Config, options: Options) -> anyhow::Result<()> {
+    let recording = options.record.map(|file| Recording { file, limit_bytes: options.record_limit });
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("worker").build()?;
     let done = runtime.block_on(async {
         // Before anything is started, so that no signal is missed.
@@ -18,7 +35,7 @@ pub(super) fn run(config: Config) -> anyhow::Result<()> {
                 _ = interrupt.recv() => "SIGINT",
             }
         };
-        let app = App::build(config).await?;
+        let app = App::build(config, recording).await?;
         let stop = async {
             let first = name().await;
             tracing::info!(signal = first, "stopping; a second signal exits at once");

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::ops::Deref;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -106,61 +107,27 @@ fn refuse(code: &'static str, reason: impl Into<String>) -> Refusal {
     Refusal { code, reason: reason.into() }
 }
 
+/// The refusal of a body that nobody need read, known by its size.
+pub fn too_large(bytes: u64) -> Refusal {
+    refuse("too_large", format!("the body has {bytes} bytes, at most {MAX_BODY_BYTES} are accepted"))
+}
+
 impl<'a> Event<'a> {
     /// Reads the body of a message.
     pub fn decode(body: &'a str) -> Result<Event<'a>, Refusal> {
         if body.len() > MAX_BODY_BYTES {
-            let reason = format!("the body has {} bytes, at most {MAX_BODY_BYTES} are accepted", body.len());
-            return Err(refuse("too_large", reason));
+            return Err(too_large(body.len() as u64));
         }
         Self::unwrap(body, MAX_WRAPPERS)
     }
 
     fn unwrap(text: &'a str, wrappers_left: usize) -> Result<Event<'a>, Refusal> {
-        check_text(text)?;
-        let shapes: Shapes<'a> =
-            serde_json::from_str(text).map_err(|error| refuse("invalid_json", format!("not a JSON event: {error}")))?;
-        if shapes.specversion.is_some() {
-            return Self::cloud_event(shapes);
-        }
-        if wrappers_left == 0 {
-            return Err(refuse("invalid_envelope", format!("more than {MAX_WRAPPERS} wrappers around the event")));
-        }
-        if shapes.sns_type.as_deref() == Some("Notification") {
-            let message =
-                shapes.sns_message.ok_or_else(|| refuse("invalid_envelope", "the SNS notification has no Message"))?;
+        match peel(text, wrappers_left)? {
+            Peeled::CloudEvent(shapes) | Peeled::EventBridge(shapes) => Self::cloud_event(shapes),
+            Peeled::Wrapper(Cow::Borrowed(inner)) => Self::unwrap(inner, wrappers_left - 1),
             // The inner document is text inside text, so what was read of it can only be owned.
-            return Ok(match message.0 {
-                Cow::Borrowed(inner) => Self::unwrap(inner, wrappers_left - 1)?,
-                Cow::Owned(inner) => Event::unwrap(&inner, wrappers_left - 1)?.into_owned(),
-            });
+            Peeled::Wrapper(Cow::Owned(inner)) => Ok(Event::unwrap(&inner, wrappers_left - 1)?.into_owned()),
         }
-        if let (Some(_), Some(detail)) = (&shapes.detail_type, shapes.detail) {
-            return Self::event_bridge(shapes, detail, wrappers_left - 1);
-        }
-        Err(refuse(
-            "invalid_envelope",
-            "neither a CloudEvent (no specversion), nor an SNS notification, nor an EventBridge event",
-        ))
-    }
-
-    fn event_bridge(shapes: Shapes<'a>, detail: &'a RawValue, wrappers_left: usize) -> Result<Event<'a>, Refusal> {
-        #[derive(Deserialize)]
-        struct Probe {
-            specversion: Option<serde::de::IgnoredAny>,
-        }
-        let inner: Result<Probe, _> = serde_json::from_str(detail.get());
-        if matches!(inner, Ok(Probe { specversion: Some(_) })) {
-            return Self::unwrap(detail.get(), wrappers_left);
-        }
-        Self::cloud_event(Shapes {
-            specversion: Some(Text("1.0".into())),
-            kind: shapes.detail_type.clone(),
-            data: Some(detail),
-            datacontenttype: None,
-            data_base64: None,
-            ..shapes
-        })
     }
 
     fn cloud_event(shapes: Shapes<'a>) -> Result<Event<'a>, Refusal> {
@@ -232,6 +199,98 @@ impl<'a> Event<'a> {
         }
         Ok(hash.finalize().into())
     }
+}
+
+/// What is left of a body when its outermost wrapper is off.
+enum Peeled<'a> {
+    /// No wrapper: the text itself is the event.
+    CloudEvent(Shapes<'a>),
+    /// An EventBridge event without a CloudEvent inside, its names moved to where a CloudEvent has them.
+    EventBridge(Shapes<'a>),
+    /// The document inside.
+    Wrapper(Cow<'a, str>),
+}
+
+fn peel(text: &str, wrappers_left: usize) -> Result<Peeled<'_>, Refusal> {
+    check_text(text)?;
+    let shapes: Shapes<'_> =
+        serde_json::from_str(text).map_err(|error| refuse("invalid_json", format!("not a JSON event: {error}")))?;
+    if shapes.specversion.is_some() {
+        return Ok(Peeled::CloudEvent(shapes));
+    }
+    if wrappers_left == 0 {
+        return Err(refuse("invalid_envelope", format!("more than {MAX_WRAPPERS} wrappers around the event")));
+    }
+    if shapes.sns_type.as_deref() == Some("Notification") {
+        let message =
+            shapes.sns_message.ok_or_else(|| refuse("invalid_envelope", "the SNS notification has no Message"))?;
+        return Ok(Peeled::Wrapper(message.0));
+    }
+    if let (Some(_), Some(detail)) = (&shapes.detail_type, shapes.detail) {
+        return Ok(event_bridge(shapes, detail));
+    }
+    Err(refuse(
+        "invalid_envelope",
+        "neither a CloudEvent (no specversion), nor an SNS notification, nor an EventBridge event",
+    ))
+}
+
+fn event_bridge<'a>(shapes: Shapes<'a>, detail: &'a RawValue) -> Peeled<'a> {
+    #[derive(Deserialize)]
+    struct Probe {
+        specversion: Option<serde::de::IgnoredAny>,
+    }
+    let inner: Result<Probe, _> = serde_json::from_str(detail.get());
+    if matches!(inner, Ok(Probe { specversion: Some(_) })) {
+        return Peeled::Wrapper(Cow::Borrowed(detail.get()));
+    }
+    Peeled::EventBridge(Shapes {
+        specversion: Some(Text("1.0".into())),
+        kind: shapes.detail_type.clone(),
+        data: Some(detail),
+        datacontenttype: None,
+        data_base64: None,
+        ..shapes
+    })
+}
+
+/// The CloudEvent of a body as it arrived, wrappers off, on one line. An EventBridge event without a CloudEvent inside
+/// becomes the CloudEvent that it stands for. The body must be one that [`Event::decode`] accepts.
+pub fn document(body: &str) -> Result<Cow<'_, str>, Refusal> {
+    fn unwrap(text: &str, wrappers_left: usize) -> Result<Cow<'_, str>, Refusal> {
+        match peel(text, wrappers_left)? {
+            Peeled::CloudEvent(_) => Ok(Cow::Borrowed(text)),
+            Peeled::EventBridge(shapes) => {
+                let event = Event::cloud_event(shapes)?;
+                let data: &RawValue = serde_json::from_str(&event.data)
+                    .map_err(|error| refuse("invalid_data", format!("data is not JSON: {error}")))?;
+                Ok(Cow::Owned(structured(
+                    &event.id,
+                    &event.source,
+                    &event.kind,
+                    event.time,
+                    event.traceparent.as_deref(),
+                    data,
+                )))
+            }
+            Peeled::Wrapper(Cow::Borrowed(inner)) => unwrap(inner, wrappers_left - 1),
+            Peeled::Wrapper(Cow::Owned(inner)) => Ok(Cow::Owned(unwrap(&inner, wrappers_left - 1)?.into_owned())),
+        }
+    }
+    let document = unwrap(body, MAX_WRAPPERS)?;
+    // JSON has line breaks only between its tokens; inside a text they are escaped.
+    Ok(if document.contains(['\n', '\r']) { Cow::Owned(document.replace(['\n', '\r'], " ")) } else { document })
+}
+
+/// A CloudEvent with another id and time, everything else as it was to the letter.
+pub fn with_identity(document: &str, id: &str, time: OffsetDateTime) -> Result<String, Refusal> {
+    let not_json = |error| refuse("invalid_json", format!("not a JSON event: {error}"));
+    let mut fields: BTreeMap<Cow<'_, str>, &RawValue> = serde_json::from_str(document).map_err(not_json)?;
+    let text = |text: &str| serde_json::value::to_raw_value(text).map_err(not_json);
+    let (id, time) = (text(id)?, text(&rfc3339(time))?);
+    fields.insert("id".into(), &id);
+    fields.insert("time".into(), &time);
+    serde_json::to_string(&fields).map_err(not_json)
 }
 
 /// A field that must be there, not empty, and fit to be a key.
@@ -328,19 +387,37 @@ pub fn cloud_event(
     traceparent: Option<&str>,
     data: &serde_json::Value,
 ) -> String {
-    let mut event = serde_json::json!({
-        "specversion": "1.0",
-        "id": id,
-        "source": SOURCE,
-        "type": kind,
-        "time": time.format(&Rfc3339).expect("years have four digits"),
-        "datacontenttype": "application/json",
-        "data": data,
-    });
-    if let Some(traceparent) = traceparent {
-        event["traceparent"] = traceparent.into();
+    structured(id, SOURCE, kind, time, traceparent, data)
+}
+
+fn structured(
+    id: &str,
+    source: &str,
+    kind: &str,
+    time: OffsetDateTime,
+    traceparent: Option<&str>,
+    data: &(impl Serialize + ?Sized),
+) -> String {
+    #[derive(Serialize)]
+    struct CloudEvent<'a, D: ?Sized> {
+        specversion: &'static str,
+        id: &'a str,
+        source: &'a str,
+        #[serde(rename = "type")]
+        kind: &'a str,
+        time: String,
+        datacontenttype: &'static str,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        traceparent: Option<&'a str>,
+        data: &'a D,
     }
-    event.to_string()
+    let (specversion, time, datacontenttype) = ("1.0", rfc3339(time), "application/json");
+    serde_json::to_string(&CloudEvent { specversion, id, source, kind, time, datacontenttype, traceparent, data })
+        .expect("texts and JSON can be written as JSON")
+}
+
+fn rfc3339(time: OffsetDateTime) -> String {
+    time.format(&Rfc3339).expect("years have four digits")
 }
 
 /// CloudEvents source of the events that this service makes.
@@ -392,6 +469,47 @@ mod tests {
         let event = Event::decode(&body).expect("good");
         assert_eq!((event.id.as_ref(), event.kind.as_ref()), ("night-1", VALUATIONS_REFRESH));
         assert_eq!(event.data::<serde_json::Value>().expect("JSON"), json!({"limit": 17000}));
+    }
+
+    #[test]
+    fn the_document_of_a_body_is_the_cloud_event_as_it_was_on_one_line() {
+        let mut event = good();
+        event["tracestate"] = json!("a=b");
+        event["data"] = json!({"price": 1.50, "text": "line\nbreak"});
+        let pretty = serde_json::to_string_pretty(&event).expect("JSON").replace("1.5", "1.50");
+        let sns = json!({"Type": "Notification", "Message": pretty}).to_string();
+        for body in [pretty.clone(), sns] {
+            let document = document(&body).expect("good");
+            assert_eq!(document, pretty.replace('\n', " "));
+            assert_eq!(Event::decode(&document).expect("good").digest(), Event::decode(&body).expect("good").digest());
+        }
+        let plain = good().to_string();
+        assert!(matches!(document(&plain), Ok(Cow::Borrowed(text)) if text == plain));
+    }
+
+    #[test]
+    fn an_event_bridge_event_becomes_the_cloud_event_that_it_stands_for() {
+        let bridge = json!({"version": "0", "id": "night-1", "detail-type": VALUATIONS_REFRESH, "source": "scheduler",
+            "time": "2026-01-31T02:00:00Z", "detail": {"limit": 17000}})
+        .to_string();
+        let sns = json!({"Type": "Notification", "Message": bridge}).to_string();
+        for body in [bridge, sns] {
+            let document = document(&body).expect("good");
+            assert!(document.contains("specversion"), "{document}");
+            let (one, two) = (Event::decode(&body).expect("good"), Event::decode(&document).expect("good"));
+            assert_eq!((&one.id, one.time), (&two.id, two.time));
+            assert_eq!(one.digest(), two.digest());
+        }
+    }
+
+    #[test]
+    fn another_identity_changes_id_and_time_and_not_a_letter_more() {
+        let text = r#"{"specversion":"1.0","id":"e-1","source":"/t","type":"x","time":"2026-01-31T02:00:00Z","data":{"n":1.50,"big":12345678901234567890123}}"#;
+        let time = time::macros::datetime!(2026-02-01 03:00 UTC);
+        let renewed = with_identity(text, "e \"2\"", time).expect("JSON");
+        let event = Event::decode(&renewed).expect("good");
+        assert_eq!((event.id.as_ref(), event.time), ("e \"2\"", time));
+        assert!(renewed.contains(r#"{"n":1.50,"big":12345678901234567890123}"#), "{renewed}");
     }
 
     #[test]

@@ -5,11 +5,16 @@ use crate::db::listings::Listing;
 use crate::db::{Database, DbError};
 use crate::queue::{Outcome, Refusal};
 
-/// Writes the listing unless a newer event has written it already.
-pub(super) async fn handle(database: &Database, event: &Event<'_>) -> Result<Outcome, Refusal> {
-    let listing: Listing = event.data()?;
+/// Reads and checks the data of an upsert event.
+pub(super) fn decode(event: &Event<'_>) -> Result<Listing, Refusal> {
+    let listing = event.data()?;
     check(&listing)?;
-    Ok(match database.upsert_listing(&listing, event.time, &event.id).await {
+    Ok(listing)
+}
+
+/// Writes the listing unless a newer event has written it already.
+pub(super) async fn handle(database: &Database, event: &Event<'_>, listing: &Listing) -> Result<Outcome, Refusal> {
+    Ok(match database.upsert_listing(listing, event.time, &event.id).await {
         Ok(true) => Outcome::Done { rows: 1, note: "".into() },
         Ok(false) => Outcome::Done { rows: 0, note: "a newer event, or this one, was there already".into() },
         Err(error @ DbError::Refused { .. }) => {

@@ -6,7 +6,9 @@
 pub mod cancels;
 pub mod envelope;
 mod listing_upsert;
+pub mod recorder;
 pub mod relay;
+pub mod request;
 mod valuations_publish;
 mod valuations_refresh;
 
@@ -24,9 +26,9 @@ use crate::metrics::Metrics;
 use crate::partner::Partner;
 use crate::queue::sqs::{Queue, Sqs, SqsError};
 use crate::queue::{Delivery, Handler, Outcome, Refusal};
-use envelope::{
-    Event, KIND_PUBLISH, KIND_REFRESH, KIND_UPSERT, LISTING_UPSERT, VALUATIONS_PUBLISH, VALUATIONS_REFRESH,
-};
+use envelope::Event;
+use recorder::Recorder;
+use request::Request;
 
 /// Names of the lanes, in logs, metrics and the outbox.
 pub mod lane {
@@ -85,6 +87,8 @@ pub struct Events {
     pub publish_page_size: usize,
     /// Wakes the relay after a commit.
     pub outbox: Arc<Notify>,
+    /// Keeps what was consumed from the common lane, where that was asked for.
+    pub recorder: Option<Recorder>,
     /// Counts.
     pub metrics: Arc<Metrics>,
 }
@@ -92,10 +96,16 @@ pub struct Events {
 impl Handler for Events {
     fn handle<'a>(&'a self, delivery: &'a Delivery) -> BoxFuture<'a, Outcome> {
         async move {
-            match self.dispatch(delivery).await {
+            let outcome = match self.dispatch(delivery).await {
                 Ok(outcome) => outcome,
                 Err(refusal) => Outcome::Refuse(refusal),
+            };
+            if let (Some(recorder), true) = (&self.recorder, delivery.lane == lane::EVENTS)
+                && matches!(outcome, Outcome::Done { .. } | Outcome::Forwarded(_))
+            {
+                recorder.record(&delivery.message);
             }
+            outcome
         }
         .boxed()
     }
@@ -104,29 +114,16 @@ impl Handler for Events {
 impl Events {
     async fn dispatch(&self, delivery: &Delivery) -> Result<Outcome, Refusal> {
         let event = Event::decode(&delivery.message.body)?;
-        let kind = match event.kind.as_ref() {
-            LISTING_UPSERT => KIND_UPSERT,
-            VALUATIONS_REFRESH => KIND_REFRESH,
-            VALUATIONS_PUBLISH => KIND_PUBLISH,
-            unknown => {
-                let reason = format!(
-                    "type {unknown:?} is unknown; known are {LISTING_UPSERT}, {VALUATIONS_REFRESH}, {VALUATIONS_PUBLISH}"
-                );
-                return Err(Refusal { code: "unknown_type", reason });
-            }
-        };
-        delivery.identify(kind, &event.id);
-        match kind {
-            KIND_UPSERT => listing_upsert::handle(&self.database, &event).await,
-            KIND_REFRESH => {
-                let data = valuations_refresh::decode(&event)?;
+        delivery.identify(request::kind(&event)?, &event.id);
+        match Request::decode(&event)? {
+            Request::Upsert(listing) => listing_upsert::handle(&self.database, &event, &listing).await,
+            Request::Refresh(data) => {
                 if delivery.lane != lane::VALUATIONS {
                     return Ok(self.forward(delivery, lane::VALUATIONS).await);
                 }
                 valuations_refresh::handle(self, &event, &data, delivery).await
             }
-            _ => {
-                let data = valuations_publish::decode(&event)?;
+            Request::Publish(data) => {
                 if delivery.lane != lane::POST_PROCESSING {
                     return Ok(self.forward(delivery, lane::POST_PROCESSING).await);
                 }

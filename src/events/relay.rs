@@ -16,7 +16,7 @@ use crate::db::outbox::OutboxRow;
 use crate::health::Beat;
 use crate::lifecycle::Stop;
 use crate::metrics::Metrics;
-use crate::queue::sqs::{BATCH, Sqs};
+use crate::queue::sqs::{BATCH, Sent, Sqs};
 
 /// What a relay is made of.
 pub struct Relay {
@@ -88,6 +88,8 @@ impl Relay {
                 Ok(queue) => self.sqs.send_batch(queue, &bodies).await,
                 Err(error) => Err(error),
             };
+            let accepted =
+                accepted.map(|results| results.iter().map(|sent| *sent == Sent::Accepted).collect::<Vec<_>>());
             let (sent, left): (Vec<_>, Vec<_>) = match &accepted {
                 Ok(accepted) => of_lane.iter().zip(accepted).partition(|(_, accepted)| **accepted),
                 Err(_) => (Vec::new(), of_lane.iter().zip(&[false; BATCH]).collect()),

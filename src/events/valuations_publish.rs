@@ -16,8 +16,9 @@ use crate::queue::{Delivery, Outcome, Refusal};
 /// What a publish event asks for.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Data {
-    run_id: String,
+pub struct Data {
+    /// Id of the refresh event.
+    pub run_id: String,
 }
 
 /// Reads and checks the data of a publish event.

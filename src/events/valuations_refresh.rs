@@ -36,9 +36,12 @@ struct Wire {
 }
 
 /// What a refresh event asks for, checked.
-pub(super) struct Data {
-    zip_codes: Option<Vec<i32>>,
-    limit: Option<i64>,
+#[derive(Debug)]
+pub struct Data {
+    /// Only listings of these, sorted and without repeats; `None` means all.
+    pub zip_codes: Option<Vec<i32>>,
+    /// At most this many listings, in the order of their ids; `None` means all.
+    pub limit: Option<i64>,
 }
 
 /// Reads and checks the data of a refresh event.

@@ -29,6 +29,9 @@ use crate::metrics::Metrics;
 /// The most entries of one batch call, and messages of one receive.
 pub const BATCH: usize = 10;
 
+/// The most bytes of the bodies of one batch together.
+pub const BATCH_BYTES: usize = 256 * 1024;
+
 /// Name of the message attribute that carries the reason of a refused message, a JSON object of at most 1 KiB.
 pub const REASON_ATTRIBUTE: &str = "reason";
 
@@ -70,7 +73,8 @@ impl SqsError {
 pub struct Queue {
     /// Its name.
     pub name: Arc<str>,
-    url: Arc<str>,
+    /// Its address, which tells queues of the same name apart.
+    pub url: Arc<str>,
 }
 
 /// What became of one entry of a visibility change.
@@ -81,6 +85,17 @@ pub enum Extension {
     /// SQS will not: the receipt is stale, the message is gone, or 12 h are over. The message may be with another.
     Refused(String),
     /// SQS did not do it now; asking again may help.
+    Failed(String),
+}
+
+/// What became of one entry of a batch that was sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Sent {
+    /// SQS has it.
+    Accepted,
+    /// SQS will never take it: the message itself is wrong.
+    Refused(String),
+    /// SQS did not take it now; sending it again may help.
     Failed(String),
 }
 
@@ -261,8 +276,8 @@ impl Sqs {
         self.bounded(action, &queue.name, self.request_timeout * 4, call).await
     }
 
-    /// Sends up to ten messages. Returns, for each, whether SQS accepted it.
-    pub async fn send_batch(&self, queue: &Queue, bodies: &[&str]) -> Result<Vec<bool>, SqsError> {
+    /// Sends up to ten messages, at most [`BATCH_BYTES`] together. One result per message.
+    pub async fn send_batch(&self, queue: &Queue, bodies: &[&str]) -> Result<Vec<Sent>, SqsError> {
         let action = "SendMessageBatch";
         let call = async {
             let entries = bodies.iter().enumerate().map(|(index, body)| {
@@ -282,13 +297,22 @@ impl Sqs {
             request.send().await.map_err(|error| SqsError::new(action, &queue.name, error))
         };
         let output = self.bounded(action, &queue.name, self.request_timeout * 4, call).await?;
-        let mut accepted = vec![false; bodies.len()];
+        let mut results = vec![Sent::Failed("SQS did not mention the message".to_owned()); bodies.len()];
+        let index = |id: &str| id.parse::<usize>().ok().filter(|index| *index < bodies.len());
         for success in output.successful {
-            if let Some(flag) = success.id.parse::<usize>().ok().and_then(|index| accepted.get_mut(index)) {
-                *flag = true;
+            if let Some(index) = index(&success.id) {
+                results[index] = Sent::Accepted;
             }
         }
-        Ok(accepted)
+        for failure in output.failed {
+            if let Some(index) = index(&failure.id) {
+                let message = format!("{}: {}", failure.code, failure.message.unwrap_or_default());
+                // SQS calls throttling the sender's fault as well, and that passes.
+                let passes = !failure.sender_fault || failure.code.contains("Throttl");
+                results[index] = if passes { Sent::Failed(message) } else { Sent::Refused(message) };
+            }
+        }
+        Ok(results)
     }
 
     /// Creates a queue with its dead-letter queue where they are missing, and leaves alone what is there. Returns the

@@ -45,7 +45,7 @@ fn with_data(field: &str, value: Value) -> String {
 }
 
 /// Bodies with the code of their refusal.
-fn unreadable() -> Vec<(&'static str, String)> {
+pub fn unreadable() -> Vec<(&'static str, String)> {
     let refresh = |data| event("bad", REFRESH, "2026-01-31T02:00:00Z", data).to_string();
     let publish = |data| event("bad", PUBLISH, "2026-01-31T02:00:00Z", data).to_string();
     let notification = |inner: String| json!({"Type": "Notification", "Message": inner}).to_string();

@@ -37,6 +37,7 @@ fn help_is_there_for_every_verb_and_wrong_usage_is_told_apart_from_failure() -> 
         "migrate --help",
         "setup --help",
         "seed --help",
+        "replay --help",
         "status --help",
         "cancel --help",
         "retry --help",
@@ -46,7 +47,7 @@ fn help_is_there_for_every_verb_and_wrong_usage_is_told_apart_from_failure() -> 
         ensure!(!output.stdout.is_empty() && output.stderr.is_empty(), "{arguments}: {output:?}");
     }
     let help = text(&program(&["--help"], &[])?.stdout);
-    for verb in ["serve", "migrate", "setup", "seed", "send", "status", "cancel", "retry"] {
+    for verb in ["serve", "migrate", "setup", "seed", "send", "replay", "status", "cancel", "retry"] {
         ensure!(help.lines().any(|line| line.trim_start().starts_with(verb)), "{verb} is not in\n{help}");
     }
     for kind in ["refresh", "publish", "upsert"] {
@@ -66,6 +67,14 @@ fn help_is_there_for_every_verb_and_wrong_usage_is_told_apart_from_failure() -> 
         "status some-run --limit 5",
         "cancel",
         "retry",
+        "serve --record-limit 5",
+        "replay",
+        "replay x --rate 0",
+        "replay x --speed 0",
+        "replay x --rate 1 --speed 1",
+        "replay x --dry-run --resume",
+        "replay - -",
+        "replay - --resume",
     ] {
         let output = program(&wrong.split_whitespace().collect::<Vec<_>>(), &[])?;
         ended(&output, USAGE)?;

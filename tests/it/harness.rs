@@ -252,8 +252,19 @@ impl World {
         Ok(service)
     }
 
+    /// Starts the service with options and waits until it is ready.
+    pub async fn serve_with(&self, options: &[&str]) -> Result<Service> {
+        let service = self.start_with(options)?;
+        service.ready().await?;
+        Ok(service)
+    }
+
     /// Starts the service and waits for nothing.
     pub fn start(&self) -> Result<Service> {
+        self.start_with(&[])
+    }
+
+    fn start_with(&self, options: &[&str]) -> Result<Service> {
         let number = self.services_started.get() + 1;
         self.services_started.set(number);
         let (admin, profiling) = (local_stack::free_port()?, local_stack::free_port()?);
@@ -261,7 +272,7 @@ impl World {
         environment.set("admin.listen", &format!("127.0.0.1:{admin}"));
         environment.set("profiling.listen", &format!("127.0.0.1:{profiling}"));
         let mut command = Command::new(PROGRAM);
-        command.arg("serve").envs(environment.variables());
+        command.arg("serve").args(options).envs(environment.variables());
         let log = self.path(&format!("service-{number}.log"));
         let process = Process::spawn("write-api", command, &log, None, Ending::AT_ONCE)?;
         let url = |port: u16| format!("http://127.0.0.1:{port}");
