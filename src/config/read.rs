@@ -20,13 +20,22 @@ impl Config {
         environment: impl Iterator<Item = (String, String)>,
         needs: &[Section],
     ) -> Result<Config, Vec<ConfigError>> {
-        let mut layers = Layers::load(file, environment);
-        let config = Config::read(&mut layers);
-        config.check_pairs(&mut layers);
+        let (config, layers) = Config::load_layers(file, environment);
         let needed = |key: &str| needs.iter().any(|section| key.starts_with(section.prefix()));
         let errors: Vec<ConfigError> =
             layers.finish().into_iter().filter(|error| !error.missing || needed(&error.key)).collect();
         if errors.is_empty() { Ok(config) } else { Err(errors) }
+    }
+
+    /// The settings as far as they can be read, and the layers with what was noted about each while reading.
+    pub(super) fn load_layers(
+        file: Option<&Path>,
+        environment: impl Iterator<Item = (String, String)>,
+    ) -> (Config, Layers) {
+        let mut layers = Layers::load(file, environment);
+        let config = Config::read(&mut layers);
+        config.check_pairs(&mut layers);
+        (config, layers)
     }
 
     fn read(layers: &mut Layers) -> Config {
@@ -167,14 +176,27 @@ fn lane(layers: &mut Layers, prefix: &str) -> Lane {
 }
 
 fn optional_url(layers: &mut Layers, key: &str) -> Option<String> {
-    let text = layers.text(key);
+    let text = layers.text(key, "an http or https URL, or nothing");
     if text.is_empty() {
         return None;
     }
-    if parse_http_url(&text).is_none() {
-        layers.error(key, format!("{text:?} is not an http URL"), "give http://HOST:PORT or https://HOST");
-    }
+    http_url(layers, key, &text);
     Some(text)
+}
+
+/// Reads `text`, the value of `key`. What comes before an `@` may be a password, so such a value is never shown.
+fn http_url(layers: &mut Layers, key: &str, text: &str) -> Option<http::Uri> {
+    let fix = "give http://HOST:PORT or https://HOST";
+    if text.contains('@') {
+        layers.hide(key);
+        layers.error(key, "has a user or a password in it", fix);
+        return None;
+    }
+    let uri = parse_http_url(text);
+    if uri.is_none() {
+        layers.error(key, format!("{text:?} is not an http URL"), fix);
+    }
+    uri
 }
 
 fn parse_http_url(text: &str) -> Option<http::Uri> {
@@ -186,20 +208,13 @@ fn parse_http_url(text: &str) -> Option<http::Uri> {
 fn partner_url(layers: &mut Layers) -> http::Uri {
     let key = "partner.base_url";
     let text = layers.required(key, "the partner's base URL, such as https://valuations.example");
-    match parse_http_url(&text) {
-        Some(uri) => uri,
-        None => {
-            if !text.is_empty() {
-                layers.error(key, format!("{text:?} is not an http URL"), "give http://HOST:PORT or https://HOST");
-            }
-            http::Uri::from_static("http://localhost")
-        }
-    }
+    let uri = if text.is_empty() { None } else { http_url(layers, key, &text) };
+    uri.unwrap_or_else(|| http::Uri::from_static("http://localhost"))
 }
 
 fn credential(layers: &mut Layers) -> Option<Credential> {
-    let header = layers.text("partner.credential_header");
-    let file = layers.text("partner.credential_file");
+    let header = layers.text("partner.credential_header", "a header name, or nothing");
+    let file = layers.text("partner.credential_file", "a path, or nothing");
     match (header.is_empty(), file.is_empty()) {
         (true, true) => None,
         (false, false) => match http::HeaderName::from_bytes(header.as_bytes()) {
@@ -225,10 +240,10 @@ fn credential(layers: &mut Layers) -> Option<Credential> {
     }
 }
 
-/// A secret from `direct` or from the file named by `file`; `None` if neither is set.
-fn secret(layers: &mut Layers, direct: &str, file: &str) -> Option<Secret> {
-    let value = layers.text(direct);
-    let path = layers.text(file);
+/// A secret, of which `what` says what it is, from `direct` or from the file named by `file`; `None` if neither is set.
+fn secret(layers: &mut Layers, direct: &str, file: &str, what: &str) -> Option<Secret> {
+    let value = layers.secret(direct, what);
+    let path = layers.text(file, "a path, or nothing");
     match (value.is_empty(), path.is_empty()) {
         (true, true) => None,
         (false, true) => Some(Secret::new(value)),
@@ -256,11 +271,14 @@ fn read_secret(layers: &mut Layers, key: &str, path: &Path) -> Option<Secret> {
 
 fn database_url(layers: &mut Layers) -> Secret {
     let errors_before = layers.error_count();
-    match secret(layers, "database.url", "database.url_file") {
+    match secret(layers, "database.url", "database.url_file", "postgres://USER@HOST:PORT/DATABASE") {
         Some(url) => {
             // Neither the URL nor the parser's message may be shown: both can hold the password.
-            let scheme_is_good = ["postgres://", "postgresql://"].iter().any(|s| url.reveal().starts_with(s));
-            if !scheme_is_good || url.reveal().parse::<sqlx::postgres::PgConnectOptions>().is_err() {
+            let authority = ["postgres://", "postgresql://"].iter().find_map(|s| url.reveal().strip_prefix(s));
+            if authority.is_some_and(hides_its_user) {
+                let problem = "has its @ where none belongs; its password seems to hold a / ? or #";
+                layers.error("database.url", problem, "write these as %2F, %3F and %23");
+            } else if authority.is_none() || url.reveal().parse::<sqlx::postgres::PgConnectOptions>().is_err() {
                 layers.error("database.url", "is not a Postgres URL", "give postgres://USER@HOST:PORT/DATABASE");
             }
             url
@@ -275,8 +293,16 @@ fn database_url(layers: &mut Layers) -> Secret {
     }
 }
 
+/// Whether what follows the scheme has an `@` only behind the end of the host: a password that holds a `/` would be
+/// taken for a port and shown.
+fn hides_its_user(rest: &str) -> bool {
+    let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+    !rest[..end].contains('@') && rest[end..].contains('@')
+}
+
 fn profiling_token(layers: &mut Layers) -> Option<Secret> {
-    let token = secret(layers, "profiling.token", "profiling.token_file")?;
+    let accepts = "at least 16 characters, or nothing";
+    let token = secret(layers, "profiling.token", "profiling.token_file", accepts)?;
     if token.reveal().len() < 16 {
         let problem = format!("has {} characters", token.reveal().len());
         layers.error("profiling.token", problem, "use at least 16, such as the output of `openssl rand -hex 16`");
@@ -358,6 +384,18 @@ mod tests {
     }
 
     #[test]
+    fn a_url_with_a_password_is_refused_and_not_shown() {
+        for key in ["WRITE_API_PARTNER_BASE_URL", "WRITE_API_AWS_ENDPOINT_URL"] {
+            for value in ["https://app:hunter2@partner.example", "htps:/app:hunter2@partner.example"] {
+                let wrong = [(key.to_owned(), value.to_owned())];
+                let errors = Config::load(None, wrong.into_iter(), &[]).expect_err("a password");
+                assert!(errors.len() == 1 && errors[0].problem.contains("password"), "{errors:?}");
+                assert!(!format!("{errors:?}").contains("hunter2"), "{errors:?}");
+            }
+        }
+    }
+
+    #[test]
     fn a_secret_is_not_printed() {
         let config = Config::load(None, minimal().into_iter(), ALL).expect("good");
         assert!(!format!("{config:?}").contains("hunter2"));
@@ -365,5 +403,11 @@ mod tests {
         broken[0].1 = "mysql://app:hunter2@localhost/app".to_owned();
         let errors = Config::load(None, broken.into_iter(), ALL).expect_err("wrong scheme");
         assert!(!format!("{errors:?}").contains("hunter2"));
+        for password in ["hunter2/x", "1234?hunter2", "1234#hunter2"] {
+            let mut broken = minimal();
+            broken[0].1 = format!("postgres://app:{password}@localhost/app");
+            let errors = Config::load(None, broken.into_iter(), ALL).expect_err("not encoded");
+            assert!(errors[0].to_string().contains("%2F") && !format!("{errors:?}").contains("hunter2"), "{errors:?}");
+        }
     }
 }
