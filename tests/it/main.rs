@@ -4,6 +4,7 @@
 //! program is a child process, as in production, so that it can be stopped, killed and suspended.
 
 mod bad_input;
+mod check;
 mod cli;
 mod duplicates;
 mod harness;
