@@ -42,7 +42,7 @@ const KAFKA_TIMEOUT: Duration = Duration::from_secs(10);
 /// How to tell it.
 #[derive(Debug, Args)]
 pub(super) struct Options {
-    /// One JSON document instead of lines: {"ok": false, "checks": [{"status", "name", "found", "do"}]}.
+    /// One JSON document instead of lines: {"ok": false, "checks": [{"status", "name", "found", "fix"}]}.
     #[arg(long)]
     json: bool,
 }

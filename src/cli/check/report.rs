@@ -27,7 +27,7 @@ pub(super) struct Finding {
     /// How it is.
     pub found: String,
     /// What to do; `None` if there is nothing to do.
-    #[serde(rename = "do")]
+    #[serde(rename = "fix")]
     pub remedy: Option<String>,
 }
 
@@ -108,8 +108,8 @@ mod tests {
         );
         let document: serde_json::Value = serde_json::from_str(&json(&findings).expect("JSON")).expect("JSON");
         assert_eq!(document["ok"], false);
-        assert_eq!(document["checks"][0]["do"], serde_json::Value::Null);
+        assert_eq!(document["checks"][0]["fix"], serde_json::Value::Null);
         assert_eq!(document["checks"][2]["status"], "fail");
-        assert_eq!(document["checks"][2]["do"], "create it");
+        assert_eq!(document["checks"][2]["fix"], "create it");
     }
 }
