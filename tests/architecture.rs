@@ -34,7 +34,7 @@ const ROOMS: &[(&str, &[&str])] = &[
             "queue",
         ],
     ),
-    ("cli", &["app", "config", "db", "events", "kafka", "metrics", "queue", "telemetry"]),
+    ("cli", &["app", "config", "db", "events", "kafka", "metrics", "partner", "profiling", "queue", "telemetry"]),
 ];
 
 fn source() -> PathBuf {
@@ -156,6 +156,7 @@ fn each_vendor_has_its_place() {
             ("sqlx::query", "db", room == "db"),
             ("rdkafka", "kafka", room == "kafka"),
             ("jemalloc_pprof", "profiling", room == "profiling"),
+            ("pprof_util", "profiling", room == "profiling"),
             ("local_stack", "no room of the service", false),
         ] {
             if code.contains(word) && !allowed {

@@ -18,6 +18,17 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// Between two looks.
 const INTERVAL: Duration = Duration::from_millis(250);
 
+pub(super) const HELP: &str = "\
+Needs: Postgres.
+
+Example:
+  write-api cancel nightly-1
+
+Answers that are out are awaited for up to 5 seconds and kept; nothing is published. `write-api retry` lets the run go on.
+
+Exit codes: 0 cancelled, 1 no such run, it is over already, or its worker has not ended it within two minutes, 64 wrong \
+usage, 78 wrong configuration.";
+
 /// Which run.
 #[derive(Debug, Args)]
 pub(super) struct Options {

@@ -31,6 +31,21 @@ use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::queue::sqs::Sqs;
 
+pub(super) const HELP: &str = "\
+Needs: of SQS the permissions sqs:GetQueueUrl and sqs:SendMessage on the queue that producers use; with --dry-run nothing.
+
+Examples:
+  write-api replay --dry-run night.ndjson.gz      what is in it, what would be refused, what the partner would have to do
+  write-api replay --resume night.ndjson.gz       interrupted? the same command goes on
+  write-api replay --speed 60 night.ndjson.gz     the recorded gaps, an hour a minute
+  write-api replay --new-ids --rate 500 -         from stdin, as events that never were
+
+Events are what `write-api serve --record FILE` writes. The same id again is the same event, so a replay of what was done \
+already changes nothing unless --new-ids.
+
+Exit codes: 0 everything sent, or nothing to object to, 1 a line that cannot be read or an event that SQS did not take, \
+64 wrong usage, 78 wrong configuration.";
+
 /// What to replay, and how.
 #[derive(Debug, Args)]
 pub(super) struct Options {

@@ -9,6 +9,14 @@ use crate::config::Config;
 use crate::db::Database;
 use crate::events::{envelope, lane};
 
+pub(super) const HELP: &str = "\
+Needs: Postgres, and a running service, which sends the event.
+
+Example:
+  write-api retry nightly-1
+
+Exit codes: 0 it goes on, 1 no such run, or it is neither cancelled nor failed, 64 wrong usage, 78 wrong configuration.";
+
 /// Which run.
 #[derive(Debug, Args)]
 pub(super) struct Options {

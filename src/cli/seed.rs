@@ -14,6 +14,14 @@ use crate::config::Config;
 use crate::db::Database;
 use crate::db::listings::Listing;
 
+pub(super) const HELP: &str = "\
+Needs: database.url, and the schema (`write-api migrate`).
+
+Example:
+  write-api seed --count 17000
+
+Exit codes: 0 done, 1 failed, 64 wrong usage, 78 wrong configuration.";
+
 /// 21,436 homes of King County, USA; origin in data/README.md.
 static KING_COUNTY: &[u8] = include_bytes!("../../data/king-county-listings.csv.gz");
 

@@ -16,10 +16,38 @@ use crate::events::envelope::{self, LISTING_UPSERT, VALUATIONS_PUBLISH, VALUATIO
 use crate::metrics::Metrics;
 use crate::queue::sqs::{BATCH, Queue, Sent, Sqs};
 
+const REFRESH_HELP: &str = "\
+Needs: the queue lanes.events.queue, AWS credentials with sqs:GetQueueUrl and sqs:SendMessage, and a service that works.
+
+Examples:
+  write-api send refresh --limit 17000
+  write-api send refresh --zip-code 98002 --zip-code 98004
+
+Exit codes: 0 sent, 1 failed, 64 wrong usage, 78 wrong configuration.";
+
+const PUBLISH_HELP: &str = "\
+Needs: as `write-api send refresh`. The records are the same as the first time, so consumers know them by ce_id.
+
+Example:
+  write-api send publish 5f0c4e1e-8a55-4a43-9d0c-6a4b3d2f7a10
+
+Exit codes: 0 sent, 1 failed, 64 wrong usage, 78 wrong configuration.";
+
+const UPSERT_HELP: &str = "\
+Needs: as `write-api send refresh`.
+
+Examples:
+  write-api send upsert --sample 1000 --rate 200
+  write-api send upsert --listing '{\"listing_id\": 1, \"zip_code\": 98002, \"list_price_cents\": 45000000, \"bedrooms\": 3, \
+\"living_square_feet\": 1800}'
+
+Exit codes: 0 sent, 1 failed, 64 wrong usage, 78 wrong configuration.";
+
 /// Which event.
 #[derive(Debug, Subcommand)]
 pub(super) enum Options {
     /// Ask the partner for the valuation of listings, by default of all.
+    #[command(after_long_help = REFRESH_HELP)]
     Refresh {
         /// Only listings of this zip code; may be repeated.
         #[arg(long = "zip-code", value_name = "CODE")]
@@ -31,6 +59,7 @@ pub(super) enum Options {
         identity: Identity,
     },
     /// Publish the valuations of a complete run to Kafka, once more.
+    #[command(after_long_help = PUBLISH_HELP)]
     Publish {
         /// Id of the refresh event.
         run_id: String,
@@ -38,6 +67,7 @@ pub(super) enum Options {
         identity: Identity,
     },
     /// Write listings.
+    #[command(after_long_help = UPSERT_HELP)]
     Upsert {
         /// JSON of one listing, with list_price_cents; see the columns of `listings`.
         #[arg(long, value_name = "JSON", conflicts_with = "sample", required_unless_present = "sample")]

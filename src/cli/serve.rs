@@ -21,6 +21,20 @@ pub(super) struct Options {
     record_limit: u64,
 }
 
+pub(super) const HELP: &str = "\
+Needs: Postgres with the schema (`write-api migrate`), the queues and the topic (`write-api setup`), the partner; \
+`write-api check` tells what is missing. Of SQS the permissions sqs:GetQueueUrl, ReceiveMessage, SendMessage, \
+DeleteMessage and ChangeMessageVisibility.
+
+Example:
+  export WRITE_API_DATABASE_URL=postgres://…  WRITE_API_PARTNER_BASE_URL=https://…  WRITE_API_KAFKA_BROKERS=host:9092
+  write-api serve
+
+Then http://HOST:8080/readyz says whether it can work, and http://HOST:8080/metrics how it does.
+
+Exit codes: 0 stopped in order, 1 failed (a port in use, a part that ended by itself) or stopped by a second signal, \
+64 wrong usage, 78 wrong configuration.";
+
 /// Builds, starts, and stops in order at the first SIGTERM or SIGINT; a second one exits at once.
 pub(super) fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let recording = options.record.map(|file| Recording { file, limit_bytes: options.record_limit });

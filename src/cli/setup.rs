@@ -9,6 +9,16 @@ use crate::kafka;
 use crate::metrics::Metrics;
 use crate::queue::sqs::Sqs;
 
+pub(super) const HELP: &str = "\
+Needs: database.url of a user that may create tables, kafka.brokers that let this client create topics, and of SQS the \
+permissions sqs:GetQueueUrl, GetQueueAttributes and CreateQueue.
+
+Example:
+  export WRITE_API_DATABASE_URL=postgres://…  WRITE_API_KAFKA_BROKERS=host:9092
+  write-api setup
+
+Exit codes: 0 everything is there, 1 failed, 64 wrong usage, 78 wrong configuration.";
+
 /// How long Kafka may take to answer.
 const KAFKA_TIMEOUT: Duration = Duration::from_secs(15);
 

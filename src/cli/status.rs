@@ -19,6 +19,20 @@ use crate::db::operations::RunStatus;
 /// Between two looks with `--watch`.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
+pub(super) const HELP: &str = "\
+Needs: Postgres.
+
+Examples:
+  write-api status                     the newest runs
+  write-api status nightly-1 --watch   one run, until it is over
+  write-api status --json | jq '.[] | select(.phase == \"waiting\")'
+
+Phases: running; waiting (nobody works on it, its event has to be delivered); cancelling; cancelled; publishing (complete, \
+its records are not all on Kafka); complete; failed. The rate is that of the last 15 to 30 seconds; the time left follows \
+from it, without publishing.
+
+Exit codes: 0 shown, 1 no such run, or no database, 64 wrong usage, 78 wrong configuration.";
+
 /// Which runs, and how they are shown.
 #[derive(Debug, Args)]
 pub(super) struct Options {

@@ -68,16 +68,24 @@ struct Entry {
     source: Source,
 }
 
+/// What a key takes, noted by whoever reads it.
+#[derive(Default)]
+struct Rule {
+    accepts: String,
+    secret: bool,
+}
+
 /// All settings by dotted key, and the errors met so far.
 pub struct Layers {
     entries: BTreeMap<String, Entry>,
+    rules: BTreeMap<String, Rule>,
     errors: Vec<ConfigError>,
 }
 
 impl Layers {
     /// Lays `file` over the defaults and `environment` over both. Unknown keys are errors.
     pub fn load(file: Option<&Path>, environment: impl Iterator<Item = (String, String)>) -> Self {
-        let mut layers = Layers { entries: BTreeMap::new(), errors: Vec::new() };
+        let mut layers = Layers { entries: BTreeMap::new(), rules: BTreeMap::new(), errors: Vec::new() };
         let defaults: toml::Table = DEFAULTS.parse().expect("config/default.toml is valid TOML (a test parses it)");
         flatten("", toml::Value::Table(defaults), &mut |key, value| {
             layers.entries.insert(key, Entry { value, source: Source::Default });
@@ -108,7 +116,9 @@ impl Layers {
         let table: toml::Table = match text.parse() {
             Ok(table) => table,
             Err(error) => {
-                let problem = format!("is not valid TOML: {}", error.to_string().trim().replace('\n', " "));
+                // Not the parser's whole text, which quotes the line: it may hold a password.
+                let line = error.span().map_or(1, |span| text[..span.start].lines().count().max(1));
+                let problem = format!("is not valid TOML in line {line}: {}", error.message());
                 self.errors.push(whole_file(problem, "mend the file"));
                 return;
             }
@@ -160,8 +170,12 @@ impl Layers {
         });
     }
 
-    /// Notes an error about `key`, naming where its value came from.
+    /// Notes an error about `key`, naming where its value came from. Only the first about a key: a second one is about
+    /// what stands in for the value.
     pub fn error(&mut self, key: &str, problem: impl Into<String>, fix: impl Into<String>) {
+        if self.errors.iter().any(|error| error.key == key) {
+            return;
+        }
         let source = self.entries.get(key).map(|entry| entry.source.clone());
         self.errors.push(ConfigError {
             key: key.to_owned(),
@@ -178,17 +192,15 @@ impl Layers {
         self.errors.push(ConfigError { key: key.to_owned(), source: None, problem, fix: fix.into(), missing: true });
     }
 
-    /// Text, without surrounding white space; may be empty.
-    pub fn text(&mut self, key: &str) -> String {
-        match self.scalar(key) {
-            Some(text) => text.trim().to_owned(),
-            None => String::new(),
-        }
+    /// Text, without surrounding white space; may be empty. `accepts` says what it must be, for people.
+    pub fn text(&mut self, key: &str, accepts: impl Into<String>) -> String {
+        self.rules.entry(key.to_owned()).or_default().accepts = accepts.into();
+        self.scalar(key).unwrap_or_default()
     }
 
     /// Text that must not be empty; `what` completes the sentence "set it to ...".
     pub fn required(&mut self, key: &str, what: &str) -> String {
-        let text = self.text(key);
+        let text = self.text(key, what);
         if text.is_empty() && !self.errors.iter().any(|error| error.key == key) {
             self.missing(key, format!("set it, or {}, to {what}", variable(key)));
         }
@@ -197,7 +209,7 @@ impl Layers {
 
     /// A whole number within `range`.
     pub fn integer(&mut self, key: &str, range: RangeInclusive<u32>) -> u32 {
-        let text = self.text(key);
+        let text = self.text(key, format!("{} to {}", range.start(), range.end()));
         match text.parse::<i64>().ok().and_then(|n| u32::try_from(n).ok()).filter(|n| range.contains(n)) {
             Some(number) => number,
             None => {
@@ -210,15 +222,13 @@ impl Layers {
 
     /// A duration within `range`, such as "250ms" or "1h30m".
     pub fn duration(&mut self, key: &str, range: RangeInclusive<Duration>) -> Duration {
-        let text = self.text(key);
+        let (least, most) = (format_duration(*range.start()), format_duration(*range.end()));
+        let text = self.text(key, format!("{least} to {most}"));
         match parse_duration(&text).filter(|duration| range.contains(duration)) {
             Some(duration) => duration,
             None => {
-                let fix = format!(
-                    "give a duration from {:?} to {:?}, such as \"250ms\", \"20s\", \"5m\" or \"12h\"",
-                    range.start(),
-                    range.end()
-                );
+                let fix =
+                    format!("give a duration from {least} to {most}, such as \"250ms\", \"20s\", \"5m\" or \"12h\"");
                 self.error(key, format!("{text:?} is not a duration in range"), fix);
                 *range.start()
             }
@@ -227,7 +237,7 @@ impl Layers {
 
     /// `true` or `false`.
     pub fn boolean(&mut self, key: &str) -> bool {
-        let text = self.text(key);
+        let text = self.text(key, "true, false");
         match text.as_str() {
             "true" => true,
             "false" => false,
@@ -240,7 +250,7 @@ impl Layers {
 
     /// One of `allowed`, returned as its index.
     pub fn choice(&mut self, key: &str, allowed: &[&str]) -> usize {
-        let text = self.text(key);
+        let text = self.text(key, allowed.join(", "));
         match allowed.iter().position(|name| *name == text) {
             Some(index) => index,
             None => {
@@ -252,7 +262,7 @@ impl Layers {
 
     /// `host:port` with a numeric host, as a listener needs it.
     pub fn socket_address(&mut self, key: &str) -> SocketAddr {
-        let text = self.text(key);
+        let text = self.text(key, "IP:PORT");
         match text.parse() {
             Ok(address) => address,
             Err(_) => {
@@ -260,6 +270,37 @@ impl Layers {
                 SocketAddr::from(([127, 0, 0, 1], 0))
             }
         }
+    }
+
+    /// As [`text`](Layers::text), for what must not be shown.
+    pub fn secret(&mut self, key: &str, accepts: &str) -> String {
+        let text = self.text(key, accepts);
+        self.hide(key);
+        text
+    }
+
+    /// Keeps the value of `key` from being shown.
+    pub fn hide(&mut self, key: &str) {
+        self.rules.entry(key.to_owned()).or_default().secret = true;
+    }
+
+    /// What `key` takes, in words; empty if nobody has read it.
+    pub fn accepts(&self, key: &str) -> &str {
+        self.rules.get(key).map_or("", |rule| &rule.accepts)
+    }
+
+    /// The value of `key` with its source; `None` in place of a value that must not be shown.
+    pub fn shown(&self, key: &str) -> (Option<String>, Source) {
+        let entry = self.entries.get(key).unwrap_or_else(|| panic!("{key} is missing from config/default.toml"));
+        let value = single(&entry.value).unwrap_or_else(|| format!("({})", entry.value.type_str()));
+        let secret = self.rules.get(key).is_none_or(|rule| rule.secret) && !value.is_empty();
+        ((!secret).then_some(value), entry.source.clone())
+    }
+
+    /// All keys.
+    #[cfg(test)]
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
     }
 
     /// How many errors were met so far.
@@ -274,17 +315,23 @@ impl Layers {
 
     fn scalar(&mut self, key: &str) -> Option<String> {
         let entry = self.entries.get(key).unwrap_or_else(|| panic!("{key} is missing from config/default.toml"));
-        match &entry.value {
-            toml::Value::String(text) => Some(text.clone()),
-            toml::Value::Integer(number) => Some(number.to_string()),
-            toml::Value::Boolean(value) => Some(value.to_string()),
-            toml::Value::Float(number) => Some(number.to_string()),
-            other => {
-                let problem = format!("is a {}, not a single value", other.type_str());
-                self.error(key, problem, "give one value");
-                None
-            }
+        let value = single(&entry.value);
+        if value.is_none() {
+            let problem = format!("is of type {}, not a single value", entry.value.type_str());
+            self.error(key, problem, "give one value");
         }
+        value
+    }
+}
+
+/// A value as text, unless it is a collection or a date.
+fn single(value: &toml::Value) -> Option<String> {
+    match value {
+        toml::Value::String(text) => Some(text.trim().to_owned()),
+        toml::Value::Integer(number) => Some(number.to_string()),
+        toml::Value::Boolean(value) => Some(value.to_string()),
+        toml::Value::Float(number) => Some(number.to_string()),
+        _ => None,
     }
 }
 
@@ -327,6 +374,20 @@ fn parse_duration(text: &str) -> Option<Duration> {
     (!text.is_empty()).then_some(total)
 }
 
+/// The shortest text that [`parse_duration`] reads as `duration`, down to the millisecond.
+pub(super) fn format_duration(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    let parts = [
+        (seconds / 3600, "h"),
+        (seconds / 60 % 60, "m"),
+        (seconds % 60, "s"),
+        (u64::from(duration.subsec_millis()), "ms"),
+    ];
+    let text: String =
+        parts.iter().filter(|(number, _)| *number > 0).map(|(number, unit)| format!("{number}{unit}")).collect();
+    if text.is_empty() { "0s".to_owned() } else { text }
+}
+
 /// Levenshtein distance in bytes, to suggest the key that was meant.
 fn edit_distance(a: &str, b: &str) -> usize {
     let mut row: Vec<usize> = (0..=b.len()).collect();
@@ -352,6 +413,13 @@ mod tests {
         assert_eq!(parse_duration("1h30m"), Some(Duration::from_secs(5400)));
         for wrong in ["", "5", "s", "5 s", "-5s", "5d", "1.5s", "99999999999s"] {
             assert_eq!(parse_duration(wrong), None, "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn durations_are_written_as_they_are_read() {
+        for text in ["0s", "1ms", "250ms", "1s500ms", "20s", "5m", "12h", "11h50m", "1h1s"] {
+            assert_eq!(format_duration(parse_duration(text).expect("good")), text);
         }
     }
 

@@ -4,6 +4,7 @@
 //! error at once.
 
 mod layers;
+mod manual;
 mod read;
 
 use std::fmt;
@@ -11,7 +12,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use layers::Layers;
 pub use layers::{ConfigError, DEFAULTS, ENV_PREFIX, Source, variable};
+pub use manual::{Setting, markdown, settings};
 
 /// A value that cannot be printed: `Debug` shows dots, there is no `Display`.
 #[derive(Clone, PartialEq, Eq)]
@@ -166,6 +169,19 @@ pub struct Database {
     pub acquire_timeout: Duration,
     /// Bound on one statement, kept by the server.
     pub statement_timeout: Duration,
+}
+
+impl Database {
+    /// Where it is, for people, without the password: USER@HOST:PORT/DATABASE.
+    pub fn address(&self) -> String {
+        match self.url.reveal().parse::<sqlx::postgres::PgConnectOptions>() {
+            Ok(url) => {
+                let (user, host, port) = (url.get_username(), url.get_host(), url.get_port());
+                format!("{user}@{host}:{port}/{}", url.get_database().unwrap_or(user))
+            }
+            Err(_) => "(hidden)".to_owned(),
+        }
+    }
 }
 
 /// The partner's HTTP API.

@@ -20,17 +20,27 @@ impl Config {
         environment: impl Iterator<Item = (String, String)>,
         needs: &[Section],
     ) -> Result<Config, Vec<ConfigError>> {
-        let mut layers = Layers::load(file, environment);
-        let config = Config::read(&mut layers);
-        config.check_pairs(&mut layers);
+        let (config, layers) = Config::load_layers(file, environment);
         let needed = |key: &str| needs.iter().any(|section| key.starts_with(section.prefix()));
         let errors: Vec<ConfigError> =
             layers.finish().into_iter().filter(|error| !error.missing || needed(&error.key)).collect();
         if errors.is_empty() { Ok(config) } else { Err(errors) }
     }
 
+    /// The settings as far as they can be read, and the layers with what was noted about each while reading.
+    pub(super) fn load_layers(
+        file: Option<&Path>,
+        environment: impl Iterator<Item = (String, String)>,
+    ) -> (Config, Layers) {
+        let mut layers = Layers::load(file, environment);
+        let config = Config::read(&mut layers);
+        config.check_pairs(&mut layers);
+        (config, layers)
+    }
+
     fn read(layers: &mut Layers) -> Config {
         let ms = Duration::from_millis;
+        let (kafka_tls, kafka_sasl) = kafka_security(layers);
         Config {
             aws: Aws {
                 region: layers.required("aws.region", "the region of the queues, such as us-east-1"),
@@ -87,8 +97,8 @@ impl Config {
                 compression: ["none", "lz4"][layers.choice("kafka.compression", &["none", "lz4"])],
                 delivery_timeout: layers.duration("kafka.delivery_timeout", ms(100)..=SECOND * 600),
                 page_size: layers.integer("kafka.page_size", 1..=10_000) as usize,
-                tls: kafka_tls(layers),
-                sasl: kafka_sasl(layers),
+                tls: kafka_tls,
+                sasl: kafka_sasl,
             },
             outbox: Outbox {
                 poll_interval: layers.duration("outbox.poll_interval", ms(10)..=SECOND * 60),
@@ -169,14 +179,27 @@ fn lane(layers: &mut Layers, prefix: &str) -> Lane {
 }
 
 fn optional_url(layers: &mut Layers, key: &str) -> Option<String> {
-    let text = layers.text(key);
+    let text = layers.text(key, "an http or https URL, or nothing");
     if text.is_empty() {
         return None;
     }
-    if parse_http_url(&text).is_none() {
-        layers.error(key, format!("{text:?} is not an http URL"), "give http://HOST:PORT or https://HOST");
-    }
+    http_url(layers, key, &text);
     Some(text)
+}
+
+/// Reads `text`, the value of `key`. What comes before an `@` may be a password, so such a value is never shown.
+fn http_url(layers: &mut Layers, key: &str, text: &str) -> Option<http::Uri> {
+    let fix = "give http://HOST:PORT or https://HOST";
+    if text.contains('@') {
+        layers.hide(key);
+        layers.error(key, "has a user or a password in it", fix);
+        return None;
+    }
+    let uri = parse_http_url(text);
+    if uri.is_none() {
+        layers.error(key, format!("{text:?} is not an http URL"), fix);
+    }
+    uri
 }
 
 fn parse_http_url(text: &str) -> Option<http::Uri> {
@@ -188,20 +211,13 @@ fn parse_http_url(text: &str) -> Option<http::Uri> {
 fn partner_url(layers: &mut Layers) -> http::Uri {
     let key = "partner.base_url";
     let text = layers.required(key, "the partner's base URL, such as https://valuations.example");
-    match parse_http_url(&text) {
-        Some(uri) => uri,
-        None => {
-            if !text.is_empty() {
-                layers.error(key, format!("{text:?} is not an http URL"), "give http://HOST:PORT or https://HOST");
-            }
-            http::Uri::from_static("http://localhost")
-        }
-    }
+    let uri = if text.is_empty() { None } else { http_url(layers, key, &text) };
+    uri.unwrap_or_else(|| http::Uri::from_static("http://localhost"))
 }
 
 fn credential(layers: &mut Layers) -> Option<Credential> {
-    let header = layers.text("partner.credential_header");
-    let file = layers.text("partner.credential_file");
+    let header = layers.text("partner.credential_header", "a header name, or nothing");
+    let file = layers.text("partner.credential_file", "a path, or nothing");
     match (header.is_empty(), file.is_empty()) {
         (true, true) => None,
         (false, false) => match http::HeaderName::from_bytes(header.as_bytes()) {
@@ -227,10 +243,10 @@ fn credential(layers: &mut Layers) -> Option<Credential> {
     }
 }
 
-/// A secret from `direct` or from the file named by `file`; `None` if neither is set.
-fn secret(layers: &mut Layers, direct: &str, file: &str) -> Option<Secret> {
-    let value = layers.text(direct);
-    let path = layers.text(file);
+/// A secret, of which `what` says what it is, from `direct` or from the file named by `file`; `None` if neither is set.
+fn secret(layers: &mut Layers, direct: &str, file: &str, what: &str) -> Option<Secret> {
+    let value = layers.secret(direct, what);
+    let path = layers.text(file, "a path, or nothing");
     match (value.is_empty(), path.is_empty()) {
         (true, true) => None,
         (false, true) => Some(Secret::new(value)),
@@ -258,11 +274,14 @@ fn read_secret(layers: &mut Layers, key: &str, path: &Path) -> Option<Secret> {
 
 fn database_url(layers: &mut Layers) -> Secret {
     let errors_before = layers.error_count();
-    match secret(layers, "database.url", "database.url_file") {
+    match secret(layers, "database.url", "database.url_file", "postgres://USER@HOST:PORT/DATABASE") {
         Some(url) => {
             // Neither the URL nor the parser's message may be shown: both can hold the password.
-            let scheme_is_good = ["postgres://", "postgresql://"].iter().any(|s| url.reveal().starts_with(s));
-            if !scheme_is_good || url.reveal().parse::<sqlx::postgres::PgConnectOptions>().is_err() {
+            let authority = ["postgres://", "postgresql://"].iter().find_map(|s| url.reveal().strip_prefix(s));
+            if authority.is_some_and(hides_its_user) {
+                let problem = "has its @ where none belongs; its password seems to hold a / ? or #";
+                layers.error("database.url", problem, "write these as %2F, %3F and %23");
+            } else if authority.is_none() || url.reveal().parse::<sqlx::postgres::PgConnectOptions>().is_err() {
                 layers.error("database.url", "is not a Postgres URL", "give postgres://USER@HOST:PORT/DATABASE");
             }
             url
@@ -279,22 +298,19 @@ fn database_url(layers: &mut Layers) -> Secret {
 
 const SECURITY_PROTOCOLS: [&str; 4] = ["plaintext", "ssl", "sasl_plaintext", "sasl_ssl"];
 const SASL_MECHANISMS: [&str; 3] = ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"];
+const USERNAME: &str = "the user that the brokers know";
+const PASSWORD: &str = "the user's password";
 
 /// What `kafka.security_protocol` asks for: encryption, and a user name.
-fn kafka_security(layers: &mut Layers) -> (bool, bool) {
-    let key = "kafka.security_protocol";
-    // A wrong value is told once, though two ask.
-    match SECURITY_PROTOCOLS.iter().position(|name| *name == layers.text(key)) {
-        Some(index) => (index % 2 == 1, index >= 2),
-        None => (false, false),
-    }
+fn kafka_security(layers: &mut Layers) -> (Option<KafkaTls>, Option<KafkaSasl>) {
+    let protocol = layers.choice("kafka.security_protocol", &SECURITY_PROTOCOLS);
+    let encrypted = protocol % 2 == 1;
+    (kafka_tls(layers, encrypted), kafka_sasl(layers, protocol >= 2, encrypted))
 }
 
-fn kafka_tls(layers: &mut Layers) -> Option<KafkaTls> {
-    layers.choice("kafka.security_protocol", &SECURITY_PROTOCOLS);
-    let (tls, _) = kafka_security(layers);
+fn kafka_tls(layers: &mut Layers, tls: bool) -> Option<KafkaTls> {
     let mut file = |key: &str| {
-        let path = layers.text(key);
+        let path = layers.text(key, "a path, or nothing");
         if path.is_empty() {
             return None;
         }
@@ -326,12 +342,15 @@ fn kafka_tls(layers: &mut Layers) -> Option<KafkaTls> {
     tls.then_some(KafkaTls { ca_file, client })
 }
 
-fn kafka_sasl(layers: &mut Layers) -> Option<KafkaSasl> {
-    let (tls, sasl) = kafka_security(layers);
+fn kafka_sasl(layers: &mut Layers, sasl: bool, tls: bool) -> Option<KafkaSasl> {
     let mechanism = SASL_MECHANISMS[layers.choice("kafka.sasl_mechanism", &SASL_MECHANISMS)];
     if !sasl {
-        for key in ["kafka.username", "kafka.password", "kafka.password_file"] {
-            if !layers.text(key).is_empty() {
+        let username = layers.text("kafka.username", USERNAME);
+        let password = layers.secret("kafka.password", PASSWORD);
+        let file = layers.text("kafka.password_file", "a path, or nothing");
+        for (key, value) in [("kafka.username", username), ("kafka.password", password), ("kafka.password_file", file)]
+        {
+            if !value.is_empty() {
                 let fix = "set kafka.security_protocol to sasl_ssl, or empty this one";
                 layers.error(key, "is set, and nobody is told", fix);
             }
@@ -342,9 +361,9 @@ fn kafka_sasl(layers: &mut Layers) -> Option<KafkaSasl> {
         let fix = "use sasl_ssl, or a SCRAM mechanism, which proves the password without sending it";
         layers.error("kafka.sasl_mechanism", "PLAIN over sasl_plaintext sends the password as it is", fix);
     }
-    let username = layers.required("kafka.username", "the user that the brokers know");
+    let username = layers.required("kafka.username", USERNAME);
     let errors_before = layers.error_count();
-    let password = secret(layers, "kafka.password", "kafka.password_file").unwrap_or_else(|| {
+    let password = secret(layers, "kafka.password", "kafka.password_file", PASSWORD).unwrap_or_else(|| {
         if layers.error_count() == errors_before {
             let fix = "set it, WRITE_API_KAFKA_PASSWORD or kafka.password_file to the user's password";
             layers.missing("kafka.password", fix);
@@ -358,8 +377,16 @@ fn kafka_sasl(layers: &mut Layers) -> Option<KafkaSasl> {
     Some(KafkaSasl { mechanism, username, password })
 }
 
+/// Whether what follows the scheme has an `@` only behind the end of the host: a password that holds a `/` would be
+/// taken for a port and shown.
+fn hides_its_user(rest: &str) -> bool {
+    let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+    !rest[..end].contains('@') && rest[end..].contains('@')
+}
+
 fn profiling_token(layers: &mut Layers) -> Option<Secret> {
-    let token = secret(layers, "profiling.token", "profiling.token_file")?;
+    let accepts = "at least 16 characters, or nothing";
+    let token = secret(layers, "profiling.token", "profiling.token_file", accepts)?;
     if token.reveal().len() < 16 {
         let problem = format!("has {} characters", token.reveal().len());
         layers.error("profiling.token", problem, "use at least 16, such as the output of `openssl rand -hex 16`");
@@ -491,6 +518,18 @@ mod tests {
     }
 
     #[test]
+    fn a_url_with_a_password_is_refused_and_not_shown() {
+        for key in ["WRITE_API_PARTNER_BASE_URL", "WRITE_API_AWS_ENDPOINT_URL"] {
+            for value in ["https://app:hunter2@partner.example", "htps:/app:hunter2@partner.example"] {
+                let wrong = [(key.to_owned(), value.to_owned())];
+                let errors = Config::load(None, wrong.into_iter(), &[]).expect_err("a password");
+                assert!(errors.len() == 1 && errors[0].problem.contains("password"), "{errors:?}");
+                assert!(!format!("{errors:?}").contains("hunter2"), "{errors:?}");
+            }
+        }
+    }
+
+    #[test]
     fn a_secret_is_not_printed() {
         let config = Config::load(None, minimal().into_iter(), ALL).expect("good");
         assert!(!format!("{config:?}").contains("hunter2"));
@@ -498,5 +537,11 @@ mod tests {
         broken[0].1 = "mysql://app:hunter2@localhost/app".to_owned();
         let errors = Config::load(None, broken.into_iter(), ALL).expect_err("wrong scheme");
         assert!(!format!("{errors:?}").contains("hunter2"));
+        for password in ["hunter2/x", "1234?hunter2", "1234#hunter2"] {
+            let mut broken = minimal();
+            broken[0].1 = format!("postgres://app:{password}@localhost/app");
+            let errors = Config::load(None, broken.into_iter(), ALL).expect_err("not encoded");
+            assert!(errors[0].to_string().contains("%2F") && !format!("{errors:?}").contains("hunter2"), "{errors:?}");
+        }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! - [`record`](Records) turns a valuation into the bytes of one message,
 //! - [`Publisher`] sends a page of them and waits for every delivery report,
-//! - [`ensure_topic`] and [`Publisher::check`] look at the topic.
+//! - [`ensure_topic`], [`inspect_topic`] and [`Publisher::check`] look at the topic.
 //!
 //! Sending a page again gives the same bytes and the same `ce_id`s, so whoever is unsure whether a page went out sends
 //! it again. Within one life of a producer idempotence keeps the broker from storing a record twice; across lives
@@ -19,4 +19,4 @@ mod topic;
 pub use delivery::{PublishError, Published, Verdict};
 pub use publisher::Publisher;
 pub use record::{Record, Records, Valuation};
-pub use topic::{TopicError, TopicInfo, ensure_topic};
+pub use topic::{TopicError, TopicInfo, ensure_topic, inspect_topic};

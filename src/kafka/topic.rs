@@ -1,5 +1,6 @@
 //! Looking at the topic, and creating it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
@@ -76,19 +77,30 @@ pub(super) fn look_at<C: ClientContext>(
     }
 }
 
+/// Asks for the topic on a connection of its own; an answer, or the reason for none, comes within `timeout`.
+pub async fn inspect_topic(kafka: &config::Kafka, timeout: Duration) -> Result<TopicInfo, TopicError> {
+    ask(&admin(kafka)?, kafka, timeout).await
+}
+
+type Admin = Arc<AdminClient<ClientLog>>;
+
+fn admin(kafka: &config::Kafka) -> Result<Admin, TopicError> {
+    let admin = client::common(kafka).create_with_context(ClientLog::default());
+    admin.map(Arc::new).map_err(|error| TopicError::new(kafka, describe(&error), CHECK_BROKERS))
+}
+
+async fn ask(admin: &Admin, kafka: &config::Kafka, timeout: Duration) -> Result<TopicInfo, TopicError> {
+    let (admin, settings) = (Arc::clone(admin), kafka.clone());
+    let asked =
+        tokio::task::spawn_blocking(move || look_at(admin.inner(), admin.inner().context(), &settings, timeout)).await;
+    asked.unwrap_or_else(|_| Err(TopicError::interrupted(kafka)))
+}
+
 /// Creates the topic with the partitions and replicas of the settings if it does not exist. One that exists is left as
 /// it is; compare [`TopicInfo::partitions`]. Each of the two questions gets `timeout`.
 pub async fn ensure_topic(kafka: &config::Kafka, timeout: Duration) -> Result<TopicInfo, TopicError> {
-    let unusable = |error: &KafkaError| TopicError::new(kafka, describe(error), CHECK_BROKERS);
-    let admin: AdminClient<ClientLog> =
-        client::common(kafka).create_with_context(ClientLog::default()).map_err(|error| unusable(&error))?;
-    let admin = std::sync::Arc::new(admin);
-
-    let asked = {
-        let (admin, kafka) = (std::sync::Arc::clone(&admin), kafka.clone());
-        tokio::task::spawn_blocking(move || look_at(admin.inner(), admin.inner().context(), &kafka, timeout)).await
-    };
-    match asked.unwrap_or_else(|_| Err(TopicError::interrupted(kafka))) {
+    let admin = admin(kafka)?;
+    match ask(&admin, kafka, timeout).await {
         Err(error) if error.is_missing() => {}
         known => return known,
     }

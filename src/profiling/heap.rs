@@ -1,20 +1,56 @@
 //! The heap profile: what is allocated and not freed, by stack.
 
 use std::collections::HashMap;
-use std::ffi::c_void;
+use std::ffi::{CString, c_void};
+use std::fs::File;
+use std::io::{self, BufReader};
+use std::os::fd::{AsRawFd as _, FromRawFd as _};
 
 use anyhow::{Context as _, anyhow};
-use jemalloc_pprof::{PROF_CTL, StackProfile};
+use jemalloc_pprof::PROF_CTL;
+use pprof_util::{StackProfile, parse_jeheap};
+use tikv_jemalloc_ctl::raw;
 
 /// Takes a profile: gzipped pprof with symbols inside. Blocks for up to a second, so not for an async thread.
 pub(super) fn profile() -> anyhow::Result<Vec<u8>> {
-    let control = PROF_CTL.as_ref().ok_or_else(|| anyhow!("the allocator was started without prof:true"))?;
-    let mut profile = control.blocking_lock().dump_profile().with_context(|| {
-        format!("the allocator could not write its dump to {}; is it writable?", std::env::temp_dir().display())
-    })?;
+    let mut profile = parse_jeheap(BufReader::new(dump()?), mappings::MAPPINGS.as_deref())?;
     let _symbols = SymbolCache;
     drop_allocator_frames(&mut profile);
     Ok(profile.to_pprof(("inuse_space", "bytes"), ("space", "bytes"), None))
+}
+
+/// The allocator's dump, as text. It writes to a path only; this one leads to memory, so that neither a read-only root
+/// nor a full disk keeps anybody from a profile. Blocks.
+pub(super) fn dump() -> anyhow::Result<File> {
+    let control = PROF_CTL.as_ref().ok_or_else(|| anyhow!("the allocator was started without prof:true"))?;
+    let file = memory_file().context("no file in memory (memfd_create) for the allocator's dump")?;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let name = CString::new(path.as_str()).expect("a number has no zero byte");
+    // Held while the allocator writes: sampling must not be switched meanwhile.
+    let _control = control.blocking_lock();
+    // SAFETY: prof.dump takes a pointer to a C string, which outlives the call.
+    unsafe { raw::write(b"prof.dump\0", name.as_ptr()) }
+        .with_context(|| format!("the allocator could not write its dump to {path}; is /proc mounted?"))?;
+    // The allocator opened the file for itself, so that this end is still at the beginning.
+    Ok(file)
+}
+
+/// An empty file that exists only in memory and goes with its descriptor.
+fn memory_file() -> io::Result<File> {
+    let create = |flags| {
+        // SAFETY: the name is a C string.
+        let descriptor = unsafe { libc::memfd_create(c"heap dump".as_ptr(), flags) };
+        if descriptor < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor was just made and has no other owner.
+        Ok(unsafe { File::from_raw_fd(descriptor) })
+    };
+    // Hardened systems demand the promise that the file is never executed; kernels before 6.3 do not know it.
+    match create(libc::MFD_CLOEXEC | libc::MFD_NOEXEC_SEAL) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => create(libc::MFD_CLOEXEC),
+        made => made,
+    }
 }
 
 /// Empties the cache of symbols when it goes: tens of megabytes, needed again only for the next profile.

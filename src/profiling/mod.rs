@@ -20,6 +20,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
+use anyhow::Context as _;
 use axum::Router;
 use axum::body::HttpBody;
 use axum::extract::{ConnectInfo, Request, State};
@@ -34,6 +35,14 @@ pub use allocator::{MALLOC_CONF, sample_allocations};
 
 use access::Access;
 use one_at_a_time::OneAtATime;
+
+/// Tries out what a heap profile needs: that the allocator samples, and that its dump can be written. Gives the size of
+/// the dump in bytes. Blocks.
+pub fn try_heap_dump() -> anyhow::Result<u64> {
+    let bytes = heap::dump()?.metadata().context("the allocator's dump")?.len();
+    anyhow::ensure!(bytes > 0, "the allocator wrote an empty dump");
+    Ok(bytes)
+}
 
 /// The pages, for a server that tells each request's peer as [`ConnectInfo<SocketAddr>`].
 pub fn router(profiling: &config::Profiling) -> Router {

@@ -186,8 +186,13 @@ async fn a_second_profile_at_the_same_time_is_refused() {
         request.extensions_mut().insert(ConnectInfo(SocketAddr::from(([127, 0, 0, 1], 5000))));
         router.call(request).await.unwrap()
     };
-    let (first, second) = tokio::join!(get(router.clone()), get(router));
-    assert_eq!((first.status().as_u16(), second.status().as_u16()), (200, 409));
+    // The first waits for the allocator's control, so that it is still there when the second comes.
+    let control = jemalloc_pprof::PROF_CTL.as_ref().expect("prof:true").lock().await;
+    let mut first = std::pin::pin!(get(router.clone()));
+    assert!(futures::poll!(&mut first).is_pending());
+    let second = get(router).await;
+    drop(control);
+    assert_eq!((first.await.status().as_u16(), second.status().as_u16()), (200, 409));
     let text = second.into_body().collect().await.unwrap().to_bytes();
     assert!(String::from_utf8_lossy(&text).contains("heap for 127.0.0.1:5000 has been running for"), "{text:?}");
 }

@@ -14,7 +14,7 @@ use aws_config::stalled_stream_protection::StalledStreamProtectionConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_sdk_sqs::Client;
 use aws_sdk_sqs::config::Region;
-use aws_sdk_sqs::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
+use aws_sdk_sqs::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_sqs::types::{
     ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry, MessageAttributeValue,
     MessageSystemAttributeName, QueueAttributeName, SendMessageBatchRequestEntry,
@@ -54,7 +54,9 @@ impl SqsError {
     {
         let code = error.code().map(str::to_owned);
         let timeout = matches!(error, SdkError::TimeoutError(_));
-        SqsError { action, queue: queue.to_owned(), message: DisplayErrorContext(error).to_string(), code, timeout }
+        // The causes in one line each; the SDK's own way to show them adds pages of its inner state.
+        let message = format!("{:#}", anyhow::Error::new(error));
+        SqsError { action, queue: queue.to_owned(), message, code, timeout }
     }
 
     fn no_answer(action: &'static str, queue: &str, bound: Duration) -> Self {
@@ -331,12 +333,12 @@ impl Sqs {
         match self.queue(name).await {
             Ok(_) => {}
             Err(error) if error.is_missing_queue() => {
-                let redrive = format!(
-                    r#"{{"deadLetterTargetArn":"{}","maxReceiveCount":"{MAX_RECEIVE_COUNT}"}}"#,
-                    self.arn(&dead_queue).await?
-                );
+                let redrive = Redrive {
+                    target_arn: self.attributes(&dead_queue).await?.arn,
+                    max_receive_count: MAX_RECEIVE_COUNT,
+                };
                 let attributes = HashMap::from([
-                    (QueueAttributeName::RedrivePolicy, redrive),
+                    (QueueAttributeName::RedrivePolicy, redrive.policy()),
                     (QueueAttributeName::VisibilityTimeout, whole_seconds(visibility).to_string()),
                 ]);
                 self.create(name, attributes).await?;
@@ -358,17 +360,18 @@ impl Sqs {
         self.bounded(action, name, self.request_timeout * 2, call).await
     }
 
-    async fn arn(&self, queue: &Queue) -> Result<String, SqsError> {
+    /// How a queue is set up.
+    pub async fn attributes(&self, queue: &Queue) -> Result<Attributes, SqsError> {
         let action = "GetQueueAttributes";
         let call = async {
+            // All of them: to ask a standard queue whether it is FIFO is an error.
             let request =
-                self.client.get_queue_attributes().queue_url(&*queue.url).attribute_names(QueueAttributeName::QueueArn);
+                self.client.get_queue_attributes().queue_url(&*queue.url).attribute_names(QueueAttributeName::All);
             let output = request.send().await.map_err(|error| SqsError::new(action, &queue.name, error))?;
-            let arn = output.attributes.and_then(|mut all| all.remove(&QueueAttributeName::QueueArn));
-            arn.ok_or_else(|| SqsError {
+            Attributes::read(&output.attributes.unwrap_or_default()).map_err(|message| SqsError {
                 action,
                 queue: queue.name.to_string(),
-                message: "the answer has no QueueArn".to_owned(),
+                message,
                 code: None,
                 timeout: false,
             })
@@ -377,12 +380,75 @@ impl Sqs {
     }
 }
 
+/// How a queue is set up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attributes {
+    /// Its name for all of AWS, which ends in its own name.
+    pub arn: String,
+    /// Whether it is FIFO.
+    pub fifo: bool,
+    /// How long it keeps a message.
+    pub retention: Duration,
+    /// How long a received message stays hidden where the receiver does not say.
+    pub visibility_timeout: Duration,
+    /// Where messages go that were received too often.
+    pub redrive: Option<Redrive>,
+}
+
+/// Where messages go that were received too often.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Redrive {
+    /// The dead-letter queue.
+    pub target_arn: String,
+    /// After so many receives.
+    pub max_receive_count: u32,
+}
+
+impl Attributes {
+    fn read(given: &HashMap<QueueAttributeName, String>) -> Result<Self, String> {
+        let text = |name: QueueAttributeName| given.get(&name).ok_or_else(|| format!("the answer has no {name}"));
+        let seconds = |name: QueueAttributeName| {
+            let text = text(name.clone())?;
+            text.parse().map(Duration::from_secs).map_err(|_| format!("{name} is {text:?}, not a number of seconds"))
+        };
+        let redrive = match given.get(&QueueAttributeName::RedrivePolicy) {
+            Some(policy) => Some(Redrive::read(policy).ok_or_else(|| format!("RedrivePolicy is {policy:?}"))?),
+            None => None,
+        };
+        Ok(Attributes {
+            arn: text(QueueAttributeName::QueueArn)?.clone(),
+            fifo: given.get(&QueueAttributeName::FifoQueue).is_some_and(|fifo| fifo == "true"),
+            retention: seconds(QueueAttributeName::MessageRetentionPeriod)?,
+            visibility_timeout: seconds(QueueAttributeName::VisibilityTimeout)?,
+            redrive,
+        })
+    }
+}
+
+impl Redrive {
+    /// SQS accepts the count as a number and as text, and gives it back as it was given.
+    fn read(policy: &str) -> Option<Self> {
+        let policy: serde_json::Value = serde_json::from_str(policy).ok()?;
+        let count = &policy["maxReceiveCount"];
+        let count = count.as_u64().or_else(|| count.as_str()?.parse().ok())?;
+        Some(Redrive {
+            target_arn: policy["deadLetterTargetArn"].as_str()?.to_owned(),
+            max_receive_count: u32::try_from(count).ok()?,
+        })
+    }
+
+    /// The attribute `RedrivePolicy`.
+    pub fn policy(&self) -> String {
+        format!(r#"{{"deadLetterTargetArn":"{}","maxReceiveCount":"{}"}}"#, self.target_arn, self.max_receive_count)
+    }
+}
+
 /// After so many receives SQS itself moves a message to the dead-letter queue: a last resort, since receives count
 /// deploys and throttles as well.
-const MAX_RECEIVE_COUNT: u32 = 1_000;
+pub const MAX_RECEIVE_COUNT: u32 = 1_000;
 
 /// The longest that SQS keeps a message, on the queue and on its dead-letter queue.
-const RETENTION: Duration = Duration::from_secs(14 * 24 * 3600);
+pub const RETENTION: Duration = Duration::from_secs(14 * 24 * 3600);
 
 /// The dead-letter queue of a queue.
 pub fn dead_letter_queue(name: &str) -> String {
@@ -459,6 +525,29 @@ mod tests {
             let value: serde_json::Value = serde_json::from_str(&json).expect("JSON");
             assert_eq!(value["code"], "invalid_json");
         }
+    }
+
+    #[test]
+    fn attributes_are_read_as_sqs_writes_them() {
+        let mut given = HashMap::from([
+            (QueueAttributeName::QueueArn, "arn:aws:sqs:us-east-1:000000000000:q".to_owned()),
+            (QueueAttributeName::MessageRetentionPeriod, "1209600".to_owned()),
+            (QueueAttributeName::VisibilityTimeout, "60".to_owned()),
+        ]);
+        let plain = Attributes::read(&given).expect("a standard queue");
+        assert_eq!((plain.fifo, plain.retention, &plain.redrive), (false, RETENTION, &None));
+        for count in ["1000", "\"1000\""] {
+            let policy = format!(r#"{{"deadLetterTargetArn":"arn:q-dlq","maxReceiveCount":{count}}}"#);
+            given.insert(QueueAttributeName::RedrivePolicy, policy);
+            let redrive = Attributes::read(&given).expect("good").redrive.expect("set");
+            assert_eq!(redrive, Redrive { target_arn: "arn:q-dlq".to_owned(), max_receive_count: MAX_RECEIVE_COUNT });
+            assert_eq!(Redrive::read(&redrive.policy()), Some(redrive));
+        }
+        given.insert(QueueAttributeName::RedrivePolicy, "nonsense".to_owned());
+        assert!(Attributes::read(&given).is_err());
+        given.remove(&QueueAttributeName::QueueArn);
+        given.remove(&QueueAttributeName::RedrivePolicy);
+        assert_eq!(Attributes::read(&given), Err("the answer has no QueueArn".to_owned()));
     }
 
     #[test]

