@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 failed, 64 usage (`EX_USAGE`), 78 configuration (`EX_CONFIG`), as in sysexits.h.
 
+mod health;
 mod migrate;
 mod seed;
 mod send;
@@ -39,6 +40,8 @@ struct Cli {
 enum Verb {
     /// Consume events until SIGTERM or Ctrl-C.
     Serve,
+    /// Ask the service of this machine whether it is alive: exit 0 if its /livez says so. For container health checks.
+    Health,
     /// Bring the database's schema up to date.
     Migrate,
     /// Migrate, and create the queues with their dead-letter queues and the Kafka topic where they are missing.
@@ -57,7 +60,7 @@ impl Verb {
             Verb::Serve => &[Section::Database, Section::Partner, Section::Kafka],
             Verb::Migrate | Verb::Seed(_) => &[Section::Database],
             Verb::Setup => &[Section::Database, Section::Kafka],
-            Verb::Send(_) => &[],
+            Verb::Health | Verb::Send(_) => &[],
         }
     }
 }
@@ -84,6 +87,7 @@ pub fn run() -> ExitCode {
     };
     let done = crate::telemetry::init(&config.log).and_then(|()| match cli.verb {
         Verb::Serve => serve::run(config),
+        Verb::Health => block_on(health::run(&config)),
         Verb::Migrate => block_on(migrate::run(&config)),
         Verb::Setup => block_on(setup::run(&config)),
         Verb::Seed(options) => block_on(seed::run(&config, &options)),

@@ -7,6 +7,7 @@ mod bad_input;
 mod cli;
 mod duplicates;
 mod harness;
+mod health;
 mod leases;
 mod main_job;
 mod metrics;
