@@ -20,6 +20,7 @@ obtain() { # obtain IMAGE MAKER: MAKER makes the stand-in
         else
             [ "$can_pull" = no ] || echo "images cannot be pulled: $(tail -n 1 "$work/pull")"
             can_pull=no
+            [ "$(id -u)" = 0 ] || skip "images cannot be pulled, and making stand-ins needs root, for debootstrap"
             brought+=("$image")
             # Not `if ! "$maker"`: bash would go on after an error inside it.
             "$maker" "$image" >"$work/$maker.log" 2>&1 &
@@ -45,10 +46,6 @@ build_stand_in() { # build_stand_in IMAGE NAME WHAT: from stand-ins/NAME and $wo
 }
 
 make_debian() { # make_debian IMAGE
-    if [ "$(id -u)" != 0 ]; then
-        echo "debootstrap needs root" >&2
-        return 1
-    fi
     need debootstrap debootstrap
     local tree=$work/debian
     debootstrap --variant=minbase bookworm "$tree"
