@@ -6,6 +6,7 @@ mod cancel;
 mod check;
 mod completions;
 mod config;
+mod health;
 mod migrate;
 mod replay;
 mod retry;
@@ -63,6 +64,11 @@ enum Verb {
     /// Print every setting with its value and where it came from; secrets stay hidden.
     #[command(after_long_help = config::HELP)]
     Config(config::Options),
+    /// Ask the service of this machine whether it is alive, for container health checks.
+    ///
+    /// Prints the answer of its /livez, at admin.listen.
+    #[command(after_long_help = health::HELP)]
+    Health,
     /// Bring the database's schema up to date.
     ///
     /// Applies the migrations that are compiled in and not yet applied, in order, one process at a time.
@@ -114,7 +120,7 @@ impl Verb {
             Verb::Serve(_) | Verb::Check(_) => &[Section::Database, Section::Partner, Section::Kafka],
             Verb::Migrate | Verb::Seed(_) | Verb::Status(_) | Verb::Cancel(_) | Verb::Retry(_) => &[Section::Database],
             Verb::Setup => &[Section::Database, Section::Kafka],
-            Verb::Send(_) | Verb::Replay(_) | Verb::Config(_) | Verb::Completions(_) => &[],
+            Verb::Health | Verb::Send(_) | Verb::Replay(_) | Verb::Config(_) | Verb::Completions(_) => &[],
         }
     }
 }
@@ -159,6 +165,7 @@ pub fn run() -> ExitCode {
     ended(logging.and_then(|()| match cli.verb {
         Verb::Serve(options) => serve::run(config, options),
         Verb::Check(options) => block_on(check::run(&config, &options)),
+        Verb::Health => block_on(health::run(&config)),
         Verb::Migrate => block_on(migrate::run(&config)),
         Verb::Setup => block_on(setup::run(&config)),
         Verb::Seed(options) => block_on(seed::run(&config, &options)),

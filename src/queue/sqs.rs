@@ -387,8 +387,8 @@ pub struct Attributes {
     pub arn: String,
     /// Whether it is FIFO.
     pub fifo: bool,
-    /// How long it keeps a message.
-    pub retention: Duration,
+    /// How long it keeps a message; `None` where that is not told, as ElasticMQ does not.
+    pub retention: Option<Duration>,
     /// How long a received message stays hidden where the receiver does not say.
     pub visibility_timeout: Duration,
     /// Where messages go that were received too often.
@@ -418,7 +418,10 @@ impl Attributes {
         Ok(Attributes {
             arn: text(QueueAttributeName::QueueArn)?.clone(),
             fifo: given.get(&QueueAttributeName::FifoQueue).is_some_and(|fifo| fifo == "true"),
-            retention: seconds(QueueAttributeName::MessageRetentionPeriod)?,
+            retention: match given.contains_key(&QueueAttributeName::MessageRetentionPeriod) {
+                true => Some(seconds(QueueAttributeName::MessageRetentionPeriod)?),
+                false => None,
+            },
             visibility_timeout: seconds(QueueAttributeName::VisibilityTimeout)?,
             redrive,
         })
@@ -535,7 +538,7 @@ mod tests {
             (QueueAttributeName::VisibilityTimeout, "60".to_owned()),
         ]);
         let plain = Attributes::read(&given).expect("a standard queue");
-        assert_eq!((plain.fifo, plain.retention, &plain.redrive), (false, RETENTION, &None));
+        assert_eq!((plain.fifo, plain.retention, &plain.redrive), (false, Some(RETENTION), &None));
         for count in ["1000", "\"1000\""] {
             let policy = format!(r#"{{"deadLetterTargetArn":"arn:q-dlq","maxReceiveCount":{count}}}"#);
             given.insert(QueueAttributeName::RedrivePolicy, policy);

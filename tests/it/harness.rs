@@ -623,6 +623,10 @@ impl Service {
         self.errors_expected.set(true);
     }
 
+    pub fn admin_url(&self) -> &str {
+        &self.admin_url
+    }
+
     pub fn profiling_url(&self) -> &str {
         &self.profiling_url
     }

@@ -9,6 +9,7 @@ mod check;
 mod cli;
 mod duplicates;
 mod harness;
+mod health;
 mod kafka_security;
 mod leases;
 mod main_job;

@@ -93,13 +93,18 @@ fn standard(name: &str, queue: &Attributes) -> Vec<Finding> {
         let remedy = "use a standard queue: FIFO blocks a group behind one slow event";
         findings.push(Finding::fail(title(name), "is a FIFO queue", remedy));
     }
-    if queue.retention != RETENTION {
-        let problem = format!(
-            "keeps messages for {} s instead of the 14 days after which an outage would cost events",
-            queue.retention.as_secs()
-        );
-        let remedy = format!("set its MessageRetentionPeriod to {}", RETENTION.as_secs());
-        findings.push(Finding::fail(title(name), problem, remedy));
+    let remedy = format!("set its MessageRetentionPeriod to {}", RETENTION.as_secs());
+    match queue.retention {
+        Some(RETENTION) => {}
+        Some(retention) => {
+            let problem = format!(
+                "keeps messages for {} s instead of the 14 days after which an outage would cost events",
+                retention.as_secs()
+            );
+            findings.push(Finding::fail(title(name), problem, remedy));
+        }
+        // No SQS, but something that stands in for it.
+        None => findings.push(Finding::warn(title(name), "does not say how long it keeps messages", remedy)),
     }
     findings
 }
@@ -118,7 +123,7 @@ mod tests {
         let queue = Attributes {
             arn: "arn:aws:sqs:us-east-1:000000000000:q".to_owned(),
             fifo: true,
-            retention: RETENTION,
+            retention: Some(RETENTION),
             visibility_timeout: Duration::from_secs(60),
             redrive: Some(Redrive {
                 target_arn: "arn:aws:sqs:us-east-1:000000000000:q-dlq".to_owned(),
@@ -127,6 +132,10 @@ mod tests {
         };
         let findings = judge_queue("q", &queue, Duration::from_secs(60));
         assert!(lines(&findings).contains("is a FIFO queue; use a standard queue"), "{}", lines(&findings));
-        assert_eq!(failures(&judge_queue("q", &Attributes { fifo: false, ..queue }, Duration::from_secs(60))), 0);
+        let standard = Attributes { fifo: false, ..queue };
+        assert_eq!(failures(&judge_queue("q", &standard, Duration::from_secs(60))), 0);
+        let silent = judge_queue("q", &Attributes { retention: None, ..standard }, Duration::from_secs(60));
+        assert_eq!(failures(&silent), 0);
+        assert!(lines(&silent).contains("warn"), "{}", lines(&silent));
     }
 }
