@@ -15,9 +15,10 @@ use crate::config;
 pub const OLDEST_SERVER: i32 = 150_000;
 
 /// What the service does with each table. It deletes nothing and alters nothing.
-const RIGHTS: [(&str, &[&str]); 6] = [
+const RIGHTS: [(&str, &[&str]); 7] = [
     ("listings", &["SELECT", "INSERT", "UPDATE"]),
     ("runs", &["SELECT", "INSERT", "UPDATE"]),
+    ("run_listings", &["SELECT", "INSERT"]),
     ("valuations", &["SELECT", "INSERT"]),
     ("listing_valuations", &["SELECT", "INSERT", "UPDATE"]),
     ("publications", &["SELECT", "INSERT", "UPDATE"]),

@@ -183,32 +183,31 @@ impl Database {
                 .fetch_all(connection)
                 .await
             }
-            Some(zip_codes) => {
+            Some(_) => {
                 sqlx::query_as!(
                     PageRow,
-                    // Each zip code is read in the order of its ids by its own index scan; the outer limit merges them.
+                    // The set was written down at the opening: a listing that has moved since is still in it, one that has
+                    // moved in is not. The limit inside and OFFSET 0 keep both reads along their primary keys.
                     r#"
                     SELECT l.listing_id, l.zip_code, l.list_price_cents, l.bedrooms, l.living_square_feet
-                    FROM unnest($6::integer[]) AS wanted (zip_code)
-                    CROSS JOIN LATERAL (
-                        SELECT listing_id, c.zip_code, list_price_cents, bedrooms, living_square_feet
-                        FROM listings AS c
-                        WHERE c.zip_code = wanted.zip_code
-                          AND listing_id > $1 AND listing_id <= $2 AND created_at <= $3
-                          AND ($4::text IS NULL OR NOT EXISTS (
-                              SELECT FROM valuations v WHERE v.run_id = $4 AND v.listing_id = c.listing_id OFFSET 0))
+                    FROM (
+                        SELECT listing_id FROM run_listings AS r
+                        WHERE run_id = $1 AND listing_id > $2
+                          AND ($3::text IS NULL OR NOT EXISTS (
+                              SELECT FROM valuations v WHERE v.run_id = $3 AND v.listing_id = r.listing_id OFFSET 0))
                         ORDER BY listing_id
-                        LIMIT $5
+                        LIMIT $4
+                    ) AS of_page
+                    CROSS JOIN LATERAL (
+                        SELECT c.listing_id, zip_code, list_price_cents, bedrooms, living_square_feet
+                        FROM listings AS c WHERE c.listing_id = of_page.listing_id OFFSET 0
                     ) AS l
                     ORDER BY l.listing_id
-                    LIMIT $5
                     "#,
+                    &set.run_id,
                     cursor,
-                    set.last_listing_id,
-                    set.opened_at,
                     run_id,
                     limit,
-                    zip_codes,
                 )
                 .fetch_all(connection)
                 .await

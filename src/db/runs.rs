@@ -240,7 +240,7 @@ impl Database {
                 WITH done AS (
                     UPDATE runs SET
                         state = 'complete', completed_at = clock_timestamp(), cursor = last_listing_id,
-                        selected = valued + failed, owner = NULL, lease_until = NULL, last_error = NULL
+                        owner = NULL, lease_until = NULL, last_error = NULL
                     WHERE run_id = $1 AND owner = $2 AND state = 'running' AND cancel_requested_at IS NULL
                     RETURNING run_id
                 )
@@ -382,7 +382,8 @@ async fn take_run(
     }))
 }
 
-/// Fixes the set: how many listings match and which is the last of them. An empty set ends before the first id.
+/// Fixes the set: how many listings match and which is the last of them; by zip codes, which can change, also each one. An
+/// empty set ends before the first id.
 async fn open_run(connection: &mut PgConnection, request: &RunRequest<'_>) -> sqlx::Result<()> {
     let r = request;
     match r.zip_codes {
@@ -409,14 +410,19 @@ async fn open_run(connection: &mut PgConnection, request: &RunRequest<'_>) -> sq
         Some(zip_codes) => {
             sqlx::query!(
                 r#"
-                INSERT INTO runs
-                    (run_id, digest, event_source, event_time, traceparent, event_data, row_limit, zip_codes,
-                     last_listing_id, selected)
-                SELECT $1, $2, $3, $4, $5, $8, $6, $7, coalesce(max(listing_id), '-9223372036854775808'), count(*)
-                FROM (
+                WITH matches AS MATERIALIZED (
                     SELECT listing_id FROM listings WHERE zip_code = ANY ($7) ORDER BY listing_id LIMIT $6
-                ) AS matches
-                ON CONFLICT (run_id) DO NOTHING
+                ), opened AS (
+                    INSERT INTO runs
+                        (run_id, digest, event_source, event_time, traceparent, event_data, row_limit, zip_codes,
+                         last_listing_id, selected)
+                    SELECT $1, $2, $3, $4, $5, $8, $6, $7, coalesce(max(listing_id), '-9223372036854775808'), count(*)
+                    FROM matches
+                    ON CONFLICT (run_id) DO NOTHING
+                    RETURNING run_id
+                )
+                INSERT INTO run_listings (run_id, listing_id)
+                SELECT opened.run_id, matches.listing_id FROM opened CROSS JOIN matches
                 "#,
                 r.run_id,
                 &r.digest,

@@ -142,8 +142,17 @@ async fn end(
 ) -> Outcome {
     let run_id = run.set.run_id.as_str();
     let (outcome, error) = match ended {
-        Ended::AllTerminal { rows } => match complete(events, event, run, delivery).await {
+        Ended::AllTerminal { rows, terminal } => match complete(events, event, run, delivery).await {
             Ok(Completion::Complete) => {
+                if terminal != run.selected {
+                    // A listing whose insert was committed in the very moment of the opening may be read and not counted.
+                    tracing::warn!(
+                        event_id = run_id,
+                        selected = run.selected,
+                        terminal,
+                        "the run has not as many listings as were counted at its opening"
+                    );
+                }
                 let note = if rows == 0 && run.selected == 0 { "no listing matches" } else { "" };
                 return Outcome::Done { rows, note: note.into() };
             }

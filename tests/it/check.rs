@@ -297,7 +297,7 @@ async fn what_is_wrong_with_postgres_is_named_with_the_fix() -> Result<()> {
     let empty = local_stack::shared().await?.postgres().create_database(&format!("{name}_empty")).await?;
     let nothing: [Told<'_>; 2] = [
         ("fail", "database schema", &["not applied: 0001_listings, 0002_runs, 0003_outbox", "write-api migrate"]),
-        ("fail", "database rights", &["listings, runs, valuations", "write-api migrate"]),
+        ("fail", "database rights", &["listings, runs, run_listings, valuations", "write-api migrate"]),
     ];
     expect("nothing migrated", check(world.command(), &[("database.url", &empty)])?, &nothing)
 }
@@ -337,6 +337,7 @@ async fn the_rights_that_check_asks_for_are_enough_and_needed() -> Result<()> {
     let rights = [
         ("listings", &["SELECT", "INSERT", "UPDATE"][..]),
         ("runs", &["SELECT", "INSERT", "UPDATE"]),
+        ("run_listings", &["SELECT", "INSERT"]),
         ("valuations", &["SELECT", "INSERT"]),
         ("listing_valuations", &["SELECT", "INSERT", "UPDATE"]),
         ("publications", &["SELECT", "INSERT", "UPDATE"]),

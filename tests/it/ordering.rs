@@ -114,3 +114,28 @@ async fn what_appears_during_a_run_is_not_part_of_it() -> Result<()> {
     world.quiet(SOON).await?;
     world.finish(service).await
 }
+
+/// Listings move from one zip code to another. A run has those that matched when it was opened, wherever they are now.
+#[tokio::test]
+async fn a_listing_that_moves_stays_in_the_set_that_it_was_in() -> Result<()> {
+    let mut world = World::new(Behaviour { latency_ms: 100, ..Behaviour::default() }).await?;
+    world.set("partner.in_flight", 5).set("refresh.page_size", 10);
+    world.listings(400).await?;
+    let matching = "SELECT listing_id FROM listings WHERE zip_code IN (98003, 98007) ORDER BY 1 LIMIT 60";
+    let before: Vec<i64> = sqlx::query_scalar(matching).fetch_all(&world.database).await?;
+    let service = world.serve().await?;
+    let id = world.refresh(&["--zip-code", "98003", "--zip-code", "98007", "--limit", "60"])?;
+    world.run_until(&id, SOON, |run| run.valued > 0).await?;
+    // Some leave, and others come in their place; none of them was read yet.
+    world.sql("UPDATE listings SET zip_code = 98001 WHERE zip_code = 98003 AND listing_id > 200").await?;
+    world.sql("UPDATE listings SET zip_code = 98007 WHERE zip_code = 98004 AND listing_id > 200").await?;
+    let open = world.run(&id).await?;
+    ensure!(open.as_ref().is_some_and(|run| run.state == "running" && run.cursor < 200), "too late: {open:?}");
+    let run = world.published(&id, LONG).await?;
+    ensure!((run.selected, run.valued) == (60, 60), "{run:?}");
+    let valued = "SELECT listing_id FROM valuations ORDER BY 1";
+    let valued: Vec<i64> = sqlx::query_scalar(valued).fetch_all(&world.database).await?;
+    ensure!(valued == before, "{valued:?}\ninstead of\n{before:?}");
+    world.quiet(SOON).await?;
+    world.finish(service).await
+}

@@ -36,6 +36,8 @@ pub(super) enum Ended {
     AllTerminal {
         /// Rows committed by this attempt.
         rows: u64,
+        /// Listings of the run that are terminal, earlier attempts included.
+        terminal: i64,
     },
     /// It was told to stop; what was answered is committed, unless the run was lost.
     Stopped {
@@ -124,7 +126,8 @@ impl<'a> Work<'a> {
                 && committing.is_none()
                 && self.batch.listing_ids.is_empty()
             {
-                return (Ended::AllTerminal { rows: self.rows_committed }, 0);
+                let terminal = self.counted.0 + self.counted.1;
+                return (Ended::AllTerminal { rows: self.rows_committed, terminal }, 0);
             }
             // Back-pressure: while Postgres is slow, answers pile up only as far as the calls that are out.
             let may_call = !self.pages.is_empty() && self.batch.listing_ids.len() < self.events.refresh.page_size;
