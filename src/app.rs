@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::Context;
 use futures::FutureExt;
 use tokio::net::TcpListener;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -18,9 +18,9 @@ use crate::db::{self, Database, runs};
 use crate::events::recorder::{Recorder, Recording};
 use crate::events::relay::{self, Relay};
 use crate::events::{Events, LaneQueues, cancels, lane};
-use crate::health::Health;
+use crate::health::{Dependency, Health};
 use crate::kafka::Publisher;
-use crate::lifecycle::{Stop, StopSource};
+use crate::lifecycle::{Company, Stop, StopSource};
 use crate::metrics::Metrics;
 use crate::partner::Partner;
 use crate::queue::consumer::{ConsumerParts, consume};
@@ -33,6 +33,9 @@ const LAST_STEPS: Duration = Duration::from_secs(2);
 
 /// How long the last lines of a recording may take.
 const RECORDER_FLUSH: Duration = Duration::from_millis(500);
+
+/// How long the outbox may be relayed a last time. What was committed should not wait for another process, though it may.
+const LAST_RELAY: Duration = Duration::from_secs(2);
 
 /// How often Postgres, Kafka and the partner are looked at for `/readyz`.
 const LOOK: Duration = Duration::from_secs(5);
@@ -126,19 +129,20 @@ impl App {
     /// Runs until `stop` is ready, then stops in order. Returns within the grace period from then on.
     pub async fn run(mut self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
         let (source, draining) = StopSource::new();
+        let (relay_source, relay_stop) = StopSource::new();
         let (last_source, last) = StopSource::new();
         let mut pages = JoinSet::new();
         let mut watchers = JoinSet::new();
         let listeners = self.listeners.take().expect("taken once, here");
-        self.start_watchers(&mut watchers);
+        let begin = self.start_watchers(&mut watchers);
         watchers.spawn(cancels::watch(
             self.database.clone(),
             self.keeper.clone(),
             self.health.beat("cancels", cancels::SILENCE),
             draining.clone(),
         ));
-        let mut lanes = self.start_lanes(&draining);
-        let relay = tokio::spawn(self.relay(last.clone()).run());
+        let mut lanes = self.start_lanes(&draining, &begin);
+        let mut relay = tokio::spawn(self.relay(relay_stop).run());
         // After all that reports to them: `/readyz` must not say yes because nobody was asked yet.
         self.start_pages(listeners, &mut pages, &last);
         tracing::info!(version = env!("CARGO_PKG_VERSION"), "started");
@@ -159,22 +163,30 @@ impl App {
             tracing::warn!(left = self.keeper.len(), "the time to stop is over; what still runs is given back");
             source.end();
         }
-        let left = grace.saturating_sub(began.elapsed()).saturating_sub(Duration::from_millis(200));
-        let in_time = timeout(left, async {
+        let deadline = began + grace.saturating_sub(Duration::from_millis(200));
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let in_time = timeout(left(), async {
             join_all(&mut lanes).await;
             if let Some(recorder) = &self.events.recorder {
                 recorder.flush(RECORDER_FLUSH).await;
             }
             watchers.shutdown().await;
-            if !self.publisher.flush(left).await {
+            // Both at once and each with a share of what is left, so that a neighbour that is away costs no other its turn.
+            let share = left() / 2;
+            relay_source.drain(share);
+            let (flushed, relayed) =
+                tokio::join!(self.publisher.flush(share), timeout(share.min(LAST_RELAY), &mut relay));
+            if !flushed {
                 tracing::warn!(
                     "Kafka did not take every record in time; their cursor has not moved, so they are sent again"
                 );
             }
-            last_source.drain(left);
-            // A committed outbox row is relayed before the process ends, though another process would do it too.
-            let _ = relay.await;
+            if relayed.is_err() {
+                tracing::warn!("the outbox was not relayed a last time; what is left in it waits for another process");
+                relay.abort();
+            }
             self.database.close().await;
+            last_source.drain(left());
             join_all(&mut pages).await;
         });
         if in_time.await.is_err() {
@@ -192,18 +204,19 @@ impl App {
         }
     }
 
-    fn start_lanes(&self, stop: &Stop) -> JoinSet<()> {
+    fn start_lanes(&self, stop: &Stop, begin: &watch::Receiver<bool>) -> JoinSet<()> {
         let lanes = &self.config.lanes;
         let queue = &self.config.queue;
         // A poll, its own bound, and the backoff after it; a loop that waits for permits reports more often.
         let silence = queue.wait_time + queue.request_timeout * 2 + Duration::from_secs(10);
+        let company = Company::new();
         let mut set = JoinSet::new();
         for (name, settings) in [
             (lane::EVENTS, &lanes.events),
             (lane::VALUATIONS, &lanes.valuations),
             (lane::POST_PROCESSING, &lanes.post_processing),
         ] {
-            set.spawn(consume(ConsumerParts {
+            let parts = ConsumerParts {
                 lane: name,
                 settings: settings.clone(),
                 queue: queue.clone(),
@@ -211,10 +224,12 @@ impl App {
                 keeper: self.keeper.clone(),
                 handler: self.events.clone(),
                 metrics: self.metrics.clone(),
+                begin: begin.clone(),
                 stop: stop.clone(),
                 beat: self.health.beat(format!("poll {name}"), silence),
                 dependency: self.health.dependency(format!("queue {}", settings.queue)),
-            }));
+            };
+            set.spawn(consume(parts, company.clone()));
         }
         set
     }
@@ -232,17 +247,10 @@ impl App {
         }
     }
 
-    fn start_watchers(&self, watchers: &mut JoinSet<()>) {
-        let (database, dependency) = (self.database.clone(), self.health.dependency("database"));
-        watchers.spawn(async move {
-            loop {
-                match database.ping().await {
-                    Ok(()) => dependency.up(),
-                    Err(error) => dependency.down(error.to_string()),
-                }
-                sleep(LOOK).await;
-            }
-        });
+    /// Starts to look at the neighbours; what is returned tells when the database was first found fit to work with.
+    fn start_watchers(&self, watchers: &mut JoinSet<()>) -> watch::Receiver<bool> {
+        let (begin, begun) = watch::channel(false);
+        watchers.spawn(watch_database(self.database.clone(), self.health.dependency("database"), begin));
         let (publisher, dependency) = (self.publisher.clone(), self.health.dependency("kafka"));
         watchers.spawn(async move {
             loop {
@@ -263,6 +271,7 @@ impl App {
                 sleep(LOOK).await;
             }
         });
+        begun
     }
 
     fn start_pages(&self, listeners: Listeners, pages: &mut JoinSet<()>, stop: &Stop) {
@@ -289,6 +298,32 @@ impl Listeners {
             tracing::info!(address = %listener.local_addr()?, "profiles at /debug/pprof/");
         }
         Ok(Listeners { admin, profiling })
+    }
+}
+
+/// Looks at Postgres, and at the schema until it was found whole, and again after each outage: with a migration missing,
+/// events would only be received and fail.
+async fn watch_database(database: Database, dependency: Dependency, begin: watch::Sender<bool>) {
+    let mut schema_is_good = false;
+    loop {
+        let missing = match database.ping().await {
+            Ok(()) if schema_is_good => Ok(None),
+            Ok(()) => database.missing_migration().await,
+            Err(error) => Err(error),
+        };
+        schema_is_good = matches!(missing, Ok(None));
+        match missing {
+            Ok(None) => {
+                dependency.up();
+                begin.send_replace(true);
+            }
+            Ok(Some(migration)) => {
+                tracing::warn!(migration, "the database's schema lacks a migration; run write-api migrate");
+                dependency.down(format!("the schema lacks migration {migration}; run `write-api migrate`"));
+            }
+            Err(error) => dependency.down(error.to_string()),
+        }
+        sleep(LOOK).await;
     }
 }
 

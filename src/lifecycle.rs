@@ -3,6 +3,7 @@
 //! A stop has two stages. *Draining*: nothing new is begun, what is under way may finish until a deadline. *Ended*: what
 //! still runs is dropped, and its messages are given back.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -72,6 +73,33 @@ impl Stop {
     }
 }
 
+/// Shared by parts that leave together: each has a clone of it while it works, and is told when nobody works any more.
+#[derive(Clone)]
+pub struct Company {
+    working: watch::Receiver<()>,
+    all: Arc<watch::Sender<()>>,
+}
+
+impl Company {
+    /// A company of one.
+    pub fn new() -> Self {
+        let (all, working) = watch::channel(());
+        Company { working, all: Arc::new(all) }
+    }
+
+    /// This part's work is done; waits for the others. One that is dropped counts as done.
+    pub async fn done(self) {
+        drop(self.working);
+        self.all.closed().await;
+    }
+}
+
+impl Default for Company {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -87,5 +115,16 @@ mod tests {
         stop.draining().await;
         source.end();
         stop.ended().await;
+    }
+
+    #[tokio::test]
+    async fn a_company_is_done_when_its_last_part_is() {
+        let first = Company::new();
+        let (second, third) = (first.clone(), first.clone());
+        let mut waiting = tokio::spawn(first.done());
+        drop(second);
+        tokio::time::timeout(Duration::from_millis(50), &mut waiting).await.expect_err("one part works");
+        third.done().await;
+        waiting.await.expect("no panic");
     }
 }

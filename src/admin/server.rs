@@ -2,11 +2,11 @@
 //!
 //! It is made for few and short conversations and defends itself against others: one request a connection, a bound on
 //! the time until its headers are here, a bound on the whole, and a bound on the connections at a time. Who is too slow
-//! is cut off; who is too many waits.
+//! is cut off; where there are too many, the oldest is, because a probe that has to wait counts as a failed one.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -16,8 +16,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tower_service::Service;
 
 use crate::config;
@@ -26,7 +25,7 @@ use crate::config;
 const CONNECTIONS: usize = 32;
 
 /// From the connection to the end of the request's headers.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+const HEADER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The most of a request's line and headers, in bytes.
 const HEADER_BYTES: usize = 16 * 1024;
@@ -51,26 +50,27 @@ pub async fn bind(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener>
 /// `longest`, the time in which the slowest page must have been answered and read. Each request carries its peer as
 /// [`ConnectInfo<SocketAddr>`].
 pub async fn serve(listener: TcpListener, router: Router, longest: Duration, stop: impl Future<Output = ()>) {
-    let free = Arc::new(Semaphore::new(CONNECTIONS));
     let mut connections = JoinSet::new();
+    let mut open: VecDeque<AbortHandle> = VecDeque::new();
     tokio::pin!(stop);
     loop {
-        let accepted = async {
-            let permit = Arc::clone(&free).acquire_owned().await.expect("the semaphore is never closed");
-            (permit, listener.accept().await)
-        };
-        let (permit, accepted) = tokio::select! {
+        let accepted = tokio::select! {
             () = &mut stop => break,
-            accepted = accepted => accepted,
+            accepted = listener.accept() => accepted,
         };
         match accepted {
             Ok((stream, peer)) => {
                 let router = router.clone();
-                connections.spawn(async move {
+                open.retain(|connection| !connection.is_finished());
+                if open.len() >= CONNECTIONS
+                    && let Some(oldest) = open.pop_front()
+                {
+                    oldest.abort();
+                }
+                open.push_back(connections.spawn(async move {
                     // An error here is a client that went away, was too slow or spoke no HTTP: its own affair.
                     let _ = tokio::time::timeout(longest, answer(stream, peer, router)).await;
-                    drop(permit);
-                });
+                }));
             }
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");
@@ -169,17 +169,24 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn connections_are_bounded_and_the_next_one_waits() {
+    async fn a_full_house_lets_a_probe_in_and_the_oldest_out() {
         let (address, _stop, _) = started(hello(), LONGEST).await;
-        let mut silent = Vec::new();
+        let mut half_sent = Vec::new();
         for _ in 0..CONNECTIONS {
-            silent.push(TcpStream::connect(address).await.unwrap());
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(b"GET / HT").await.unwrap();
+            half_sent.push(stream);
         }
-        let mut waiting = tokio::spawn(async move { say(address, GET).await });
-        tokio::time::timeout(Duration::from_millis(300), &mut waiting).await.expect_err("there is no room");
-        silent.pop();
-        let answer = tokio::time::timeout(Duration::from_secs(3), waiting).await.expect("there is room").unwrap();
+        let begin = Instant::now();
+        let answer = tokio::time::timeout(HEADER_TIMEOUT, say(address, GET)).await.expect("in a probe's time");
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        let mut rest = [0];
+        let oldest = half_sent[0].read(&mut rest).await;
+        assert!(
+            !matches!(oldest, Ok(1..)) && begin.elapsed() < HEADER_TIMEOUT,
+            "{oldest:?} after {:?}",
+            begin.elapsed()
+        );
     }
 
     #[tokio::test]

@@ -140,7 +140,9 @@ pub fn run() -> ExitCode {
         eprintln!("write-api: {error}");
         return ExitCode::from(USAGE);
     }
-    let file = cli.config.or_else(|| std::env::var_os("WRITE_API_CONFIG").map(PathBuf::from));
+    // Empty is as good as unset: a manifest that may name a file need not name one.
+    let by_variable = || std::env::var_os("WRITE_API_CONFIG").filter(|path| !path.is_empty()).map(PathBuf::from);
+    let file = cli.config.or_else(by_variable);
     // These two need no good configuration.
     match &cli.verb {
         Verb::Completions(options) => return ended(print(completions::run(options, Cli::command()))),

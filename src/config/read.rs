@@ -12,6 +12,10 @@ use super::{
 const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_secs(3600);
 
+/// Two minutes before SQS's 12 h: until they are over, the message must still be hidden from others while calls that are
+/// out come back and it is handed over.
+const MOST_RECEIVE_CAP: Duration = Duration::from_secs(12 * 3600 - 120);
+
 impl Config {
     /// Loads defaults, `file` and `environment`; every error at once. What has no default must be there only in the
     /// sections that the caller `needs`; elsewhere a placeholder stands in.
@@ -61,7 +65,7 @@ impl Config {
                     base: layers.duration("queue.retry_base", ms(1)..=HOUR),
                     cap: layers.duration("queue.retry_cap", ms(1)..=HOUR),
                 },
-                receive_cap: layers.duration("queue.receive_cap", SECOND * 2..=HOUR * 12),
+                receive_cap: layers.duration("queue.receive_cap", SECOND * 2..=MOST_RECEIVE_CAP),
             },
             database: Database {
                 url: database_url(layers),
@@ -515,6 +519,14 @@ mod tests {
         ] {
             assert_eq!(kafka(settings).expect_err("wrong"), [key], "{settings:?}");
         }
+    }
+
+    #[test]
+    fn a_receive_cap_leaves_time_for_the_handover() {
+        let with = |cap: &str| vec![("WRITE_API_QUEUE_RECEIVE_CAP".to_owned(), cap.to_owned())].into_iter();
+        assert!(Config::load(None, with("11h58m"), &[]).is_ok());
+        let errors = Config::load(None, with("12h"), &[]).expect_err("no time is left");
+        assert!(errors[0].key == "queue.receive_cap" && errors[0].fix.contains("11h58m"), "{errors:?}");
     }
 
     #[test]

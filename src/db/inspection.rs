@@ -8,7 +8,7 @@ use sqlx::postgres::PgConnection;
 use sqlx::{ConnectOptions, Connection};
 use tokio::time::timeout;
 
-use super::{CLIENT_MARGIN, MIGRATIONS, connect_options};
+use super::{CLIENT_MARGIN, Database, DbError, MIGRATIONS, connect_options};
 use crate::config;
 
 /// The oldest server that the service was run with, as `server_version_num` writes it.
@@ -74,6 +74,28 @@ const CHECK_ADDRESS: &str =
 const CHECK_CREDENTIALS: &str = "correct the user or the password in database.url, or let the server accept them";
 const CHECK_NAME: &str = "create the database, or correct its name in database.url";
 const ASK_AGAIN: &str = "ask again; if it stays so, see the server's log";
+
+impl Database {
+    /// The first of the migrations compiled in that the schema lacks; `None` if it has them all, and where the user may
+    /// not read which were applied. Not retried, for health checks.
+    pub async fn missing_migration(&self) -> Result<Option<String>, DbError> {
+        let applied = async {
+            let mut connection = self.connection().await?;
+            connection.list_applied_migrations(&MIGRATIONS.table_name).await.map_err(unwrapped)
+        };
+        let applied = match self.bounded(applied).await {
+            Ok(applied) => applied,
+            Err(source) => match source.as_database_error().and_then(|error| error.code()).as_deref() {
+                // SQLSTATE, undefined_table: nothing was ever applied.
+                Some("42P01") => Vec::new(),
+                // SQLSTATE, insufficient_privilege: `serve` needs no rights on that table.
+                Some("42501") => return Ok(None),
+                _ => return Err(DbError::Unavailable { what: "a look at the migrations", source }),
+            },
+        };
+        Ok(compare(&MIGRATIONS.migrations, &applied, None).missing.into_iter().next())
+    }
+}
 
 /// Connects on its own, since a pool hides the reason of a failure behind a timeout, and looks. Connecting is bounded by
 /// `database.acquire_timeout`, each statement as always.

@@ -15,9 +15,9 @@ pub mod valuations;
 
 use std::time::Duration;
 
-use sqlx::Postgres;
 use sqlx::pool::PoolConnection;
-use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
+use sqlx::{Connection, Postgres};
 use tokio::time::{Instant, timeout};
 
 use crate::config::{self, Backoff};
@@ -27,6 +27,9 @@ static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
 
 /// How much longer than the server the client waits for a statement: the server's own error says more.
 const CLIENT_MARGIN: Duration = Duration::from_secs(2);
+
+/// How long closing the pool may take.
+const CLOSE: Duration = Duration::from_secs(1);
 
 /// Waits between the tries of one statement.
 const RETRY: Backoff = Backoff { base: Duration::from_millis(50), cap: Duration::from_secs(2) };
@@ -85,16 +88,29 @@ impl Database {
     pub async fn ping(&self) -> Result<(), DbError> {
         let what = "a ping";
         let result = timeout(self.bound.min(Duration::from_secs(5)), sqlx::query("SELECT 1").execute(&self.pool)).await;
-        match result {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(source)) => Err(DbError::Unavailable { what, source }),
-            Err(_) => Err(DbError::Unavailable { what, source: sqlx::Error::PoolTimedOut }),
+        match result.unwrap_or(Err(sqlx::Error::PoolTimedOut)) {
+            Ok(_) => Ok(()),
+            Err(sqlx::Error::PoolTimedOut) => Err(DbError::Unavailable { what, source: self.why_timed_out().await }),
+            Err(source) => Err(DbError::Unavailable { what, source }),
         }
     }
 
-    /// Closes all connections, waiting for those in use.
+    /// The pool keeps why it cannot connect to itself and times out, as it does when all its connections are in use. A
+    /// connection of one's own tells the two apart.
+    async fn why_timed_out(&self) -> sqlx::Error {
+        match timeout(CLIENT_MARGIN, PgConnection::connect_with(&self.pool.connect_options())).await {
+            Ok(Err(error)) => error,
+            // Dropped, and closed by that: Postgres is there, and the pool was full or the answer slow.
+            Ok(Ok(_)) | Err(_) => sqlx::Error::PoolTimedOut,
+        }
+    }
+
+    /// Closes all connections, waiting a moment for those in use. One whose peer does not answer would be waited for
+    /// until the kernel gives it up.
     pub async fn close(&self) {
-        self.pool.close().await;
+        if timeout(CLOSE, self.pool.close()).await.is_err() {
+            tracing::debug!("connections to Postgres did not close in time; they end with the process");
+        }
     }
 
     /// A connection of the pool, within `database.acquire_timeout`.
@@ -222,5 +238,24 @@ fn spoils_connection(error: Option<&sqlx::Error>) -> bool {
         }
         Some(sqlx::Error::Io(_) | sqlx::Error::Protocol(_)) => true,
         _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    #[tokio::test]
+    async fn a_ping_tells_that_nobody_listens() {
+        // Bound and never listening: connections to it are refused, and nobody else gets the port.
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind(([127, 0, 0, 1], 0).into()).unwrap();
+        let url = format!("postgres://app@{}/app", socket.local_addr().unwrap());
+        let settings = [("URL", url), ("ACQUIRE_TIMEOUT", "200ms".to_owned())];
+        let settings = settings.map(|(key, value)| (format!("WRITE_API_DATABASE_{key}"), value));
+        let config = Config::load(None, settings.into_iter(), &[]).unwrap();
+        let error = Database::new(&config.database).unwrap().ping().await.unwrap_err().to_string();
+        assert!(error.contains("refused"), "{error}");
     }
 }

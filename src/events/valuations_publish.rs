@@ -1,6 +1,8 @@
 //! `valuations.publish`: post-processing of a complete run. A page of valuations, all its records in parallel, the
 //! cursor; and the next page is read meanwhile.
 
+use std::time::Duration;
+
 use futures::TryFutureExt;
 use serde::Deserialize;
 
@@ -12,6 +14,9 @@ use crate::db::{DbError, valuations};
 use crate::kafka::{Record, Records, Valuation};
 use crate::queue::lease::{Role, StopReason};
 use crate::queue::{Delivery, Outcome, Refusal};
+
+/// Kept of the time to stop for giving the run and the message back.
+const HANDOVER: Duration = Duration::from_secs(1);
 
 /// What a publish event asks for.
 #[derive(Debug, Deserialize)]
@@ -96,6 +101,8 @@ async fn publish(
                 Err(error) => return Ended::Failed(error),
             },
             () = delivery.lease.lost() => return Ended::Stopped(StopReason::Lost),
+            // Where Kafka is away, that can last for longer than a stop may.
+            () = delivery.lease.nearly_over(HANDOVER) => return Ended::Stopped(StopReason::Shutdown),
         };
         let published = page.len();
         match events.database.advance_publication(&event.id, publication.token, last, published as i64).await {
@@ -144,7 +151,9 @@ async fn end(
             }
         }
         Ended::Stopped(StopReason::Lost) => return Outcome::Lost,
-        Ended::Stopped(StopReason::Shutdown) => (Outcome::Release("stopped between two pages".into()), None),
+        Ended::Stopped(StopReason::Shutdown) => {
+            (Outcome::Release("stopped before every page was published".into()), None)
+        }
         // Only refreshes are cancelled: a complete run has no way back.
         Ended::Stopped(StopReason::ReceiveCap | StopReason::Cancelled) => {
             (Outcome::Release("handed over before SQS's 12 h are over".into()), None)

@@ -7,7 +7,7 @@
 use std::any::Any;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -21,7 +21,7 @@ use super::sqs::{self, BATCH, Queue, Sqs};
 use super::{Delivery, Handler, Message, Outcome};
 use crate::config::{self, Backoff};
 use crate::health::{Beat, Dependency};
-use crate::lifecycle::Stop;
+use crate::lifecycle::{Company, Stop};
 use crate::metrics::Metrics;
 
 /// How often a loop that waits for permits says that it is alive.
@@ -30,8 +30,9 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
 /// Long poll of the additional loops: short, so that they end soon after the load does.
 const EXTRA_WAIT: Duration = Duration::from_secs(1);
 
-/// How long parked polls may bring back what was given back while draining.
-const RELEASE_ECHO: Duration = Duration::from_secs(1);
+/// How long parked polls may still bring something when all work is done: what was given back while draining, or what was
+/// sent as the stop began.
+const ECHO: Duration = Duration::from_secs(1);
 
 /// Waits after a poll that failed.
 const POLL_RETRY: Backoff = Backoff { base: Duration::from_millis(200), cap: Duration::from_secs(5) };
@@ -52,6 +53,8 @@ pub struct ConsumerParts {
     pub handler: Arc<dyn Handler>,
     /// Counts.
     pub metrics: Arc<Metrics>,
+    /// Whether messages can be worked on: until then none is received, since a receive that comes to nothing counts.
+    pub begin: watch::Receiver<bool>,
     /// Ends the loops.
     pub stop: Stop,
     /// Touched at each poll.
@@ -70,16 +73,18 @@ struct Consumer {
     wanted: watch::Sender<usize>,
     /// Messages that this process has of the lane.
     at_work: AtomicUsize,
-    /// Whether a message was made visible while draining.
-    released: AtomicBool,
     /// Cuts the polls that are still parked when everything else is done.
     cut: watch::Sender<bool>,
 }
 
 /// Consumes a lane until it is stopped; returns when every message is ended and deletes are flushed.
-pub async fn consume(parts: ConsumerParts) {
+/// `company` is that of all lanes.
+pub async fn consume(parts: ConsumerParts, company: Company) {
     let Some((source, dead)) = find_queues(&parts).await else { return };
     parts.dependency.up();
+    if !may_begin(&parts).await {
+        return;
+    }
     let limit = parts.settings.in_flight;
     let polls = parts.queue.max_polls;
     let stop = parts.stop.clone();
@@ -91,7 +96,6 @@ pub async fn consume(parts: ConsumerParts) {
         permits: Arc::new(Semaphore::new(limit)),
         wanted: watch::Sender::new(1),
         at_work: AtomicUsize::new(0),
-        released: AtomicBool::new(false),
         cut: watch::Sender::new(false),
     });
     let mut loops = JoinSet::new();
@@ -101,17 +105,20 @@ pub async fn consume(parts: ConsumerParts) {
     stop.draining().await;
     // All permits back: every task has ended its message. Tasks hear of the end of draining themselves.
     let _ = consumer.permits.acquire_many(limit as u32).await;
+    tokio::select! {
+        () = company.done() => {}
+        () = stop.ended() => {}
+    }
     stop_loops(loops, consumer).await;
 }
 
-/// A message that was just given back goes to whoever polls, and that may be our own parked poll, which gives it back
-/// again and ends. So where something was given back, parked polls get a moment to do that: to cut one whose answer is
-/// on its way would hide the message for a whole visibility timeout.
+/// A message goes to whoever polls, and that may be our own parked poll: one that was just given back, or one that was
+/// just sent. To cut a poll whose answer is on its way would hide the message for a whole visibility timeout. So parked
+/// polls, which give back what they bring and end, stay for as long as the process has work on any lane, and a moment
+/// longer.
 async fn stop_loops(mut loops: JoinSet<()>, consumer: Arc<Consumer>) {
     let all_ended = async |loops: &mut JoinSet<()>| while loops.join_next().await.is_some() {};
-    if consumer.released.load(Ordering::Relaxed) {
-        let _ = timeout(RELEASE_ECHO, all_ended(&mut loops)).await;
-    }
+    let _ = timeout(ECHO, all_ended(&mut loops)).await;
     consumer.cut.send_replace(true);
     all_ended(&mut loops).await;
     match Arc::try_unwrap(consumer) {
@@ -145,6 +152,21 @@ async fn find_queues(parts: &ConsumerParts) -> Option<(Queue, Queue)> {
         tokio::select! {
             () = parts.stop.draining() => return None,
             () = tokio::time::sleep(POLL_RETRY.ceiling(attempt)) => attempt += 1,
+        }
+    }
+}
+
+/// Waits until messages may be received; `false`: the lane is to stop.
+async fn may_begin(parts: &ConsumerParts) -> bool {
+    let mut begin = parts.begin.clone();
+    loop {
+        tokio::select! {
+            biased;
+            () = parts.stop.draining() => return false,
+            begun = timeout(SIGN_OF_LIFE, begin.wait_for(|begin| *begin)) => match begun {
+                Ok(begun) => return begun.is_ok(),
+                Err(_) => parts.beat.touch(),
+            }
         }
     }
 }
@@ -380,10 +402,8 @@ impl Consumer {
             Outcome::Defer(after, _) => after,
             Outcome::Release(_) => Duration::ZERO,
         };
-        if self.parts.stop.is_draining() {
-            self.released.store(true, Ordering::Relaxed);
-        }
-        let entry = [(delivery.message.receipt.clone(), visible_in)];
+        let entry = [(delivery.message.receipt, visible_in)];
+        delivery.lease.let_go().await;
         match self.parts.sqs.change_visibility(&self.source, &entry).await.map(|mut results| results.pop()) {
             Ok(Some(sqs::Extension::Extended) | None) => {}
             Ok(Some(sqs::Extension::Refused(reason) | sqs::Extension::Failed(reason))) => {

@@ -10,7 +10,7 @@
 //! work is told to stop by [`Lease::stopped`]. Fencing in the database covers the moment in between.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -18,8 +18,8 @@ use futures::future::{join, select};
 use futures::stream::{self, StreamExt};
 use sqlx::ConnectOptions;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
-use tokio::sync::{Notify, watch};
-use tokio::time::{Instant, Interval, MissedTickBehavior, timeout};
+use tokio::sync::{Mutex, Notify, OwnedMutexGuard, watch};
+use tokio::time::{Instant, Interval, MissedTickBehavior, sleep_until, timeout};
 use uuid::Uuid;
 
 use super::sqs::{BATCH, Extension, Queue, Sqs};
@@ -30,6 +30,10 @@ use crate::metrics::Metrics;
 
 /// Extension calls in flight.
 const CALLS: usize = 16;
+
+/// How long the end of a message waits for a call that extends it. One takes milliseconds; one that hangs may not hold up
+/// a stop.
+const CALL_WAIT: Duration = Duration::from_millis(500);
 
 /// Renews run leases: given tokens by run, the ones that still hold theirs. A value, because SQL lives elsewhere.
 pub type Renew = for<'a> fn(
@@ -83,10 +87,12 @@ struct Held {
     hidden_until: Instant,
     run: Option<RunHold>,
     stop: watch::Sender<Option<StopReason>>,
+    /// Locked while a call that extends the message is out.
+    call: Arc<Mutex<()>>,
 }
 
 struct Shared {
-    held: Mutex<HashMap<u64, Held>>,
+    held: std::sync::Mutex<HashMap<u64, Held>>,
     ended: Notify,
     visibility: Duration,
     receive_cap: Duration,
@@ -96,6 +102,24 @@ impl Shared {
     fn held(&self) -> MutexGuard<'_, HashMap<u64, Held>> {
         // A panic while the map is locked leaves it whole: each change is one insert, remove or field.
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Tells the work to stop, unless it was told already: its first reason stands, and only a loss goes before it.
+fn stop_first(stop: &watch::Sender<Option<StopReason>>, reason: StopReason) {
+    stop.send_if_modified(|current| {
+        let first = current.is_none();
+        current.get_or_insert(reason);
+        first
+    });
+}
+
+impl Shared {
+    /// Those of a batch that are still held, and what says that a call for them is out.
+    fn begin_calls(&self, batch: Vec<Due>) -> (Vec<Due>, Vec<OwnedMutexGuard<()>>) {
+        let held = self.held();
+        let begin = |due: Due| Some((held.get(&due.id)?.call.clone().try_lock_owned().ok()?, due));
+        batch.into_iter().filter_map(begin).map(|(call, due)| (due, call)).unzip()
     }
 }
 
@@ -133,7 +157,7 @@ impl Keeper {
     /// Starts the thread.
     pub fn start(settings: KeeperSettings) -> anyhow::Result<Self> {
         let shared = Arc::new(Shared {
-            held: Mutex::default(),
+            held: Default::default(),
             ended: Notify::new(),
             visibility: settings.queue.visibility_timeout,
             receive_cap: settings.queue.receive_cap,
@@ -155,8 +179,15 @@ impl Keeper {
         let id = self.next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let (stop, stopped) = watch::channel(None);
         let hidden_until = received_at + self.shared.visibility;
-        let held =
-            Held { queue: queue.clone(), receipt: receipt.to_owned(), received_at, hidden_until, run: None, stop };
+        let held = Held {
+            queue: queue.clone(),
+            receipt: receipt.to_owned(),
+            received_at,
+            hidden_until,
+            run: None,
+            stop,
+            call: Arc::default(),
+        };
         self.shared.held().insert(id, held);
         Lease { id, shared: self.shared.clone(), stopped, shutdown }
     }
@@ -182,11 +213,7 @@ impl Keeper {
     pub fn cancel_runs(&self, tokens: &[Uuid]) {
         for held in self.shared.held().values() {
             if held.run.as_ref().is_some_and(|run| tokens.contains(&run.token)) {
-                held.stop.send_if_modified(|reason| {
-                    let first = reason.is_none();
-                    reason.get_or_insert(StopReason::Cancelled);
-                    first
-                });
+                stop_first(&held.stop, StopReason::Cancelled);
             }
         }
     }
@@ -262,6 +289,24 @@ impl Lease {
     pub async fn lost(&self) {
         // A keeper that is gone protects nothing, so that counts as lost too.
         let _ = self.stopped.clone().wait_for(|reason| *reason == Some(StopReason::Lost)).await;
+    }
+
+    /// Lets the message go before it is given back. A call that extends it may be out: arriving second, it would hide for a
+    /// whole visibility timeout what others should have, so its end is waited for.
+    pub async fn let_go(self) {
+        let call = self.shared.held().get(&self.id).map(|held| held.call.clone());
+        drop(self);
+        if let Some(call) = call {
+            let _ = timeout(CALL_WAIT, call.lock()).await;
+        }
+    }
+
+    /// Waits until a stop leaves work under way no more than `margin`.
+    pub async fn nearly_over(&self, margin: Duration) {
+        self.shutdown.draining().await;
+        if let Some(deadline) = self.shutdown.deadline() {
+            sleep_until(deadline.checked_sub(margin).unwrap_or(deadline)).await;
+        }
     }
 
     /// Until when work under way may finish after [`StopReason::Shutdown`].
@@ -389,10 +434,14 @@ impl Keeping<'_> {
                 continue;
             }
             if age >= self.shared.receive_cap {
-                held.stop.send_if_modified(|reason| reason.replace(StopReason::ReceiveCap).is_none());
+                stop_first(&held.stop, StopReason::ReceiveCap);
             }
             // Beyond 12 h SQS refuses, so the last extension is for what is left of them.
             let left = MOST_PER_RECEIVE.saturating_sub(age);
+            if left.is_zero() {
+                // To hide it for no time at all would give it to others: it stays hidden for what it was granted.
+                continue;
+            }
             by_queue.entry(held.queue.name.clone()).or_default().push(Due {
                 id: *id,
                 queue: held.queue.clone(),
@@ -470,6 +519,10 @@ impl Keeping<'_> {
     }
 
     async fn extend_batch(&self, batch: Vec<Due>) {
+        let (batch, _calls) = self.shared.begin_calls(batch);
+        if batch.is_empty() {
+            return;
+        }
         let asked_at = Instant::now();
         let entries: Vec<(String, Duration)> =
             batch.iter().map(|entry| (entry.receipt.clone(), entry.hide_for)).collect();
@@ -507,3 +560,76 @@ impl Keeping<'_> {
 
 /// SQS hides a message at most this long from its receive, however often it is extended (SQS developer guide).
 const MOST_PER_RECEIVE: Duration = Duration::from_secs(12 * 3600);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::lifecycle::StopSource;
+
+    const VISIBILITY: Duration = Duration::from_secs(60);
+    const CAP: Duration = Duration::from_secs(3600);
+
+    /// A keeper without its thread.
+    fn keeper() -> Keeper {
+        let shared =
+            Shared { held: Default::default(), ended: Notify::new(), visibility: VISIBILITY, receive_cap: CAP };
+        Keeper { shared: Arc::new(shared), next: Default::default(), thread: None }
+    }
+
+    /// What the keeper's thread does its passes with; nothing is called.
+    async fn keeping(keeper: &Keeper) -> Keeping<'_> {
+        let config = Config::load(None, std::iter::empty(), &[]).expect("the defaults");
+        let metrics = Arc::new(Metrics::new());
+        Keeping { shared: &keeper.shared, sqs: Sqs::new(&config.aws, &config.queue, metrics.clone()).await, metrics }
+    }
+
+    fn hold(keeper: &Keeper, received_at: Instant) -> Lease {
+        let queue = Queue { name: "q".into(), url: "http://localhost/q".into() };
+        keeper.hold(&queue, "receipt", received_at, StopSource::new().1)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_is_let_go_only_when_no_call_for_it_is_out() {
+        let keeper = keeper();
+        let keeping = keeping(&keeper).await;
+        let (lease, other) = (hold(&keeper, Instant::now()), hold(&keeper, Instant::now()));
+        tokio::time::advance(VISIBILITY / 2).await;
+        let (batch, calls) = keeper.shared.begin_calls(keeping.due(|_| true));
+        assert_eq!(batch.len(), 2);
+        let mut letting_go = tokio::spawn(lease.let_go());
+        timeout(CALL_WAIT / 2, &mut letting_go).await.expect_err("a call is out");
+        drop(calls);
+        timeout(CALL_WAIT / 4, letting_go).await.expect("no call is out").expect("no panic");
+
+        // What was let go between being found due and the call is not extended any more.
+        let due = keeping.due(|_| true);
+        assert_eq!(due.len(), 1);
+        timeout(CALL_WAIT / 4, other.let_go()).await.expect("no call is out");
+        assert!(keeper.shared.begin_calls(due).0.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_that_hangs_holds_up_nobody_for_long() {
+        let keeper = keeper();
+        let lease = hold(&keeper, Instant::now());
+        let due = keeping(&keeper).await.due(|_| true);
+        let (_, _calls) = keeper.shared.begin_calls(due);
+        timeout(CALL_WAIT * 2, lease.let_go()).await.expect("bounded");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_cancel_is_not_forgotten_at_the_receive_cap() {
+        let keeper = keeper();
+        let begin = Instant::now();
+        tokio::time::advance(CAP).await;
+        let lease = hold(&keeper, begin);
+        lease.hold_run(Role::Owner, "run", Uuid::nil());
+        for held in keeper.shared.held().values_mut() {
+            held.hidden_until = Instant::now() + VISIBILITY;
+        }
+        keeper.cancel_runs(&[Uuid::nil()]);
+        keeping(&keeper).await.due(|_| true);
+        assert_eq!(*lease.stopped.borrow(), Some(StopReason::Cancelled));
+    }
+}

@@ -94,7 +94,7 @@ fn every_wrong_setting_is_named_with_its_source_and_the_fix() -> Result<()> {
         (&[("queue.wait_time", "30s")], "queue.wait_time", &["\"30s\"", "WRITE_API_QUEUE_WAIT_TIME", "1s to 20s"]),
         (&[("queue.wait_time", "20")], "queue.wait_time", &["not a duration", "\"250ms\""]),
         (&[("queue.visibility_timeout", "2500ms")], "queue.visibility_timeout", &["whole seconds"]),
-        (&[("queue.receive_cap", "soon")], "queue.receive_cap", &["\"soon\"", "2s to 12h"]),
+        (&[("queue.receive_cap", "soon")], "queue.receive_cap", &["\"soon\"", "2s to 11h58m"]),
         (&[("queue.receive_cap", "30s")], "queue.receive_cap", &["not longer", "make it longer"]),
         (&[("partner.in_flight", "many")], "partner.in_flight", &["\"many\"", "from 1 to 100000"]),
         (&[("partner.request_timeout", "9m")], "partner.total_timeout", &["shorter than one try"]),

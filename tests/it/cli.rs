@@ -126,6 +126,7 @@ fn every_error_of_the_configuration_is_told_at_once() -> Result<()> {
     let by_variable = program(&["migrate"], &[("WRITE_API_CONFIG", missing.to_str().context("UTF-8")?)])?;
     ended(&by_variable, CONFIGURATION)?;
     ensure!(text(&by_variable.stderr).contains("nowhere.toml: cannot be read"), "{by_variable:?}");
+    ended(&program(&["config"], &[("WRITE_API_CONFIG", "")])?, 0)?;
     Ok(())
 }
 

@@ -163,6 +163,34 @@ async fn it_starts_before_its_neighbours_and_says_what_it_waits_for() -> Result<
     world.finish(service).await
 }
 
+/// A new program on yesterday's schema: it says so and receives nothing that it could only fail at.
+#[tokio::test]
+async fn it_receives_nothing_before_the_schema_has_every_migration() -> Result<()> {
+    let world = World::new(Behaviour::default()).await?;
+    let unapply = "UPDATE _sqlx_migrations SET version = version + 9000 WHERE version = 4";
+    sqlx::query(unapply).execute(&world.database).await?;
+    let body = event("u-1", UPSERT, "2026-01-31T02:00:00Z", listing(1, 101));
+    world.put(Lane::Events, &body.to_string()).await?;
+    let service = world.start()?;
+    let reason = "the schema lacks migration 0004_runs_operated; run `write-api migrate`";
+    until("the reason", SOON, async || match service.page("/readyz").await {
+        Ok((503, page)) => Ok(page.contains(reason).then_some(())),
+        _ => Ok(None),
+    })
+    .await?;
+    until("the queues", SOON, async || Ok((missing(&service).await? == ["database"]).then_some(()))).await?;
+    // Nothing hidden, nothing deleted: nobody has received it.
+    ensure!(world.depth(Lane::Events).await? == (1, 0), "{:?}", world.depth(Lane::Events).await?);
+    let apply = "UPDATE _sqlx_migrations SET version = version - 9000 WHERE version > 9000";
+    sqlx::query(apply).execute(&world.database).await?;
+    service.ready().await?;
+    world.quiet(LONG).await?;
+    let done =
+        service.log()?.lines().filter(|line| line.contains("\"event done\"")).map(str::to_owned).collect::<Vec<_>>();
+    ensure!(done.len() == 1 && done[0].contains(r#""attempt":1,"#), "not at the first receive: {done:?}");
+    world.finish(service).await
+}
+
 #[tokio::test]
 async fn an_upsert_waits_for_postgres() -> Result<()> {
     let mut world = World::new(Behaviour::default()).await?;

@@ -3,9 +3,13 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use local_stack::Behaviour;
+use local_stack::kafka::Order;
+use local_stack::wire::{Flow, Wire};
+use local_stack::{Behaviour, Kafka};
 
+use crate::bad_input::{UPSERT, event, listing};
 use crate::harness::{LONG, Lane, SOON, World, until};
+use crate::neighbours::missing;
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -110,6 +114,81 @@ async fn an_idle_service_stops_in_no_time() -> Result<()> {
         service.check_log()?;
     }
     Ok(())
+}
+
+#[tokio::test]
+async fn an_idle_service_whose_postgres_hangs_stops_in_seconds() -> Result<()> {
+    let mut world = World::new(Behaviour::default()).await?;
+    let wire = Wire::to(world.environment().database_url())?;
+    world.set("database.url", wire.url());
+    let service = world.serve().await?;
+    wire.set(Flow::Stalled);
+    until("the hang to be seen", SOON, async || {
+        Ok(missing(&service).await?.contains(&"database".to_owned()).then_some(()))
+    })
+    .await?;
+    service.signal(libc::SIGTERM);
+    let signalled = Instant::now();
+    let status = service.exit(LONG).await?;
+    let took = signalled.elapsed();
+    ensure!(status.code() == Some(0) && took < 6 * SECOND, "{status} after {took:?}");
+    service.check_log()
+}
+
+/// SQS hands a message to whoever polled first, and that may be a service that was just told to stop.
+#[tokio::test]
+async fn what_is_sent_as_an_idle_service_stops_goes_to_another_at_once() -> Result<()> {
+    const UPSERTS: i64 = 6;
+    let mut world = World::for_services(2, Behaviour::default()).await?;
+    world.set("queue.visibility_timeout", "60s");
+    let first = world.serve().await?;
+    let second = world.serve().await?;
+    first.signal(libc::SIGTERM);
+    let signalled = Instant::now();
+    for id in 1..=UPSERTS {
+        let body = event(&format!("u-{id}"), UPSERT, "2026-01-31T02:00:00Z", listing(id, 100 + id));
+        world.put(Lane::Events, &body.to_string()).await?;
+    }
+    ensure!(signalled.elapsed() < SECOND, "too slow to tell: {:?}", signalled.elapsed());
+    let status = first.exit(5 * SECOND).await?;
+    ensure!(status.code() == Some(0), "{status}");
+    first.check_log()?;
+    until("all done", 10 * SECOND, async || {
+        Ok((world.number("SELECT count(*) FROM listings").await? == UPSERTS).then_some(()))
+    })
+    .await?;
+    world.finish(second).await
+}
+
+#[tokio::test]
+async fn a_kafka_that_is_away_cannot_keep_a_stop_from_giving_a_publication_back() -> Result<()> {
+    const LISTINGS: i64 = 50;
+    let mut world = World::new(Behaviour::default()).await?;
+    let kafka = Kafka::separate().await?;
+    kafka.create_topic(&world.environment().names().topic, 12).await?;
+    world.set("kafka.brokers", kafka.bootstrap()).set("kafka.page_size", 10);
+    world.set("shutdown.grace", "6s").set("queue.visibility_timeout", "60s").set("queue.wait_time", "1s");
+    world.listings(LISTINGS).await?;
+    let first = world.serve().await?;
+    first.expect_errors();
+    kafka.order(&Order::GoDown).await?;
+    let id = world.refresh(&[])?;
+    let publishers = "SELECT count(*) FROM runs WHERE publisher IS NOT NULL";
+    until("a publisher", SOON, async || Ok((world.number(publishers).await? == 1).then_some(()))).await?;
+    first.signal(libc::SIGTERM);
+    let signalled = Instant::now();
+    let status = first.exit(LONG).await?;
+    ensure!(status.code() == Some(0) && signalled.elapsed() <= 6 * SECOND, "{status} after {:?}", signalled.elapsed());
+    first.check_log()?;
+    until("the message", SECOND, async || Ok((world.depth(Lane::PostProcessing).await? == (1, 0)).then_some(())))
+        .await?;
+    ensure!(world.number(publishers).await? == 0, "the run still has its publisher");
+    ensure!(world.number("SELECT published FROM publications").await? == 0, "the page counts as published");
+
+    kafka.order(&Order::ComeUp).await?;
+    let second = world.serve().await?;
+    world.published(&id, 10 * SECOND).await?;
+    world.finish(second).await
 }
 
 /// Fast events that cannot end in time: none is lost, and none has to wait for its visibility timeout.
