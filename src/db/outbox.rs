@@ -27,8 +27,15 @@ pub struct Backlog {
 }
 
 impl Database {
-    /// Claims up to `limit` rows that nobody else has claimed, the oldest first, for `claim`.
-    pub async fn claim_outbox(&self, relay: Uuid, limit: i64, claim: Duration) -> Result<Vec<OutboxRow>, DbError> {
+    /// Claims up to `limit` rows that nobody else has claimed and that do not go to one of the lanes `without`, the oldest
+    /// first, for `claim`.
+    pub async fn claim_outbox(
+        &self,
+        relay: Uuid,
+        limit: i64,
+        claim: Duration,
+        without: &[String],
+    ) -> Result<Vec<OutboxRow>, DbError> {
         run!(self, "a claim of outbox rows", connection => {
             // SKIP LOCKED: two relays take different rows. Never a cursor over a sequence: that skips late commits.
             sqlx::query_as!(
@@ -38,6 +45,7 @@ impl Database {
                 WHERE event_id IN (
                     SELECT event_id FROM outbox
                     WHERE sent_at IS NULL AND (claimed_until IS NULL OR claimed_until < clock_timestamp())
+                        AND lane <> ALL ($4)
                     ORDER BY created_at
                     LIMIT $2
                     FOR UPDATE SKIP LOCKED
@@ -47,6 +55,7 @@ impl Database {
                 relay,
                 limit,
                 claim.as_secs_f64(),
+                without,
             )
             .fetch_all(connection)
             .await
@@ -66,14 +75,15 @@ impl Database {
         })
     }
 
-    /// Gives claimed rows back at once, because sending them failed.
-    pub async fn unclaim_outbox(&self, relay: Uuid, event_ids: &[Uuid]) -> Result<(), DbError> {
+    /// Gives claimed rows back, because sending them failed. Nobody may claim them before `wait` is over.
+    pub async fn return_outbox(&self, relay: Uuid, event_ids: &[Uuid], wait: Duration) -> Result<(), DbError> {
         run!(self, "the return of outbox rows", connection => {
             sqlx::query!(
-                "UPDATE outbox SET claimed_by = NULL, claimed_until = NULL
+                "UPDATE outbox SET claimed_by = NULL, claimed_until = clock_timestamp() + make_interval(secs => $3)
                  WHERE event_id = ANY ($2) AND claimed_by = $1 AND sent_at IS NULL",
                 relay,
                 event_ids,
+                wait.as_secs_f64(),
             )
             .execute(connection)
             .await?;

@@ -11,8 +11,8 @@ use sha2::{Digest, Sha256};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Deref;
-use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use time::{OffsetDateTime, UtcOffset};
 use uuid::Uuid;
 
 use crate::queue::Refusal;
@@ -140,11 +140,16 @@ impl<'a> Event<'a> {
         let source = name("source", shapes.source)?;
         let kind = name("type", shapes.kind)?;
         let time = shapes.time.ok_or_else(|| refuse("invalid_envelope", "time is missing"))?;
-        let time = OffsetDateTime::parse(&time, &Rfc3339).map_err(|error| {
+        let parsed = OffsetDateTime::parse(&time, &Rfc3339).map_err(|error| {
             refuse(
                 "invalid_envelope",
                 format!("time {:?} is not RFC 3339, such as 2026-01-31T02:00:00Z: {error}", &*time),
             )
+        })?;
+        // An offset can lead out of the years that Postgres and RFC 3339 can write.
+        let in_utc = parsed.checked_to_offset(UtcOffset::UTC).filter(|time| (1..=9999).contains(&time.year()));
+        let time = in_utc.ok_or_else(|| {
+            refuse("invalid_envelope", format!("time {:?} is not within the years 1 to 9999 in UTC", &*time))
         })?;
         if shapes.data_base64.is_some() {
             return Err(refuse("invalid_envelope", "data_base64 is not supported, send JSON in data"));
@@ -176,8 +181,12 @@ impl<'a> Event<'a> {
         }
     }
 
-    /// The data as `T`.
+    /// The data, an object, as `T`.
     pub fn data<T: DeserializeOwned>(&self) -> Result<T, Refusal> {
+        // A derived reader takes an array as well, its values by position.
+        if !is_object(&self.data) {
+            return Err(refuse("invalid_data", format!("data of {} must be a JSON object", self.kind)));
+        }
         serde_json::from_str(&self.data)
             .map_err(|error| refuse("invalid_data", format!("data of {} cannot be read: {error}", self.kind)))
     }
@@ -215,6 +224,9 @@ fn peel(text: &str, wrappers_left: usize) -> Result<Peeled<'_>, Refusal> {
     check_text(text)?;
     let shapes: Shapes<'_> =
         serde_json::from_str(text).map_err(|error| refuse("invalid_json", format!("not a JSON event: {error}")))?;
+    if !is_object(text) {
+        return Err(refuse("invalid_json", "not a JSON event: an event is an object"));
+    }
     if shapes.specversion.is_some() {
         return Ok(Peeled::CloudEvent(shapes));
     }
@@ -279,7 +291,9 @@ pub fn document(body: &str) -> Result<Cow<'_, str>, Refusal> {
     }
     let document = unwrap(body, MAX_WRAPPERS)?;
     // JSON has line breaks only between its tokens; inside a text they are escaped.
-    Ok(if document.contains(['\n', '\r']) { Cow::Owned(document.replace(['\n', '\r'], " ")) } else { document })
+    let document =
+        if document.contains(['\n', '\r']) { Cow::Owned(document.replace(['\n', '\r'], " ")) } else { document };
+    Ok(if document.contains(NOT_XML) { Cow::Owned(for_sqs(&document)) } else { document })
 }
 
 /// A CloudEvent with another id and time, everything else as it was to the letter.
@@ -293,12 +307,28 @@ pub fn with_identity(document: &str, id: &str, time: OffsetDateTime) -> Result<S
     serde_json::to_string(&fields).map_err(not_json)
 }
 
+fn is_object(json: &str) -> bool {
+    json.trim_start().starts_with('{')
+}
+
+/// Characters that XML 1.0 has not, and so no SQS message; JSON has them, as themselves and escaped. The control
+/// characters, which are the others, JSON has only escaped.
+const NOT_XML: [char; 2] = ['\u{fffe}', '\u{ffff}'];
+
+/// The same JSON without the characters that SQS refuses.
+fn for_sqs(json: &str) -> String {
+    json.replace('\u{fffe}', "\\ufffe").replace('\u{ffff}', "\\uffff")
+}
+
 /// A field that must be there, not empty, and fit to be a key.
 fn name<'a>(field: &str, value: Option<Text<'a>>) -> Result<Cow<'a, str>, Refusal> {
     let Text(value) = value.ok_or_else(|| refuse("invalid_envelope", format!("{field} is missing")))?;
-    if value.is_empty() || value.len() > MAX_NAME_BYTES || value.chars().any(char::is_control) {
+    let unfit = |character: char| character.is_control() || NOT_XML.contains(&character);
+    if value.is_empty() || value.len() > MAX_NAME_BYTES || value.chars().any(unfit) {
         let shown: String = value.chars().take(64).collect();
-        let reason = format!("{field} {shown:?} must have 1 to {MAX_NAME_BYTES} bytes and no control characters");
+        let reason = format!(
+            "{field} {shown:?} must have 1 to {MAX_NAME_BYTES} bytes, no control characters, and neither U+FFFE nor U+FFFF"
+        );
         return Err(refuse("invalid_envelope", reason));
     }
     Ok(value)
@@ -412,8 +442,8 @@ fn structured(
         data: &'a D,
     }
     let (specversion, time, datacontenttype) = ("1.0", rfc3339(time), "application/json");
-    serde_json::to_string(&CloudEvent { specversion, id, source, kind, time, datacontenttype, traceparent, data })
-        .expect("texts and JSON can be written as JSON")
+    let event = CloudEvent { specversion, id, source, kind, time, datacontenttype, traceparent, data };
+    for_sqs(&serde_json::to_string(&event).expect("texts and JSON can be written as JSON"))
 }
 
 fn rfc3339(time: OffsetDateTime) -> String {
@@ -527,12 +557,17 @@ mod tests {
         assert_eq!(code("not json"), "invalid_json");
         assert_eq!(code(""), "invalid_json");
         assert_eq!(code("[1]"), "invalid_json");
+        // Read by position, these would be the first fields of an event.
+        let by_position = r#"["1.0","e-1","/test","x","2026-01-31T02:00:00Z",null,null,{},null,null,null,null,null]"#;
+        assert_eq!(code(by_position), "invalid_json");
         assert_eq!(code("{}"), "invalid_envelope");
         assert_eq!(code(&with("specversion", json!("0.3"))), "unknown_version");
         assert_eq!(code(&with("time", json!("yesterday"))), "invalid_envelope");
         assert_eq!(code(&with("id", json!(""))), "invalid_envelope");
         assert_eq!(code(&with("id", json!("a\nb"))), "invalid_envelope");
         assert_eq!(code(&with("id", json!("x".repeat(257)))), "invalid_envelope");
+        assert_eq!(code(&with("id", json!("a\u{ffff}"))), "invalid_envelope");
+        assert_eq!(code(&with("source", json!("\u{fffe}"))), "invalid_envelope");
         assert_eq!(code(&with("datacontenttype", json!("text/xml"))), "invalid_envelope");
         assert_eq!(code(&without("data")), "invalid_data");
         assert_eq!(code(&without("time")), "invalid_envelope");
@@ -578,5 +613,45 @@ mod tests {
         let mut event = good();
         event["data"] = json!({"description": "a backslash: \\u0000"});
         assert!(Event::decode(&event.to_string()).is_ok());
+    }
+
+    #[test]
+    fn a_time_that_is_outside_of_the_calendar_in_utc_is_refused() {
+        let at = |time: &str| {
+            let mut event = good();
+            event["time"] = json!(time);
+            event.to_string()
+        };
+        for time in ["9999-12-31T23:59:59-01:00", "0000-01-01T00:00:00+01:00", "0001-01-01T00:59:59+01:00"] {
+            let body = at(time);
+            let refusal = Event::decode(&body).expect_err(time);
+            assert_eq!(refusal.code, "invalid_envelope");
+            assert!(refusal.reason.contains(time), "{}", refusal.reason);
+        }
+        for (time, utc) in [
+            ("9999-12-31T23:59:59Z", "9999-12-31T23:59:59Z"),
+            ("0001-01-01T01:00:00+01:00", "0001-01-01T00:00:00Z"),
+            ("2026-01-31T02:00:00+05:30", "2026-01-30T20:30:00Z"),
+        ] {
+            let body = at(time);
+            assert_eq!(rfc3339(Event::decode(&body).expect(time).time), utc);
+        }
+    }
+
+    #[test]
+    fn what_is_written_has_no_character_that_sqs_refuses() {
+        let (_, body) = publish_event("run \u{ffff} \u{fffe}", time::macros::datetime!(2026-02-01 03:00 UTC), None);
+        let mut upsert = good();
+        upsert["data"] = json!({"description": "\u{ffff}ü\u{fffe}"});
+        // SNS gives the character as an escape; with the wrapper off it is a character.
+        let sns = json!({"Type": "Notification", "Message": upsert.to_string()}).to_string();
+        let sns = sns.replace('\u{ffff}', "\\uffff").replace('\u{fffe}', "\\ufffe");
+        let document = document(&sns).expect("good");
+        for text in [body.as_str(), &document] {
+            assert!(!text.contains(['\u{fffe}', '\u{ffff}']), "{text}");
+        }
+        let value: serde_json::Value = serde_json::from_str(&body).expect("JSON");
+        assert_eq!(value["data"]["run_id"], "run \u{ffff} \u{fffe}");
+        assert_eq!(Event::decode(&document).expect("good").digest(), Event::decode(&sns).expect("good").digest());
     }
 }

@@ -36,8 +36,23 @@ fn check(listing: &Listing) -> Result<(), Refusal> {
         ("bedrooms", i64::from(listing.bedrooms)),
         ("living_square_feet", i64::from(listing.living_square_feet)),
     ];
-    match not_negative.into_iter().find(|(_, value)| *value < 0) {
-        Some((field, value)) => Err(wrong(field, value)),
-        None => Ok(()),
+    if let Some((field, value)) = not_negative.into_iter().find(|(_, value)| *value < 0) {
+        return Err(wrong(field, value));
     }
+    let invalid = |reason| Err(Refusal { code: "invalid_data", reason });
+    // A number too large for its type becomes infinite, without an error.
+    let finite = [
+        ("bathrooms", listing.bathrooms.map(f64::from)),
+        ("floors", listing.floors.map(f64::from)),
+        ("latitude", listing.latitude),
+        ("longitude", listing.longitude),
+    ];
+    if let Some((field, _)) = finite.iter().find(|(_, value)| value.is_some_and(|value| !value.is_finite())) {
+        return invalid(format!("{field} of listing {} is too large a number", listing.listing_id));
+    }
+    // The cursor of a run starts there, before the first listing.
+    if listing.listing_id == i64::MIN {
+        return invalid(format!("listing_id {} is reserved, the least is {}", i64::MIN, i64::MIN + 1));
+    }
+    Ok(())
 }

@@ -19,7 +19,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::sync::{Notify, OnceCell, Semaphore};
 
-use crate::config;
+use crate::config::{self, Backoff};
 use crate::db::Database;
 use crate::kafka::Publisher;
 use crate::metrics::Metrics;
@@ -40,8 +40,9 @@ pub mod lane {
     pub const POST_PROCESSING: &str = "post_processing";
 }
 
-/// How long a deferred publish event waits for its run when there is no lease to go by.
-const UNFINISHED_RUN_WAIT: Duration = Duration::from_secs(30);
+/// How long a deferred publish event waits for its run when there is no lease to go by. Each time costs a receive, of
+/// which there are [`MAX_RECEIVE_COUNT`](crate::queue::sqs::MAX_RECEIVE_COUNT), so the wait grows with their number.
+const UNFINISHED_RUN_WAIT: Backoff = Backoff { base: Duration::from_secs(30), cap: Duration::from_secs(15 * 60) };
 
 /// The lanes that events are sent to, looked up when first needed: the service starts without SQS.
 pub struct LaneQueues {
@@ -143,5 +144,19 @@ impl Events {
             Ok(()) => Outcome::Forwarded(to),
             Err(error) => Outcome::Retry(error.into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::queue::sqs::MAX_RECEIVE_COUNT;
+
+    #[test]
+    fn a_publish_event_can_wait_for_its_run_for_days() {
+        let waits = (1..=MAX_RECEIVE_COUNT).map(|receive_count| UNFINISHED_RUN_WAIT.ceiling(receive_count));
+        let first: Vec<u64> = waits.clone().take(7).map(|wait| wait.as_secs()).collect();
+        assert_eq!(first, [30, 60, 120, 240, 480, 900, 900]);
+        assert!(waits.sum::<Duration>() > Duration::from_secs(10 * 24 * 3600));
     }
 }

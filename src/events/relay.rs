@@ -3,6 +3,7 @@
 //! Woken by each commit of this process, and by a timer for what others left behind. A row is claimed, sent, marked: a
 //! relay that dies in between leaves a claim that ends, and the event may be sent twice, which its id absorbs.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,7 +17,10 @@ use crate::db::outbox::OutboxRow;
 use crate::health::Beat;
 use crate::lifecycle::Stop;
 use crate::metrics::Metrics;
-use crate::queue::sqs::{BATCH, Sent, Sqs};
+use crate::queue::sqs::{BATCH, Queue, Sent, Sqs, batch_length};
+
+/// How long a row waits that SQS refuses. It will hardly ever be accepted, but it must not be forgotten either.
+const REFUSED_WAIT: Duration = Duration::from_secs(3600);
 
 /// What a relay is made of.
 pub struct Relay {
@@ -61,52 +65,108 @@ impl Relay {
     }
 
     async fn drain(&self, me: Uuid) -> anyhow::Result<()> {
+        let relayed = self.relay(me).await;
+        // After a failure above all: these are what it is noticed by.
+        match self.database.outbox_backlog().await {
+            Ok(backlog) => {
+                self.metrics.outbox_pending.set(backlog.pending);
+                self.metrics.outbox_lag.set(backlog.oldest_seconds as i64);
+                relayed
+            }
+            Err(error) => relayed.and(Err(error.into())),
+        }
+    }
+
+    async fn relay(&self, me: Uuid) -> anyhow::Result<()> {
+        // A lane that failed is left alone until the next round: its rows, given back and claimed again, would stand in
+        // the way of those of others.
+        let mut failed: BTreeMap<String, anyhow::Error> = BTreeMap::new();
         loop {
-            let rows = self.database.claim_outbox(me, BATCH as i64, self.settings.claim_timeout).await?;
+            let without: Vec<String> = failed.keys().cloned().collect();
+            let claim = self.settings.claim_timeout;
+            let rows = self.database.claim_outbox(me, BATCH as i64, claim, &without).await?;
             let claimed = rows.len();
-            if claimed > 0 {
-                self.send(me, rows).await?;
+            let mut lanes: BTreeMap<&str, Vec<&OutboxRow>> = BTreeMap::new();
+            for row in &rows {
+                lanes.entry(&row.lane).or_default().push(row);
+            }
+            for (lane, rows) in lanes {
+                if let Err(error) = self.send(me, lane, &rows).await {
+                    failed.insert(lane.to_owned(), error);
+                }
+                self.beat.touch();
             }
             if claimed < BATCH {
                 break;
             }
         }
-        let backlog = self.database.outbox_backlog().await?;
-        self.metrics.outbox_pending.set(backlog.pending);
-        self.metrics.outbox_lag.set(backlog.oldest_seconds as i64);
-        Ok(())
+        if failed.is_empty() {
+            return Ok(());
+        }
+        let errors: Vec<String> = failed.iter().map(|(lane, error)| format!("lane {lane}: {error:#}")).collect();
+        Err(anyhow::anyhow!(errors.join("; ")))
     }
 
-    async fn send(&self, me: Uuid, rows: Vec<OutboxRow>) -> anyhow::Result<()> {
-        let mut lanes: Vec<&str> = rows.iter().map(|row| row.lane.as_str()).collect();
-        lanes.sort_unstable();
-        lanes.dedup();
-        for lane in lanes {
-            let of_lane: Vec<&OutboxRow> = rows.iter().filter(|row| row.lane == lane).collect();
-            let bodies: Vec<&str> = of_lane.iter().map(|row| row.body.as_str()).collect();
-            let accepted = match self.lanes.queue(lane).await {
-                Ok(queue) => self.sqs.send_batch(queue, &bodies).await,
-                Err(error) => Err(error),
-            };
-            let accepted =
-                accepted.map(|results| results.iter().map(|sent| *sent == Sent::Accepted).collect::<Vec<_>>());
-            let (sent, left): (Vec<_>, Vec<_>) = match &accepted {
-                Ok(accepted) => of_lane.iter().zip(accepted).partition(|(_, accepted)| **accepted),
-                Err(_) => (Vec::new(), of_lane.iter().zip(&[false; BATCH]).collect()),
-            };
-            let ids = |rows: Vec<(&&OutboxRow, &bool)>| rows.iter().map(|(row, _)| row.event_id).collect::<Vec<_>>();
-            let (sent, left) = (ids(sent), ids(left));
-            if !sent.is_empty() {
-                self.database.mark_sent(&sent).await?;
-                self.metrics.outbox_sent.inc_by(sent.len() as u64);
-            }
-            if !left.is_empty() {
-                self.database.unclaim_outbox(me, &left).await?;
-                let error = accepted.err().map_or_else(|| "SQS did not accept them".to_owned(), |e| e.to_string());
-                anyhow::bail!("{} events for lane {lane} were not sent: {error}", left.len());
+    /// Sends the claimed rows of a lane, and ends the claim of each.
+    async fn send(&self, me: Uuid, lane: &str, rows: &[&OutboxRow]) -> anyhow::Result<()> {
+        let bodies: Vec<&str> = rows.iter().map(|row| row.body.as_str()).collect();
+        let results = match self.lanes.queue(lane).await {
+            Ok(queue) => self.send_bodies(queue, &bodies).await,
+            Err(error) => vec![Sent::Failed(error.to_string()); bodies.len()],
+        };
+        let (mut sent, mut refused, mut left, mut failure) = (Vec::new(), Vec::new(), Vec::new(), None);
+        for (row, result) in rows.iter().zip(results) {
+            match result {
+                Sent::Accepted => sent.push(row.event_id),
+                Sent::Refused(reason) => {
+                    let event_id = row.event_id;
+                    tracing::error!(%event_id, lane, reason, "SQS refuses an event of the outbox; it is tried again in an hour");
+                    refused.push(row.event_id);
+                }
+                Sent::Failed(error) => {
+                    left.push(row.event_id);
+                    failure = Some(error);
+                }
             }
         }
-        Ok(())
+        // One that fails does not keep the others from being tried.
+        let marked = self.database.mark_sent(&sent).await;
+        if marked.is_ok() {
+            self.metrics.outbox_sent.inc_by(sent.len() as u64);
+        }
+        let put_off = self.database.return_outbox(me, &refused, REFUSED_WAIT).await;
+        let returned = self.database.return_outbox(me, &left, Duration::ZERO).await;
+        marked.and(put_off).and(returned)?;
+        match failure {
+            Some(error) => Err(anyhow::anyhow!("{} events were not sent: {error}", left.len())),
+            None => Ok(()),
+        }
+    }
+
+    /// Sends `bodies` in batches as large as SQS takes them. One result per body.
+    async fn send_bodies(&self, queue: &Queue, bodies: &[&str]) -> Vec<Sent> {
+        let mut results = Vec::with_capacity(bodies.len());
+        while results.len() < bodies.len() {
+            let rest = &bodies[results.len()..];
+            let batch = &rest[..batch_length(rest)];
+            match self.sqs.send_batch(queue, batch).await {
+                Ok(sent) => results.extend(sent),
+                // All of them for what is wrong with one: each by itself.
+                Err(error) if error.is_about_the_message() => {
+                    for body in batch {
+                        results.push(match self.sqs.send(queue, body, None).await {
+                            Ok(()) => Sent::Accepted,
+                            Err(error) if error.is_about_the_message() => Sent::Refused(error.to_string()),
+                            Err(error) => Sent::Failed(error.to_string()),
+                        });
+                        self.beat.touch();
+                    }
+                }
+                Err(error) => results.extend(vec![Sent::Failed(error.to_string()); batch.len()]),
+            }
+            self.beat.touch();
+        }
+        results
     }
 }
 

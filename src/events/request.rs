@@ -44,3 +44,43 @@ impl Request {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(kind: &str, data: &str) -> String {
+        let body = format!(
+            r#"{{"specversion":"1.0","id":"e-1","source":"/t","type":"{kind}","time":"2026-01-31T02:00:00Z","data":{data}}}"#
+        );
+        let event = Event::decode(&body).expect("a good envelope");
+        let refusal = Request::decode(&event).expect_err(data);
+        assert_eq!(refusal.code, "invalid_data", "{data}");
+        refusal.reason
+    }
+
+    #[test]
+    fn data_are_an_object_and_nothing_read_by_position() {
+        refused(VALUATIONS_REFRESH, "[null,0]");
+        refused(VALUATIONS_REFRESH, "[]");
+        refused(VALUATIONS_PUBLISH, r#"["night-1"]"#);
+        refused(LISTING_UPSERT, "[7,98001,1,1,1]");
+    }
+
+    #[test]
+    fn numbers_that_no_listing_has_are_refused_by_name() {
+        let listing = |id: i64, more: &str| {
+            format!(
+                r#"{{"listing_id":{id},"zip_code":98001,"list_price_cents":1,"bedrooms":1,"living_square_feet":1{more}}}"#
+            )
+        };
+        for (field, value) in
+            [("bathrooms", "1e300"), ("floors", "-1e39"), ("latitude", "1e400"), ("longitude", "91e999")]
+        {
+            let reason = refused(LISTING_UPSERT, &listing(7, &format!(r#","{field}":{value}"#)));
+            assert!(reason.contains(field) || reason.contains("out of range"), "{reason}");
+        }
+        let reason = refused(LISTING_UPSERT, &listing(i64::MIN, ""));
+        assert!(reason.contains("listing_id -9223372036854775808"), "{reason}");
+    }
+}

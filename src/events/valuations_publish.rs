@@ -56,7 +56,8 @@ pub(super) async fn handle(
             return Ok(Outcome::Defer(left + AFTER_LEASE, "the run has a publisher".into()));
         }
         Ok(PublicationClaim::RunUnfinished) => {
-            return Ok(Outcome::Defer(UNFINISHED_RUN_WAIT, "the run is not complete yet".into()));
+            let wait = UNFINISHED_RUN_WAIT.ceiling(delivery.message.receive_count);
+            return Ok(Outcome::Defer(wait, "the run is not complete yet".into()));
         }
         Ok(PublicationClaim::RunUnknown) => {
             return Err(Refusal { code: "unknown_run", reason: format!("there is no run {run_id:?}") });

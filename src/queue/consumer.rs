@@ -386,8 +386,7 @@ impl Consumer {
             }
             Outcome::Lost => return,
             Outcome::Refuse(refusal) => {
-                let reason = sqs::reason_json(&refusal, &delivery.message, &self.source.name);
-                match self.parts.sqs.send(&self.dead, &delivery.message.body, Some(&reason)).await {
+                match self.parts.sqs.send_refused(&self.dead, &refusal, &delivery.message, &self.source).await {
                     Ok(()) => {
                         self.deleter.delete(delivery.message.receipt, delivery.lease).await;
                         return;

@@ -32,6 +32,22 @@ pub const BATCH: usize = 10;
 /// The most bytes of the bodies of one batch together.
 pub const BATCH_BYTES: usize = 256 * 1024;
 
+/// Whether a batch of so many messages and bytes may have one more message, of `next` bytes.
+pub fn has_room(messages: usize, bytes: usize, next: usize) -> bool {
+    messages < BATCH && bytes + next <= BATCH_BYTES
+}
+
+/// How many of `bodies`, from the first on, go in one batch: at least one, whatever its size.
+pub fn batch_length(bodies: &[&str]) -> usize {
+    let mut bytes = 0;
+    let fits = bodies.iter().enumerate().take_while(|(messages, body)| {
+        let fits = *messages == 0 || has_room(*messages, bytes, body.len());
+        bytes += body.len();
+        fits
+    });
+    fits.count()
+}
+
 /// Name of the message attribute that carries the reason of a refused message, a JSON object of at most 1 KiB.
 pub const REASON_ATTRIBUTE: &str = "reason";
 
@@ -62,6 +78,14 @@ impl SqsError {
     fn no_answer(action: &'static str, queue: &str, bound: Duration) -> Self {
         let message = format!("no answer within {bound:?}");
         SqsError { action, queue: queue.to_owned(), message, code: None, timeout: true }
+    }
+
+    /// Whether SQS says that something about the message is wrong: its size, its characters. Sending the same again is
+    /// in vain.
+    pub fn is_about_the_message(&self) -> bool {
+        const CODES: [&str; 4] =
+            ["InvalidParameterValue", "InvalidMessageContents", "InvalidAttributeValue", "BatchRequestTooLong"];
+        self.code.as_deref().is_some_and(|code| CODES.iter().any(|known| code.contains(known)))
     }
 
     /// Whether SQS says that there is no such queue.
@@ -278,6 +302,26 @@ impl Sqs {
         self.bounded(action, &queue.name, self.request_timeout * 4, call).await
     }
 
+    /// Sends a refused message on to its dead-letter queue, with as much of the reason as goes.
+    pub async fn send_refused(
+        &self,
+        dead: &Queue,
+        refusal: &Refusal,
+        message: &Message,
+        source: &Queue,
+    ) -> Result<(), SqsError> {
+        let reasons = shorter_reasons(refusal, message, &source.name);
+        let whole = reasons[0].clone();
+        let went =
+            with_what_goes(reasons, |reason| async move { self.send(dead, &message.body, reason.as_deref()).await })
+                .await?;
+        if went != whole {
+            let (message_id, with) = (message.id.as_str(), went.unwrap_or_default());
+            tracing::warn!(message_id, with, "a refused event had no room for its reason in the dead-letter queue");
+        }
+        Ok(())
+    }
+
     /// Sends up to ten messages, at most [`BATCH_BYTES`] together. One result per message.
     pub async fn send_batch(&self, queue: &Queue, bodies: &[&str]) -> Result<Vec<Sent>, SqsError> {
         let action = "SendMessageBatch";
@@ -471,8 +515,10 @@ pub fn reason_json(refusal: &Refusal, message: &Message, queue: &str) -> String 
         })
         .to_string()
     };
-    // What SQS does not accept in an attribute (control characters) would be escaped by JSON anyway.
-    let mut reason = refusal.reason.as_str();
+    // What SQS does not accept in an attribute are control characters, which JSON escapes, and these two, which it does
+    // not; an error of the JSON reader can quote them.
+    let shown = refusal.reason.replace(['\u{fffe}', '\u{ffff}'], "\u{fffd}");
+    let mut reason = shown.as_str();
     let mut json = whole(reason);
     while json.len() > MOST && !reason.is_empty() {
         // Escapes make a character up to six bytes long: cut by what is too much, then look again.
@@ -484,6 +530,30 @@ pub fn reason_json(refusal: &Refusal, message: &Message, queue: &str) -> String 
         json = whole(&format!("{reason}…"));
     }
     json
+}
+
+/// What a refused message is sent with: the whole reason, then the code alone, then nothing. SQS counts attributes
+/// towards the largest size of a message, so one that is nearly that large has no room for a sentence; in the dead-letter
+/// queue without its reason it is better off than going round a thousand times.
+fn shorter_reasons(refusal: &Refusal, message: &Message, queue: &str) -> [Option<String>; 3] {
+    let code = serde_json::json!({"code": refusal.code}).to_string();
+    [Some(reason_json(refusal, message, queue)), Some(code), None]
+}
+
+/// Sends with the first of `reasons` that SQS takes, and returns it.
+async fn with_what_goes<F: Future<Output = Result<(), SqsError>>>(
+    reasons: [Option<String>; 3],
+    send: impl Fn(Option<String>) -> F,
+) -> Result<Option<String>, SqsError> {
+    let mut left = reasons.into_iter().peekable();
+    loop {
+        let reason = left.next().flatten();
+        match send(reason.clone()).await {
+            Ok(()) => return Ok(reason),
+            Err(error) if error.is_about_the_message() && left.peek().is_some() => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// SQS counts in whole seconds. What is cut off is not promised to anyone; less than a second becomes zero only where
@@ -528,6 +598,81 @@ mod tests {
             let value: serde_json::Value = serde_json::from_str(&json).expect("JSON");
             assert_eq!(value["code"], "invalid_json");
         }
+    }
+
+    fn refused_for(code: &str) -> SqsError {
+        SqsError {
+            action: "SendMessage",
+            queue: "q-dlq".to_owned(),
+            message: "no".to_owned(),
+            code: Some(code.to_owned()),
+            timeout: false,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_reason_is_shortened_until_the_message_is_not_too_large() {
+        const LARGEST: usize = 256 * 1024;
+        let refusal = Refusal { code: "too_large", reason: "r".repeat(2000) };
+        for (room, expected) in [(2000, 1024), (1000, 20), (10, 0)] {
+            let message = Message {
+                id: "m-1".to_owned(),
+                body: "b".repeat(LARGEST - room),
+                receipt: String::new(),
+                receive_count: 1,
+                received_at: Instant::now(),
+            };
+            // SQS counts the name, the type and the value of an attribute.
+            let sqs = |reason: Option<String>| {
+                let attribute = reason.map_or(0, |reason| REASON_ATTRIBUTE.len() + "String".len() + reason.len());
+                let fits = message.body.len() + attribute <= LARGEST;
+                std::future::ready(if fits { Ok(()) } else { Err(refused_for("InvalidParameterValue")) })
+            };
+            let went = with_what_goes(shorter_reasons(&refusal, &message, "q"), sqs).await.expect("it went");
+            assert_eq!(went.as_ref().map_or(0, String::len), expected, "{went:?}");
+            assert!(went.is_none_or(|went| went.contains(r#""code":"too_large""#)));
+        }
+        let message = Message {
+            id: "m-1".to_owned(),
+            body: String::new(),
+            receipt: String::new(),
+            receive_count: 1,
+            received_at: Instant::now(),
+        };
+        for (code, tries) in [("InvalidMessageContents", 3), ("RequestThrottled", 1)] {
+            let tried = std::cell::Cell::new(0);
+            let sqs = |_: Option<String>| {
+                tried.set(tried.get() + 1);
+                std::future::ready(Err(refused_for(code)))
+            };
+            let error = with_what_goes(shorter_reasons(&refusal, &message, "q"), sqs).await.expect_err(code);
+            assert_eq!((error.code.as_deref(), tried.get()), (Some(code), tries));
+        }
+    }
+
+    #[test]
+    fn a_reason_has_no_character_that_sqs_refuses() {
+        let message = Message {
+            id: "m-1".to_owned(),
+            body: String::new(),
+            receipt: String::new(),
+            receive_count: 1,
+            received_at: Instant::now(),
+        };
+        let refusal = Refusal { code: "invalid_data", reason: "unknown field `\u{ffff}\u{fffe}`".to_owned() };
+        let json = reason_json(&refusal, &message, "q");
+        assert!(!json.contains(['\u{fffe}', '\u{ffff}']), "{json}");
+    }
+
+    #[test]
+    fn a_batch_is_cut_by_number_and_by_bytes() {
+        let large = "b".repeat(BATCH_BYTES / 3);
+        let huge = "b".repeat(BATCH_BYTES + 1);
+        assert_eq!(batch_length(&[]), 0);
+        assert_eq!(batch_length(&["b"; 12]), BATCH);
+        assert_eq!(batch_length(&[large.as_str(); 5]), 3);
+        assert_eq!(batch_length(&[&large, &huge, "b"]), 1);
+        assert_eq!(batch_length(&[&huge, "b"]), 1);
     }
 
     #[test]

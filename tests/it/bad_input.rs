@@ -219,3 +219,34 @@ async fn a_refresh_of_nothing_is_complete_at_once() -> Result<()> {
     world.quiet(SOON).await?;
     world.finish(service).await
 }
+
+#[tokio::test]
+async fn events_that_sqs_refuses_stay_in_the_outbox_in_nobodys_way() -> Result<()> {
+    let world = World::new(Behaviour::default()).await?;
+    world.listings(3).await?;
+    // As many as a relay claims at once, older than everything else, each with a character that SQS does not carry.
+    world
+        .sql(
+            "INSERT INTO outbox (event_id, lane, body, created_at)
+             SELECT gen_random_uuid(), 'post_processing', 'refused ' || chr(65535), now() - interval '1 hour'
+             FROM generate_series(1, 10)",
+        )
+        .await?;
+    let service = world.serve().await?;
+    service.expect_errors();
+    let id = world.refresh(&[])?;
+    world.published(&id, LONG).await?;
+    let waiting = "SELECT count(*) FROM outbox WHERE sent_at IS NULL AND claimed_until > now() + interval '50 minutes'";
+    ensure!(world.number(waiting).await? == 10, "they are not put off");
+    until("the gauges of the outbox", SOON, async || {
+        let (pending, lag) =
+            (service.metric("write_api_outbox_pending").await?, service.metric("write_api_outbox_lag_seconds").await?);
+        Ok((pending == 10.0 && lag >= 3_600.0).then_some(()))
+    })
+    .await?;
+    let log = service.log()?;
+    let lines: Vec<&str> = log.lines().filter(|line| line.contains("SQS refuses an event of the outbox")).collect();
+    ensure!(lines.len() == 10 && lines.iter().all(|line| line.contains("event_id")), "{lines:#?}");
+    world.sql("DELETE FROM outbox WHERE sent_at IS NULL").await?;
+    world.finish(service).await
+}

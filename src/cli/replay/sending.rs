@@ -21,7 +21,7 @@ use super::{Kinds, Options};
 use crate::config::Backoff;
 use crate::events::envelope::{self, MAX_BODY_BYTES};
 use crate::events::request;
-use crate::queue::sqs::{BATCH, BATCH_BYTES, Queue, Sent, Sqs};
+use crate::queue::sqs::{self, Queue, Sent, Sqs};
 
 /// Batches on their way at once. An interrupted replay sends at most these again.
 const IN_FLIGHT: usize = 8;
@@ -163,7 +163,7 @@ impl Batch {
             (Some(first), Some(due)) => due <= first + COMPANY,
             _ => true,
         };
-        self.items.len() < BATCH && self.bytes + item.body.len() <= BATCH_BYTES && in_time
+        sqs::has_room(self.items.len(), self.bytes, item.body.len()) && in_time
     }
 
     fn push(&mut self, item: Item) {
