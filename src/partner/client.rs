@@ -120,7 +120,7 @@ impl Client {
         &self,
         budget: &Budget,
         breaker: &Breaker,
-        pass: &Pass<'_>,
+        pass: &mut Pass<'_>,
         run: &RunKey,
         request: &Request,
         limit: Duration,
@@ -129,7 +129,7 @@ impl Client {
         let mut closed_early = false;
         let (outcome, took) = loop {
             let preparing = budget.prepare().await;
-            if run.is_closed() || !breaker.honours(pass) {
+            if run.is_closed() || !breaker.start(pass) {
                 break (Outcome::Withdrawn, Duration::ZERO);
             }
             // The connection first: the moment of the send is used when it comes.

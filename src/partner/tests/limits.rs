@@ -101,12 +101,59 @@ async fn an_outage_suspends_everyone_and_fails_nobody() {
     });
     tokio::time::sleep(MS * 1200).await;
     let BreakerState::Open { reason, .. } = partner.breaker_state() else { panic!("still closed") };
-    assert!(reason.contains("half of the last 50 tries failed") && reason.contains("500"), "{reason}");
+    assert!(reason.contains("tries in a row failed") && reason.contains("500"), "{reason}");
     let during = stub.calls().len() - before;
     assert!(during <= 110, "{during} calls to a partner that is away");
     away.store(false, Ordering::SeqCst);
     let verdicts = timeout(SECOND * 4, all).await.expect("it recovers").expect("no panic");
     assert_eq!(verdicts, []);
+}
+
+#[tokio::test]
+async fn a_small_run_fails_nothing_in_an_outage() {
+    let away = Arc::new(AtomicBool::new(true));
+    let stub = Stub::start({
+        let away = Arc::clone(&away);
+        move |call| if away.load(Ordering::SeqCst) { status(500) } else { valued(call.listing_id) }
+    })
+    .await;
+    // All its tries together are fewer than those that are judged together.
+    let (partner, _) = partner(&settings(stub.address));
+    let all = tokio::spawn({
+        let partner = partner.clone();
+        async move { value_all(&partner, 0..6).await }
+    });
+    tokio::time::sleep(MS * 300).await;
+    let BreakerState::Open { reason, .. } = partner.breaker_state() else { panic!("still closed") };
+    assert!(reason.contains("tries in a row failed") && reason.contains("500"), "{reason}");
+    away.store(false, Ordering::SeqCst);
+    assert_eq!(timeout(SECOND * 4, all).await.expect("it recovers").expect("no panic"), []);
+}
+
+/// A healthy partner that fails some calls at once and answers the others late.
+#[tokio::test]
+async fn failures_that_come_before_good_answers_suspend_nobody() {
+    let number = AtomicUsize::new(0);
+    let stub = Stub::start(move |call| {
+        if number.fetch_add(1, Ordering::SeqCst) * 37 % 100 < 20 {
+            return status(503);
+        }
+        [vec![Step::Wait(SECOND)], valued(call.listing_id)].concat()
+    })
+    .await;
+    let (partner, _) =
+        partner(&config::Partner { in_flight: 500, request_timeout: SECOND * 5, ..settings(stub.address) });
+    let watching = async {
+        // An open breaker stays so for half a second at least.
+        loop {
+            assert_eq!(partner.breaker_state(), BreakerState::Closed);
+            tokio::time::sleep(MS * 50).await;
+        }
+    };
+    tokio::select! {
+        verdicts = value_all(&partner, 0..800) => assert_eq!(verdicts, []),
+        () = watching => {}
+    }
 }
 
 #[tokio::test]
