@@ -291,3 +291,103 @@ async fn a_closed_run_sends_nothing_more_and_keeps_what_is_out() {
     }
     assert_eq!(partner.valuation(partner.permit().await, &run, request(30)).await, Verdict::NotSent);
 }
+
+#[tokio::test]
+async fn a_closed_run_does_not_wait_for_the_end_of_a_pause() {
+    for rate_per_second in [None, Some(100)] {
+        let stub = Stub::start(|call| match call.listing_id {
+            0 => answer(429, "retry-after: 60\r\n", b""),
+            // Out when the pause begins.
+            _ => [vec![Step::Wait(MS * 300)], valued(call.listing_id)].concat(),
+        })
+        .await;
+        let (partner, _) = partner(&config::Partner { rate_per_second, ..settings(stub.address) });
+        let run = RunKey::new("run");
+        let call = async |listing_id| partner.valuation(partner.permit().await, &run, request(listing_id)).await;
+        let later = async |wait, listing_id| {
+            tokio::time::sleep(wait).await;
+            call(listing_id).await
+        };
+        let closing = async {
+            tokio::time::sleep(MS * 200).await;
+            run.close();
+        };
+        let all = async { tokio::join!(call(1), later(MS * 50, 0), later(MS * 100, 2), later(MS * 100, 3), closing) };
+        let (out, paused, second, third, ()) = timeout(SECOND * 2, all).await.expect("nobody waits for the pause");
+        assert_eq!(out, worth(1), "what was out is awaited");
+        assert_eq!([paused, second, third], [Verdict::NotSent, Verdict::NotSent, Verdict::NotSent]);
+        assert_eq!(stub.calls().len(), 2);
+    }
+}
+
+#[tokio::test]
+async fn a_closed_run_does_not_wait_for_a_connection() {
+    // TLS against a server that says nothing: TCP connects and the handshake hangs.
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let address = listener.local_addr().expect("bound");
+    let mut settings = config::Partner { connect_timeout: SECOND * 60, ..settings(address) };
+    settings.base_url = format!("https://{address}").parse().expect("a URL");
+    let (partner, _) = partner(&settings);
+    let run = RunKey::new("run");
+    let closing = async {
+        let accepted = listener.accept().await.expect("a connection");
+        run.close();
+        accepted
+    };
+    let call = async { tokio::join!(partner.valuation(partner.permit().await, &run, request(7)), closing) };
+    let (verdict, _) = timeout(SECOND * 2, call).await.expect("nobody waits for the connection");
+    assert_eq!(verdict, Verdict::NotSent);
+}
+
+/// A pause that is longer than the partner keeps an idle connection.
+#[tokio::test]
+async fn a_pause_costs_no_connections() {
+    let paused = AtomicBool::new(false);
+    let stub = Stub::start(move |call| {
+        if !paused.swap(true, Ordering::SeqCst) {
+            return answer(429, "retry-after: 1\r\n", b"");
+        }
+        valued(call.listing_id)
+    })
+    .await;
+    let (proxy, opened) = impatient_proxy(stub.address).await;
+    let (partner, metrics) = partner(&config::Partner { max_attempts: 2, ..settings(proxy) });
+    let first = async { value(&partner, 1).await };
+    let others = async {
+        tokio::time::sleep(MS * 100).await;
+        let before = opened.load(Ordering::SeqCst);
+        let others = value_all(&partner, 2..12);
+        let during = async {
+            tokio::time::sleep(MS * 500).await;
+            opened.load(Ordering::SeqCst) - before
+        };
+        tokio::join!(others, during)
+    };
+    let (first, (others, during)) = tokio::join!(first, others);
+    assert_eq!((first, others), (worth(1), vec![]));
+    assert_eq!(during, 0, "connections were opened for calls that must wait");
+    assert_eq!(metrics.partner_calls.with_label_values(&["connect"]).get(), 0);
+}
+
+/// Closes each connection that carries nothing for a while. Returns its address and the number of connections so far.
+async fn impatient_proxy(partner: std::net::SocketAddr) -> (std::net::SocketAddr, Arc<AtomicUsize>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let address = listener.local_addr().expect("bound");
+    let opened = Arc::new(AtomicUsize::new(0));
+    tokio::spawn({
+        let opened = Arc::clone(&opened);
+        async move {
+            while let Ok((mut near, _)) = listener.accept().await {
+                opened.fetch_add(1, Ordering::SeqCst);
+                tokio::spawn(async move {
+                    if timeout(MS * 200, near.readable()).await.is_ok() {
+                        let mut far = tokio::net::TcpStream::connect(partner).await?;
+                        tokio::io::copy_bidirectional(&mut near, &mut far).await?;
+                    }
+                    std::io::Result::Ok(())
+                });
+            }
+        }
+    });
+    (address, opened)
+}
