@@ -209,6 +209,14 @@ pub struct Partner {
     pub credential: Option<Credential>,
 }
 
+impl Partner {
+    /// The longest that one listing can take: every try fails at its very end, and every wait between two is the longest.
+    fn all_tries(&self) -> Duration {
+        let waits: Duration = (1..self.max_attempts).map(|attempt| self.retry.ceiling(attempt)).sum();
+        self.request_timeout.max(self.connect_timeout) * self.max_attempts + waits
+    }
+}
+
 /// A header whose value is read from a file.
 #[derive(Debug, Clone)]
 pub struct Credential {

@@ -153,11 +153,15 @@ impl Config {
                 "make it longer; work is handed back only after the first extension",
             );
         }
-        if self.partner.request_timeout > self.partner.total_timeout {
+        let all_tries = self.partner.all_tries();
+        if all_tries > self.partner.total_timeout {
             layers.error(
                 "partner.total_timeout",
-                format!("{:?} is shorter than one try (partner.request_timeout)", self.partner.total_timeout),
-                "make it at least partner.request_timeout",
+                format!(
+                    "{:?} is shorter than {} tries (partner.max_attempts) with the waits between them, {all_tries:?}",
+                    self.partner.total_timeout, self.partner.max_attempts
+                ),
+                "make it at least that long, or lower partner.max_attempts or partner.request_timeout",
             );
         }
     }
@@ -193,7 +197,7 @@ fn optional_url(layers: &mut Layers, key: &str) -> Option<String> {
 
 /// Reads `text`, the value of `key`. What comes before an `@` may be a password, so such a value is never shown.
 fn http_url(layers: &mut Layers, key: &str, text: &str) -> Option<http::Uri> {
-    let fix = "give http://HOST:PORT or https://HOST";
+    let fix = "give http://HOST:PORT or https://HOST, where PORT is at most 65535";
     if text.contains('@') {
         layers.hide(key);
         layers.error(key, "has a user or a password in it", fix);
@@ -208,7 +212,10 @@ fn http_url(layers: &mut Layers, key: &str, text: &str) -> Option<http::Uri> {
 
 fn parse_http_url(text: &str) -> Option<http::Uri> {
     let uri: http::Uri = text.trim_end_matches('/').parse().ok()?;
-    let good = matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some() && uri.query().is_none();
+    let authority = uri.authority()?;
+    // A port that is no number of 16 bits reads as if there were none.
+    let port_is_good = authority.as_str() == authority.host() || authority.port_u16().is_some();
+    let good = matches!(uri.scheme_str(), Some("http" | "https")) && port_is_good && uri.query().is_none();
     good.then_some(uri)
 }
 
@@ -539,6 +546,36 @@ mod tests {
                 assert!(!format!("{errors:?}").contains("hunter2"), "{errors:?}");
             }
         }
+    }
+
+    #[test]
+    fn a_port_that_is_none_is_refused() {
+        for key in ["WRITE_API_PARTNER_BASE_URL", "WRITE_API_AWS_ENDPOINT_URL"] {
+            let load = |url: &str| Config::load(None, [(key.to_owned(), url.to_owned())].into_iter(), &[]);
+            for wrong in ["http://127.0.0.1:99999", "http://[::1]:65536/", "https://partner.example:", "http://a:-1"] {
+                let errors = load(wrong).expect_err(wrong);
+                assert!(errors.len() == 1 && errors[0].to_string().contains("65535"), "{wrong}: {errors:?}");
+            }
+            for good in ["http://127.0.0.1:65535", "http://[::1]:80/", "http://[::1]/", "https://partner.example/api"] {
+                assert!(load(good).is_ok(), "{good}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_total_timeout_has_room_for_every_try() {
+        let load = |total: &str| {
+            let settings =
+                [("REQUEST_TIMEOUT", "10s"), ("MAX_ATTEMPTS", "4"), ("RETRY_BASE", "1s"), ("TOTAL_TIMEOUT", total)];
+            let settings = settings.map(|(key, value)| (format!("WRITE_API_PARTNER_{key}"), value.to_owned()));
+            Config::load(None, settings.into_iter(), &[])
+        };
+        // Four tries, and 1 s, 2 s and 4 s between them.
+        assert!(load("47s").is_ok());
+        let errors = load("46s").expect_err("too short");
+        assert_eq!(errors.len(), 1, "{errors:?}");
+        let error = errors[0].to_string();
+        assert!(error.contains("partner.total_timeout") && error.contains("46s") && error.contains("47s"), "{error}");
     }
 
     #[test]

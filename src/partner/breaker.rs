@@ -1,7 +1,8 @@
 //! Suspends all calls while the partner as a whole is at fault, and finds out when it no longer is.
 
 use std::fmt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use prometheus::IntGauge;
@@ -9,10 +10,13 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::config::Backoff;
 
-/// The last tries that are looked at; the breaker opens once half of them failed.
-const RECENT_TRIES: u32 = 50;
-/// Connections refused in a row that open it too. A failure to connect says nothing of any listing, and where few calls
-/// are in flight a listing would use up its tries before half of the recent ones had failed.
+/// Tries that are judged together, those started one after the other; the breaker opens once half of them failed. So many
+/// that a partner which fails four in ten does not open it by chance.
+const COHORT: u32 = 200;
+/// Failures in a row that open it too: where few calls are in flight, a listing would use up its tries before half of a
+/// cohort had failed.
+const FAILED_IN_A_ROW: u32 = 10;
+/// Connections refused in a row that do: a failure to connect says nothing of any listing.
 const REFUSED_CONNECTIONS: u32 = 5;
 /// Between probes.
 const PROBES: Backoff = Backoff { base: Duration::from_secs(1), cap: Duration::from_secs(60) };
@@ -47,8 +51,16 @@ pub(super) enum Sign {
 /// The right to make one try.
 pub(super) struct Pass<'a> {
     generation: u64,
+    /// Once the try has begun while the breaker was closed.
+    started: Option<Started>,
     /// Held by the one call that probes an open breaker.
     _probe: Option<tokio::sync::MutexGuard<'a, ()>>,
+}
+
+/// A try that has begun. It counts as out until it is dropped, by whomever.
+struct Started {
+    cohort: Arc<AtomicU32>,
+    _out: Arc<()>,
 }
 
 /// The breaker.
@@ -68,25 +80,59 @@ struct Inner {
 }
 
 enum State {
-    Closed { recent: Recent, refused: u32 },
+    Closed(Tries),
     Open { since: SystemTime, opened: Instant, reason: String, probes: u32, next_probe: Instant },
 }
 
-/// The results of the last tries, a bit each; 1 is a failure.
+/// The tries since the breaker closed.
+///
+/// Failures may come at once and good answers after a second, so that results in the order of their arrival show a healthy
+/// partner as one that only fails. Therefore a try that is still out counts as one that works.
 #[derive(Default)]
-struct Recent {
-    bits: u64,
-    count: u32,
+struct Tries {
+    /// Of the cohort that is being started, its failures. Each try keeps the counter of its own.
+    cohort: Arc<AtomicU32>,
+    /// Tries in that cohort so far.
+    started: u32,
+    /// As many clones as tries are out.
+    out: Arc<()>,
+    failed_in_a_row: u32,
+    refused_in_a_row: u32,
 }
 
-impl Recent {
-    fn push(&mut self, failed: bool) {
-        self.bits = (self.bits << 1 | u64::from(failed)) & ((1 << RECENT_TRIES) - 1);
-        self.count = (self.count + 1).min(RECENT_TRIES);
+impl Tries {
+    fn start(&mut self) -> Started {
+        if self.started == COHORT {
+            self.started = 0;
+            self.cohort = Arc::default();
+        }
+        self.started += 1;
+        Started { cohort: Arc::clone(&self.cohort), _out: Arc::clone(&self.out) }
     }
 
-    fn mostly_failed(&self) -> bool {
-        self.count == RECENT_TRIES && self.bits.count_ones() >= RECENT_TRIES / 2
+    fn worked(&mut self) {
+        self.failed_in_a_row = 0;
+        self.refused_in_a_row = 0;
+    }
+
+    /// Takes note of a failure. Returns why the breaker must open, if it must.
+    fn failed(&mut self, try_: Option<&Started>, sign: Sign, cause: &dyn fmt::Display) -> Option<String> {
+        self.failed_in_a_row += 1;
+        self.refused_in_a_row = if sign == Sign::Unconnected { self.refused_in_a_row + 1 } else { 0 };
+        let failed = try_.map_or(0, |started| started.cohort.fetch_add(1, Ordering::Relaxed) + 1);
+        // Without the tries' own counter and without this one, which is no longer out.
+        let out = Arc::strong_count(&self.out) - 1 - usize::from(try_.is_some());
+        // A row says something only if it is long against what is out, some of which may still bring good answers.
+        let is_long = |row: u32, limit: u32| row >= limit && row as usize >= 2 * out;
+        if sign == Sign::Fault || is_long(self.refused_in_a_row, REFUSED_CONNECTIONS) {
+            Some(cause.to_string())
+        } else if is_long(self.failed_in_a_row, FAILED_IN_A_ROW) {
+            Some(format!("{} tries in a row failed, the last of them: {cause}", self.failed_in_a_row))
+        } else if failed >= COHORT / 2 {
+            Some(format!("half of {COHORT} tries failed, the last of them: {cause}"))
+        } else {
+            None
+        }
     }
 }
 
@@ -94,7 +140,7 @@ impl Breaker {
     /// A closed one; `gauge` shows 1 while it is open.
     pub(super) fn new(gauge: IntGauge) -> Self {
         gauge.set(0);
-        let inner = Inner { state: State::closed(), generation: 0 };
+        let inner = Inner { state: State::Closed(Tries::default()), generation: 0 };
         Breaker { inner: Mutex::new(inner), probe: tokio::sync::Mutex::new(()), gauge }
     }
 
@@ -108,15 +154,28 @@ impl Breaker {
             let next_probe = {
                 let inner = self.lock();
                 match inner.state {
-                    State::Closed { .. } => return Pass { generation: inner.generation, _probe: None },
+                    State::Closed(_) => return Pass { generation: inner.generation, started: None, _probe: None },
                     State::Open { next_probe, .. } if next_probe <= Instant::now() => {
-                        return Pass { generation: inner.generation, _probe: Some(probe) };
+                        return Pass { generation: inner.generation, started: None, _probe: Some(probe) };
                     }
                     State::Open { next_probe, .. } => next_probe,
                 }
             };
             sleep_until(next_probe).await;
         }
+    }
+
+    /// Begins the try that the pass is for, unless it has begun. Returns whether the breaker is as it was when it gave the
+    /// pass.
+    pub(super) fn start(&self, pass: &mut Pass<'_>) -> bool {
+        let mut inner = self.lock();
+        if inner.generation != pass.generation {
+            return false;
+        }
+        if let State::Closed(tries) = &mut inner.state {
+            pass.started.get_or_insert_with(|| tries.start());
+        }
+        true
     }
 
     /// Whether the breaker is as it was when it gave this pass.
@@ -133,17 +192,13 @@ impl Breaker {
             return false;
         }
         match &mut inner.state {
-            State::Closed { recent, refused } => {
-                recent.push(sign != Sign::Working);
-                *refused = if sign == Sign::Unconnected { *refused + 1 } else { 0 };
+            State::Closed(tries) => {
                 let reason = match sign {
-                    Sign::Working => None,
-                    Sign::Fault => Some(cause.to_string()),
-                    _ if *refused >= REFUSED_CONNECTIONS => Some(cause.to_string()),
-                    _ if recent.mostly_failed() => {
-                        Some(format!("half of the last {RECENT_TRIES} tries failed, the last of them: {cause}"))
+                    Sign::Working => {
+                        tries.worked();
+                        None
                     }
-                    _ => None,
+                    Sign::Failed | Sign::Unconnected | Sign::Fault => tries.failed(pass.started.as_ref(), sign, cause),
                 };
                 if let Some(reason) = reason {
                     self.open(inner, reason);
@@ -165,7 +220,7 @@ impl Breaker {
     /// For people.
     pub(super) fn state(&self) -> BreakerState {
         match &self.lock().state {
-            State::Closed { .. } => BreakerState::Closed,
+            State::Closed(_) => BreakerState::Closed,
             State::Open { since, reason, .. } => BreakerState::Open { since: *since, reason: reason.clone() },
         }
     }
@@ -184,25 +239,20 @@ impl Breaker {
             let open_seconds = opened.elapsed().as_secs_f64();
             tracing::info!(open_seconds, "the partner's breaker closed, calls go on");
         }
-        inner.state = State::closed();
+        inner.state = State::Closed(Tries::default());
         inner.generation += 1;
         self.gauge.set(0);
     }
 
     fn closed_pass(&self) -> Option<Pass<'static>> {
         let inner = self.lock();
-        matches!(inner.state, State::Closed { .. }).then_some(Pass { generation: inner.generation, _probe: None })
+        let pass = Pass { generation: inner.generation, started: None, _probe: None };
+        matches!(inner.state, State::Closed(_)).then_some(pass)
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // Nothing in here panics half-way through a change.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl State {
-    fn closed() -> State {
-        State::Closed { recent: Recent::default(), refused: 0 }
     }
 }
 
@@ -262,18 +312,108 @@ mod tests {
         assert!(poll!(third.as_mut()).is_ready());
     }
 
+    /// A pass whose try has begun.
+    async fn started(breaker: &Breaker) -> Pass<'_> {
+        let mut pass = breaker.admit().await;
+        assert!(breaker.start(&mut pass), "it is closed");
+        pass
+    }
+
+    fn is_closed(breaker: &Breaker) -> bool {
+        breaker.state() == BreakerState::Closed
+    }
+
+    #[tokio::test]
+    async fn failures_that_come_before_good_answers_do_not_open_it() {
+        // Of a hundred tries this many fail at once; the others work and take as long as a thousand other tries.
+        for (failures, in_flight) in [(6, 1000), (40, 1000), (40, 30), (6, 6)] {
+            let breaker = breaker();
+            let mut out = std::collections::VecDeque::new();
+            for number in 0..10_000 {
+                let pass = started(&breaker).await;
+                // 37 and 100 have no common divisor: the failures are spread out.
+                if number * 37 % 100 < failures {
+                    breaker.record(&pass, Sign::Failed, &"partner answered 503");
+                    assert!(is_closed(&breaker), "{failures} % at try {number}, {} out", out.len());
+                    continue;
+                }
+                out.push_back(pass);
+                if out.len() == in_flight {
+                    breaker.record(&out.pop_front().expect("pushed"), Sign::Working, &"");
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn it_opens_soon_when_every_try_fails_however_many_are_in_flight() {
+        for (in_flight, most) in [(1, 10), (3, 10), (6, 10), (1000, COHORT / 2)] {
+            let breaker = breaker();
+            // The partner was well before.
+            for _ in 0..COHORT / 2 {
+                breaker.record(&started(&breaker).await, Sign::Working, &"");
+            }
+            let mut out = std::collections::VecDeque::new();
+            for _ in 0..in_flight {
+                out.push_back(started(&breaker).await);
+            }
+            let mut failures = 0;
+            while let Some(pass) = out.pop_front() {
+                breaker.record(&pass, Sign::Failed, &"no whole answer from the partner within 10s");
+                drop(pass);
+                failures += 1;
+                if !is_closed(&breaker) {
+                    break;
+                }
+                // Tried again, or the next listing.
+                out.push_back(started(&breaker).await);
+            }
+            // A cohort that began before the outage is judged with its good answers.
+            assert!(failures <= most + COHORT / 2, "{in_flight} in flight: {failures}");
+            assert!(in_flight > 6 || failures == most, "{in_flight} in flight: {failures}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_hangs_does_not_hide_that_all_else_fails() {
+        let breaker = breaker();
+        let mut hanging = Vec::new();
+        for _ in 0..500 {
+            hanging.push(started(&breaker).await);
+        }
+        let mut failures = 0;
+        while is_closed(&breaker) {
+            breaker.record(&started(&breaker).await, Sign::Failed, &"partner answered 500");
+            failures += 1;
+        }
+        assert!(failures <= COHORT, "{failures}");
+    }
+
+    #[tokio::test]
+    async fn a_try_that_was_given_up_is_no_longer_out() {
+        let breaker = breaker();
+        for _ in 0..100 {
+            drop(started(&breaker).await);
+        }
+        for _ in 0..FAILED_IN_A_ROW {
+            assert!(is_closed(&breaker));
+            breaker.record(&started(&breaker).await, Sign::Failed, &"partner answered 500");
+        }
+        assert!(!is_closed(&breaker));
+    }
+
     #[tokio::test]
     async fn it_opens_when_half_of_the_recent_tries_failed_and_not_before() {
         let breaker = breaker();
         for number in 1..=200 {
-            let pass = breaker.admit().await;
+            let pass = started(&breaker).await;
             let sign = if number % 5 < 2 { Sign::Failed } else { Sign::Working };
             breaker.record(&pass, sign, &"partner answered 500");
         }
         assert_eq!(breaker.state(), BreakerState::Closed, "two in five failed");
         let mut failures = 0;
         while breaker.state() == BreakerState::Closed {
-            let pass = breaker.admit().await;
+            let pass = started(&breaker).await;
             breaker.record(&pass, Sign::Failed, &"partner answered 500");
             failures += 1;
         }

@@ -58,20 +58,25 @@ impl Budget {
         Permit { _place: place.expect("the semaphore is never closed") }
     }
 
-    /// Waits to be among those that prepare their send, first come, first served. To be held until the send.
+    /// Waits to be among those that prepare their send, first come, first served, and for the end of a pause: a connection
+    /// that is opened during one may be closed for its idleness before the pause ends. To be held until the send.
     pub(super) async fn prepare(&self) -> SemaphorePermit<'_> {
-        self.preparing.acquire().await.expect("the semaphore is never closed")
+        let preparing = self.preparing.acquire().await.expect("the semaphore is never closed");
+        self.pause_over().await;
+        preparing
     }
 
     /// Waits for the moment of one send, first come, first served. The send must be made in the poll that returns.
     pub(super) async fn grant(&self) {
         match &self.pace {
             Some(pace) => pace.grant(self).await,
-            None => {
-                while let Some(end) = self.pause_end() {
-                    sleep_until(end).await;
-                }
-            }
+            None => self.pause_over().await,
+        }
+    }
+
+    async fn pause_over(&self) {
+        while let Some(end) = self.pause_end() {
+            sleep_until(end).await;
         }
     }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use http::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_TYPE, HOST, USER_AGENT};
 use http::{StatusCode, Uri};
 use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge};
+use tokio::sync::SemaphorePermit;
 use tokio::time::{Instant, timeout};
 
 use super::breaker::{Breaker, Pass};
@@ -120,7 +121,7 @@ impl Client {
         &self,
         budget: &Budget,
         breaker: &Breaker,
-        pass: &Pass<'_>,
+        pass: &mut Pass<'_>,
         run: &RunKey,
         request: &Request,
         limit: Duration,
@@ -128,24 +129,13 @@ impl Client {
         let mut only_fresh = false;
         let mut closed_early = false;
         let (outcome, took) = loop {
-            let preparing = budget.prepare().await;
-            if run.is_closed() || !breaker.honours(pass) {
-                break (Outcome::Withdrawn, Duration::ZERO);
-            }
-            // The connection first: the moment of the send is used when it comes.
-            let pooled = if only_fresh { None } else { self.pool.take() };
-            let mut connection = match pooled {
-                Some(connection) => connection,
-                // Boxed, as is what follows, because it is rare: a future that exists a thousand times must be small.
-                None => match Box::pin(self.connect()).await {
-                    Ok(connection) => connection,
-                    Err((outcome, took)) => break (outcome, took),
-                },
+            // Nothing is sent yet: none of these waits may hold up a run that is closed. Boxed, so that a call which is out
+            // does not keep the room that they took.
+            let prepared = Box::pin(run.while_open(self.prepare(budget, breaker, pass, only_fresh))).await;
+            let (mut connection, preparing) = match prepared.unwrap_or(Err((Outcome::Withdrawn, Duration::ZERO))) {
+                Ok(prepared) => prepared,
+                Err((outcome, took)) => break (outcome, took),
             };
-            if let Some(credential) = self.credential.as_ref().filter(|credential| credential.is_due()) {
-                Box::pin(Arc::clone(credential).refresh()).await;
-            }
-            budget.grant().await;
             if run.is_closed() || !breaker.honours(pass) {
                 self.pool.put(connection);
                 break (Outcome::Withdrawn, Duration::ZERO);
@@ -188,6 +178,33 @@ impl Client {
         };
         self.counters.count(&outcome);
         Attempt { outcome, took }
+    }
+
+    /// Waits until a call can be sent, and finds a connection for it. The send must be made in the poll that returns. If
+    /// there is none, what that means for the try and how long it took.
+    async fn prepare<'b>(
+        &self,
+        budget: &'b Budget,
+        breaker: &Breaker,
+        pass: &mut Pass<'_>,
+        only_fresh: bool,
+    ) -> Result<(Connection, SemaphorePermit<'b>), (Outcome, Duration)> {
+        let preparing = budget.prepare().await;
+        if !breaker.start(pass) {
+            return Err((Outcome::Withdrawn, Duration::ZERO));
+        }
+        // The connection first: the moment of the send is used when it comes.
+        let pooled = if only_fresh { None } else { self.pool.take() };
+        let connection = match pooled {
+            Some(connection) => connection,
+            // Boxed, as is what follows, because it is rare: a future that exists a hundred times must be small.
+            None => Box::pin(self.connect()).await?,
+        };
+        if let Some(credential) = self.credential.as_ref().filter(|credential| credential.is_due()) {
+            Box::pin(Arc::clone(credential).refresh()).await;
+        }
+        budget.grant().await;
+        Ok((connection, preparing))
     }
 
     /// Opens a connection; if it cannot, what that means for the try and how long it took.

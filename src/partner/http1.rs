@@ -116,6 +116,10 @@ impl<'a> Exchange<'a> {
         // The message must not stay in memory while the answer is awaited.
         drop(message);
         let head = self.receive_head().await?;
+        if head.status != StatusCode::OK && head.framing == Framing::UntilClose {
+            // The status says it all, and the end of the body may never come.
+            return Ok(Vec::new());
+        }
         let body = self.receive_body(head.framing).await?;
         self.reusable = head.keep_alive && head.framing != Framing::UntilClose && self.received.is_empty();
         decompress(body, head.encoding, self.max_body_bytes)

@@ -106,8 +106,8 @@ impl Partner {
         let Shared { settings, budget, breaker, client } = &*self.shared;
         let mut patience = Patience::new(settings);
         loop {
-            let Some(pass) = run.while_open(breaker.admit()).await else { return Verdict::NotSent };
-            let attempt = client.attempt(budget, breaker, &pass, run, &request, patience.next_timeout()).await;
+            let Some(mut pass) = run.while_open(breaker.admit()).await else { return Verdict::NotSent };
+            let attempt = client.attempt(budget, breaker, &mut pass, run, &request, patience.next_timeout()).await;
             let failure = match attempt.outcome {
                 Outcome::Valued(valuation) => {
                     breaker.record(&pass, Sign::Working, &"");

@@ -178,7 +178,7 @@ async fn an_id_means_one_event_for_ever() -> Result<()> {
 #[tokio::test]
 async fn an_unknown_run_is_refused_and_an_unfinished_one_is_waited_for() -> Result<()> {
     let mut world = World::new(Behaviour { latency_ms: 3_600_000, ..Behaviour::default() }).await?;
-    world.set("partner.request_timeout", "10m").set("partner.total_timeout", "10m").set("shutdown.grace", "3s");
+    world.set("partner.request_timeout", "7m").set("partner.total_timeout", "1h").set("shutdown.grace", "3s");
     world.listings(10).await?;
     let tap = world.environment().tap()?;
     let service = world.serve().await?;

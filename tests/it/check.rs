@@ -97,7 +97,7 @@ fn every_wrong_setting_is_named_with_its_source_and_the_fix() -> Result<()> {
         (&[("queue.receive_cap", "soon")], "queue.receive_cap", &["\"soon\"", "2s to 11h58m"]),
         (&[("queue.receive_cap", "30s")], "queue.receive_cap", &["not longer", "make it longer"]),
         (&[("partner.in_flight", "many")], "partner.in_flight", &["\"many\"", "from 1 to 100000"]),
-        (&[("partner.request_timeout", "9m")], "partner.total_timeout", &["shorter than one try"]),
+        (&[("partner.request_timeout", "9m")], "partner.total_timeout", &["shorter than 8 tries"]),
         (&[("partner.base_url", "ftp://partner")], "partner.base_url", &["ftp://partner", "http://HOST:PORT"]),
         (&[("partner.base_url", &with_password)], "partner.base_url", &["a password"]),
         (&[("partner.base_url", "")], "partner.base_url", &["is missing", "WRITE_API_PARTNER_BASE_URL"]),

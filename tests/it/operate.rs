@@ -118,7 +118,7 @@ async fn a_cancel_reaches_the_work_and_keeps_the_answers_that_are_out() -> Resul
 async fn a_partner_that_never_answers_cannot_hold_up_a_cancel() -> Result<()> {
     let mut world = slow_world(1, 0).await?;
     world.set("queue.visibility_timeout", "60s");
-    world.set("partner.request_timeout", "2m").set("partner.total_timeout", "5m");
+    world.set("partner.request_timeout", "2m").set("partner.total_timeout", "20m");
     world.listings(500).await?;
     let service = world.serve().await?;
     world.partner.control(|behaviour| behaviour.hang_ratio = 1.0)?;
@@ -398,7 +398,7 @@ async fn the_status_is_right_at_each_state() -> Result<()> {
     const ID: &str = "night-0193d0c8-5a1e-7c44-9b9e-3f1f2a9d7c55-of-a-producer-that-likes-long-ids-very-much-2026";
     let mut world = slow_world(1, 200).await?;
     // A partner that is silent for a while is no fault here.
-    world.set("partner.request_timeout", "2m").set("partner.total_timeout", "5m");
+    world.set("partner.request_timeout", "2m").set("partner.total_timeout", "20m");
     world.listings(LISTINGS).await?;
     ensure!(shown(&world, &["status"])? == "no run was opened yet" && world.done(&["status", "--json"])? == "[]");
     world.partner.control(|behaviour| behaviour.forced = [(3, 410)].into())?;

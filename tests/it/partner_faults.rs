@@ -125,7 +125,8 @@ async fn a_pause_that_the_partner_asks_for_is_kept_by_all_calls() -> Result<()> 
         Behaviour { latency_ms: 20, rate_cap: 100, retry_after: RetryAfter::Seconds(2), ..Behaviour::default() };
     let mut world = World::new(behaviour).await?;
     // The service is told a wrong limit, so that the partner has to defend itself.
-    world.set("partner.rate_per_second", 200).set("partner.in_flight", 20).set("partner.max_attempts", 30);
+    world.set("partner.rate_per_second", 200).set("partner.in_flight", 20);
+    world.set("partner.max_attempts", 30).set("partner.total_timeout", "10m");
     world.listings(300).await?;
     let service = world.serve().await?;
     let id = world.refresh(&[])?;

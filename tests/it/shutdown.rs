@@ -58,7 +58,7 @@ async fn a_partner_that_does_not_answer_cannot_hold_up_a_stop() -> Result<()> {
     let mut world = World::new(Behaviour { latency_ms: 60_000, ..Behaviour::default() }).await?;
     world.set("shutdown.grace", "4s").set("partner.in_flight", IN_FLIGHT).set("queue.visibility_timeout", "60s");
     world.set("queue.wait_time", "1s");
-    world.set("partner.request_timeout", "2m").set("partner.total_timeout", "5m");
+    world.set("partner.request_timeout", "2m").set("partner.total_timeout", "20m");
     world.listings(200).await?;
     let first = world.serve().await?;
     let id = world.refresh(&[])?;
@@ -85,7 +85,7 @@ async fn a_partner_that_does_not_answer_cannot_hold_up_a_stop() -> Result<()> {
 #[tokio::test]
 async fn a_second_signal_ends_it_at_once() -> Result<()> {
     let mut world = World::new(Behaviour { latency_ms: 60_000, ..Behaviour::default() }).await?;
-    world.set("partner.request_timeout", "2m").set("partner.total_timeout", "5m");
+    world.set("partner.request_timeout", "2m").set("partner.total_timeout", "20m");
     world.listings(20).await?;
     let service = world.serve().await?;
     world.refresh(&[])?;

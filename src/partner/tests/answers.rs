@@ -145,6 +145,21 @@ async fn a_status_counts_though_its_body_is_useless() {
 }
 
 #[tokio::test]
+async fn a_status_is_enough_where_the_body_ends_with_the_connection() {
+    let start = Instant::now();
+    let (verdict, calls) =
+        first_try(|_| [raw("HTTP/1.1 404 Not Found\r\n\r\nno such"), vec![Step::Wait(SECOND * 60)]].concat()).await;
+    assert_eq!(verdict, failed("partner answered 404"));
+    assert_eq!(calls.len(), 1);
+    assert!(start.elapsed() < SECOND, "{:?}", start.elapsed());
+    // The connection is not used again.
+    let (verdict, calls) =
+        first_try(|_| [raw("HTTP/1.1 503 Busy\r\n\r\nlater"), vec![Step::Wait(SECOND * 60)]].concat()).await;
+    assert_eq!(verdict, worth(7));
+    assert_eq!((calls.len(), calls[1].connection), (2, 1));
+}
+
+#[tokio::test]
 async fn a_listing_fails_after_its_last_try() {
     let stub = Stub::start(|_| status(500)).await;
     let (partner, metrics) = partner(&settings(stub.address));

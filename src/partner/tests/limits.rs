@@ -101,12 +101,59 @@ async fn an_outage_suspends_everyone_and_fails_nobody() {
     });
     tokio::time::sleep(MS * 1200).await;
     let BreakerState::Open { reason, .. } = partner.breaker_state() else { panic!("still closed") };
-    assert!(reason.contains("half of the last 50 tries failed") && reason.contains("500"), "{reason}");
+    assert!(reason.contains("tries in a row failed") && reason.contains("500"), "{reason}");
     let during = stub.calls().len() - before;
     assert!(during <= 110, "{during} calls to a partner that is away");
     away.store(false, Ordering::SeqCst);
     let verdicts = timeout(SECOND * 4, all).await.expect("it recovers").expect("no panic");
     assert_eq!(verdicts, []);
+}
+
+#[tokio::test]
+async fn a_small_run_fails_nothing_in_an_outage() {
+    let away = Arc::new(AtomicBool::new(true));
+    let stub = Stub::start({
+        let away = Arc::clone(&away);
+        move |call| if away.load(Ordering::SeqCst) { status(500) } else { valued(call.listing_id) }
+    })
+    .await;
+    // All its tries together are fewer than those that are judged together.
+    let (partner, _) = partner(&settings(stub.address));
+    let all = tokio::spawn({
+        let partner = partner.clone();
+        async move { value_all(&partner, 0..6).await }
+    });
+    tokio::time::sleep(MS * 300).await;
+    let BreakerState::Open { reason, .. } = partner.breaker_state() else { panic!("still closed") };
+    assert!(reason.contains("tries in a row failed") && reason.contains("500"), "{reason}");
+    away.store(false, Ordering::SeqCst);
+    assert_eq!(timeout(SECOND * 4, all).await.expect("it recovers").expect("no panic"), []);
+}
+
+/// A healthy partner that fails some calls at once and answers the others late.
+#[tokio::test]
+async fn failures_that_come_before_good_answers_suspend_nobody() {
+    let number = AtomicUsize::new(0);
+    let stub = Stub::start(move |call| {
+        if number.fetch_add(1, Ordering::SeqCst) * 37 % 100 < 20 {
+            return status(503);
+        }
+        [vec![Step::Wait(SECOND)], valued(call.listing_id)].concat()
+    })
+    .await;
+    let (partner, _) =
+        partner(&config::Partner { in_flight: 500, request_timeout: SECOND * 5, ..settings(stub.address) });
+    let watching = async {
+        // An open breaker stays so for half a second at least.
+        loop {
+            assert_eq!(partner.breaker_state(), BreakerState::Closed);
+            tokio::time::sleep(MS * 50).await;
+        }
+    };
+    tokio::select! {
+        verdicts = value_all(&partner, 0..800) => assert_eq!(verdicts, []),
+        () = watching => {}
+    }
 }
 
 #[tokio::test]
@@ -243,4 +290,104 @@ async fn a_closed_run_sends_nothing_more_and_keeps_what_is_out() {
         assert_eq!(verdict, if answered { worth(listing_id) } else { Verdict::NotSent }, "{listing_id} of {sent:?}");
     }
     assert_eq!(partner.valuation(partner.permit().await, &run, request(30)).await, Verdict::NotSent);
+}
+
+#[tokio::test]
+async fn a_closed_run_does_not_wait_for_the_end_of_a_pause() {
+    for rate_per_second in [None, Some(100)] {
+        let stub = Stub::start(|call| match call.listing_id {
+            0 => answer(429, "retry-after: 60\r\n", b""),
+            // Out when the pause begins.
+            _ => [vec![Step::Wait(MS * 300)], valued(call.listing_id)].concat(),
+        })
+        .await;
+        let (partner, _) = partner(&config::Partner { rate_per_second, ..settings(stub.address) });
+        let run = RunKey::new("run");
+        let call = async |listing_id| partner.valuation(partner.permit().await, &run, request(listing_id)).await;
+        let later = async |wait, listing_id| {
+            tokio::time::sleep(wait).await;
+            call(listing_id).await
+        };
+        let closing = async {
+            tokio::time::sleep(MS * 200).await;
+            run.close();
+        };
+        let all = async { tokio::join!(call(1), later(MS * 50, 0), later(MS * 100, 2), later(MS * 100, 3), closing) };
+        let (out, paused, second, third, ()) = timeout(SECOND * 2, all).await.expect("nobody waits for the pause");
+        assert_eq!(out, worth(1), "what was out is awaited");
+        assert_eq!([paused, second, third], [Verdict::NotSent, Verdict::NotSent, Verdict::NotSent]);
+        assert_eq!(stub.calls().len(), 2);
+    }
+}
+
+#[tokio::test]
+async fn a_closed_run_does_not_wait_for_a_connection() {
+    // TLS against a server that says nothing: TCP connects and the handshake hangs.
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let address = listener.local_addr().expect("bound");
+    let mut settings = config::Partner { connect_timeout: SECOND * 60, ..settings(address) };
+    settings.base_url = format!("https://{address}").parse().expect("a URL");
+    let (partner, _) = partner(&settings);
+    let run = RunKey::new("run");
+    let closing = async {
+        let accepted = listener.accept().await.expect("a connection");
+        run.close();
+        accepted
+    };
+    let call = async { tokio::join!(partner.valuation(partner.permit().await, &run, request(7)), closing) };
+    let (verdict, _) = timeout(SECOND * 2, call).await.expect("nobody waits for the connection");
+    assert_eq!(verdict, Verdict::NotSent);
+}
+
+/// A pause that is longer than the partner keeps an idle connection.
+#[tokio::test]
+async fn a_pause_costs_no_connections() {
+    let paused = AtomicBool::new(false);
+    let stub = Stub::start(move |call| {
+        if !paused.swap(true, Ordering::SeqCst) {
+            return answer(429, "retry-after: 1\r\n", b"");
+        }
+        valued(call.listing_id)
+    })
+    .await;
+    let (proxy, opened) = impatient_proxy(stub.address).await;
+    let (partner, metrics) = partner(&config::Partner { max_attempts: 2, ..settings(proxy) });
+    let first = async { value(&partner, 1).await };
+    let others = async {
+        tokio::time::sleep(MS * 100).await;
+        let before = opened.load(Ordering::SeqCst);
+        let others = value_all(&partner, 2..12);
+        let during = async {
+            tokio::time::sleep(MS * 500).await;
+            opened.load(Ordering::SeqCst) - before
+        };
+        tokio::join!(others, during)
+    };
+    let (first, (others, during)) = tokio::join!(first, others);
+    assert_eq!((first, others), (worth(1), vec![]));
+    assert_eq!(during, 0, "connections were opened for calls that must wait");
+    assert_eq!(metrics.partner_calls.with_label_values(&["connect"]).get(), 0);
+}
+
+/// Closes each connection that carries nothing for a while. Returns its address and the number of connections so far.
+async fn impatient_proxy(partner: std::net::SocketAddr) -> (std::net::SocketAddr, Arc<AtomicUsize>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let address = listener.local_addr().expect("bound");
+    let opened = Arc::new(AtomicUsize::new(0));
+    tokio::spawn({
+        let opened = Arc::clone(&opened);
+        async move {
+            while let Ok((mut near, _)) = listener.accept().await {
+                opened.fetch_add(1, Ordering::SeqCst);
+                tokio::spawn(async move {
+                    if timeout(MS * 200, near.readable()).await.is_ok() {
+                        let mut far = tokio::net::TcpStream::connect(partner).await?;
+                        tokio::io::copy_bidirectional(&mut near, &mut far).await?;
+                    }
+                    std::io::Result::Ok(())
+                });
+            }
+        }
+    });
+    (address, opened)
 }
