@@ -22,7 +22,7 @@ use crate::health::{Dependency, Health};
 use crate::kafka::Publisher;
 use crate::lifecycle::{Company, Stop, StopSource};
 use crate::metrics::Metrics;
-use crate::partner::Partner;
+use crate::partner::{BreakerState, Partner};
 use crate::queue::consumer::{ConsumerParts, consume};
 use crate::queue::lease::{Keeper, KeeperSettings, Renewals};
 use crate::queue::sqs::Sqs;
@@ -39,6 +39,10 @@ const LAST_RELAY: Duration = Duration::from_secs(2);
 
 /// How often Postgres, Kafka and the partner are looked at for `/readyz`.
 const LOOK: Duration = Duration::from_secs(5);
+
+/// How long the partner is taken to be well after a connection to it was opened. Each look opens one if none is idle, which
+/// an idle service must not do all day.
+const PARTNER_STAYS_WELL: Duration = Duration::from_secs(30);
 
 /// How long Kafka may take to answer such a look.
 const KAFKA_LOOK: Duration = Duration::from_secs(4);
@@ -262,6 +266,7 @@ impl App {
             }
         });
         let (partner, dependency) = (self.events.partner.clone(), self.health.dependency("partner"));
+<<<<<<< HEAD
         watchers.spawn(async move {
             loop {
                 match partner.check().await {
@@ -272,6 +277,9 @@ impl App {
             }
         });
         begun
+=======
+        watchers.spawn(watch_partner(partner, dependency, LOOK, PARTNER_STAYS_WELL));
+>>>>>>> fix-B
     }
 
     fn start_pages(&self, listeners: Listeners, pages: &mut JoinSet<()>, stop: &Stop) {
@@ -301,6 +309,7 @@ impl Listeners {
     }
 }
 
+<<<<<<< HEAD
 /// Looks at Postgres, and at the schema until it was found whole, and again after each outage: with a migration missing,
 /// events would only be received and fail.
 async fn watch_database(database: Database, dependency: Dependency, begin: watch::Sender<bool>) {
@@ -324,6 +333,26 @@ async fn watch_database(database: Database, dependency: Dependency, begin: watch
             Err(error) => dependency.down(error.to_string()),
         }
         sleep(LOOK).await;
+=======
+/// Looks at the partner every `look`; if it was well and its breaker is closed, only after `stays_well`.
+async fn watch_partner(partner: Partner, dependency: Dependency, look: Duration, stays_well: Duration) {
+    let mut seen_well: Option<Instant> = None;
+    loop {
+        let is_recent = seen_well.is_some_and(|seen| seen.elapsed() < stays_well);
+        if !is_recent || partner.breaker_state() != BreakerState::Closed {
+            match partner.check().await {
+                Ok(()) => {
+                    dependency.up();
+                    seen_well = Some(Instant::now());
+                }
+                Err(error) => {
+                    dependency.down(format!("{error:#}"));
+                    seen_well = None;
+                }
+            }
+        }
+        sleep(look).await;
+>>>>>>> fix-B
     }
 }
 
@@ -333,5 +362,59 @@ async fn join_all(tasks: &mut JoinSet<()>) {
         if let Err(error) = ended {
             tracing::error!(%error, "a task ended badly");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_partner_that_is_well_is_seldom_connected_to_and_one_that_is_away_is_looked_for() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("bound");
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let server = tokio::spawn({
+            let accepted = accepted.clone();
+            async move {
+                // Closed at once, so that no idle one stands in for the next.
+                while listener.accept().await.is_ok() {
+                    accepted.fetch_add(1, Ordering::SeqCst);
+                }
+            }
+        });
+        let settings = [
+            ("WRITE_API_DATABASE_URL", "postgres://app@localhost/app".to_owned()),
+            ("WRITE_API_PARTNER_BASE_URL", format!("http://{address}")),
+            ("WRITE_API_KAFKA_BROKERS", "localhost:9092".to_owned()),
+        ];
+        let settings = settings.map(|(key, value)| (key.to_owned(), value));
+        let config = Config::load(None, settings.into_iter(), &[]).expect("good settings");
+        let partner = Partner::new(&config.partner, Arc::new(Metrics::new())).expect("good settings");
+        let health = Health::new();
+        let (look, stays_well) = (Duration::from_millis(5), Duration::from_millis(500));
+        let watcher = tokio::spawn(watch_partner(partner, health.dependency("partner"), look, stays_well));
+        let until = async |ready: bool| {
+            while health.not_ready().is_empty() != ready {
+                sleep(look).await;
+            }
+        };
+        let began = Instant::now();
+        timeout(Duration::from_secs(5), until(true)).await.expect("it is well");
+        sleep(stays_well * 2).await;
+        let accepted = accepted.load(Ordering::SeqCst);
+        let most = 2 + began.elapsed().as_millis() / stays_well.as_millis();
+        assert!(accepted >= 2 && accepted as u128 <= most, "{accepted} connections, {most} would do");
+
+        server.abort();
+        timeout(Duration::from_secs(5), until(false)).await.expect("it is seen to be away");
+        let listener = tokio::net::TcpSocket::new_v4().expect("a socket");
+        listener.set_reuseaddr(true).expect("a socket");
+        listener.bind(address).expect("the port is free");
+        let _listener = listener.listen(8).expect("the port is free");
+        timeout(stays_well, until(true)).await.expect("it is looked for more often");
+        watcher.abort();
     }
 }

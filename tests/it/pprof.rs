@@ -24,7 +24,11 @@ fn go_pprof(directory: &Path, arguments: &[&str]) -> Result<String> {
 /// A world with a run that goes on for as long as anybody wants to look.
 async fn busy() -> Result<(World, Service)> {
     let mut world = World::new(Behaviour { latency_ms: 60_000, ..Behaviour::default() }).await?;
-    world.set("partner.rate_per_second", 0).set("shutdown.grace", "3s").set("partner.request_timeout", "2m").set("partner.total_timeout", "20m");
+    world
+        .set("partner.rate_per_second", 0)
+        .set("shutdown.grace", "3s")
+        .set("partner.request_timeout", "2m")
+        .set("partner.total_timeout", "20m");
     world.expect_work_left();
     world.listings(3_000).await?;
     let service = world.serve().await?;
@@ -68,7 +72,11 @@ async fn go_tool_pprof_names_the_functions_that_hold_memory() -> Result<()> {
 #[tokio::test]
 async fn go_tool_pprof_shows_what_grew_between_two_files() -> Result<()> {
     let mut world = World::new(Behaviour { latency_ms: 60_000, ..Behaviour::default() }).await?;
-    world.set("partner.rate_per_second", 0).set("shutdown.grace", "3s").set("partner.request_timeout", "2m").set("partner.total_timeout", "20m");
+    world
+        .set("partner.rate_per_second", 0)
+        .set("shutdown.grace", "3s")
+        .set("partner.request_timeout", "2m")
+        .set("partner.total_timeout", "20m");
     world.expect_work_left();
     world.listings(3_000).await?;
     let service = world.serve().await?;
