@@ -266,20 +266,8 @@ impl App {
             }
         });
         let (partner, dependency) = (self.events.partner.clone(), self.health.dependency("partner"));
-<<<<<<< HEAD
-        watchers.spawn(async move {
-            loop {
-                match partner.check().await {
-                    Ok(()) => dependency.up(),
-                    Err(error) => dependency.down(format!("{error:#}")),
-                }
-                sleep(LOOK).await;
-            }
-        });
-        begun
-=======
         watchers.spawn(watch_partner(partner, dependency, LOOK, PARTNER_STAYS_WELL));
->>>>>>> fix-B
+        begun
     }
 
     fn start_pages(&self, listeners: Listeners, pages: &mut JoinSet<()>, stop: &Stop) {
@@ -309,7 +297,6 @@ impl Listeners {
     }
 }
 
-<<<<<<< HEAD
 /// Looks at Postgres, and at the schema until it was found whole, and again after each outage: with a migration missing,
 /// events would only be received and fail.
 async fn watch_database(database: Database, dependency: Dependency, begin: watch::Sender<bool>) {
@@ -333,7 +320,9 @@ async fn watch_database(database: Database, dependency: Dependency, begin: watch
             Err(error) => dependency.down(error.to_string()),
         }
         sleep(LOOK).await;
-=======
+    }
+}
+
 /// Looks at the partner every `look`; if it was well and its breaker is closed, only after `stays_well`.
 async fn watch_partner(partner: Partner, dependency: Dependency, look: Duration, stays_well: Duration) {
     let mut seen_well: Option<Instant> = None;
@@ -352,7 +341,6 @@ async fn watch_partner(partner: Partner, dependency: Dependency, look: Duration,
             }
         }
         sleep(look).await;
->>>>>>> fix-B
     }
 }
 
