@@ -301,6 +301,7 @@ impl Listeners {
 /// events would only be received and fail.
 async fn watch_database(database: Database, dependency: Dependency, begin: watch::Sender<bool>) {
     let mut schema_is_good = false;
+    let mut told = None;
     loop {
         let missing = match database.ping().await {
             Ok(()) if schema_is_good => Ok(None),
@@ -314,7 +315,11 @@ async fn watch_database(database: Database, dependency: Dependency, begin: watch
                 begin.send_replace(true);
             }
             Ok(Some(migration)) => {
-                tracing::warn!(migration, "the database's schema lacks a migration; run write-api migrate");
+                // Once: `/readyz` goes on saying it.
+                if told.as_ref() != Some(&migration) {
+                    tracing::warn!(migration, "the database's schema lacks a migration; run write-api migrate");
+                    told = Some(migration.clone());
+                }
                 dependency.down(format!("the schema lacks migration {migration}; run `write-api migrate`"));
             }
             Err(error) => dependency.down(error.to_string()),
