@@ -12,6 +12,7 @@
 //! - [`app`]: builds all of these, starts them, stops them in order.
 //! - [`cli`]: the command line, a file for each verb.
 //! - [`config`], [`metrics`], [`health`], [`lifecycle`], [`telemetry`]: what everything above stands on.
+//! - [`fault`]: empty in releases; the faults that tests order.
 
 pub mod admin;
 pub mod app;
@@ -19,6 +20,7 @@ pub mod cli;
 pub mod config;
 pub mod db;
 pub mod events;
+pub mod fault;
 pub mod health;
 pub mod kafka;
 pub mod lifecycle;

@@ -7,17 +7,18 @@ use std::path::{Path, PathBuf};
 /// Each room with the rooms that it may import. Imports point down only: a room stands above all that it names.
 const ROOMS: &[(&str, &[&str])] = &[
     ("config", &[]),
+    ("fault", &[]),
     ("lifecycle", &[]),
     ("health", &[]),
     ("metrics", &[]),
     ("telemetry", &["config"]),
-    ("db", &["config"]),
-    ("partner", &["config", "metrics"]),
-    ("kafka", &["config", "metrics"]),
-    ("queue", &["config", "health", "lifecycle", "metrics"]),
+    ("db", &["config", "fault"]),
+    ("partner", &["config", "fault", "metrics"]),
+    ("kafka", &["config", "fault", "metrics"]),
+    ("queue", &["config", "fault", "health", "lifecycle", "metrics"]),
     ("profiling", &["config"]),
     ("admin", &["config", "health", "metrics", "profiling"]),
-    ("events", &["config", "db", "health", "kafka", "lifecycle", "metrics", "partner", "queue"]),
+    ("events", &["config", "db", "fault", "health", "kafka", "lifecycle", "metrics", "partner", "queue"]),
     (
         "app",
         &[
@@ -25,6 +26,7 @@ const ROOMS: &[(&str, &[&str])] = &[
             "config",
             "db",
             "events",
+            "fault",
             "health",
             "kafka",
             "lifecycle",
@@ -34,7 +36,10 @@ const ROOMS: &[(&str, &[&str])] = &[
             "queue",
         ],
     ),
-    ("cli", &["app", "config", "db", "events", "kafka", "metrics", "partner", "profiling", "queue", "telemetry"]),
+    (
+        "cli",
+        &["app", "config", "db", "events", "fault", "kafka", "metrics", "partner", "profiling", "queue", "telemetry"],
+    ),
 ];
 
 fn source() -> PathBuf {
