@@ -60,6 +60,12 @@ metrics! {
     partner_seconds: Histogram("write_api_partner_request_duration_seconds", CALL_SECONDS),
     /// Partner calls in flight.
     partner_in_flight: IntGauge("write_api_partner_in_flight"),
+    /// Partner calls that may be in flight: partner.in_flight, and less while the partner shows overload.
+    partner_in_flight_limit: IntGauge("write_api_partner_in_flight_limit"),
+    /// Repeats of partner calls that the retry budget paid for.
+    partner_repeats: IntCounter("write_api_partner_repeats_total"),
+    /// Repeats of partner calls that wait because the retry budget is empty.
+    partner_repeats_waiting: IntGauge("write_api_partner_repeats_waiting"),
     /// 1 while the partner's breaker is open and no call but probes is made.
     partner_breaker_open: IntGauge("write_api_partner_breaker_open"),
     /// Pages of listings read from Postgres.

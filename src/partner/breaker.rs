@@ -54,7 +54,14 @@ pub(super) struct Pass<'a> {
     /// Once the try has begun while the breaker was closed.
     started: Option<Started>,
     /// Held by the one call that probes an open breaker.
-    _probe: Option<tokio::sync::MutexGuard<'a, ()>>,
+    probe: Option<tokio::sync::MutexGuard<'a, ()>>,
+}
+
+impl Pass<'_> {
+    /// Whether the try probes an open breaker.
+    pub(super) fn is_probe(&self) -> bool {
+        self.probe.is_some()
+    }
 }
 
 /// A try that has begun. It counts as out until it is dropped, by whomever.
@@ -154,9 +161,9 @@ impl Breaker {
             let next_probe = {
                 let inner = self.lock();
                 match inner.state {
-                    State::Closed(_) => return Pass { generation: inner.generation, started: None, _probe: None },
+                    State::Closed(_) => return Pass { generation: inner.generation, started: None, probe: None },
                     State::Open { next_probe, .. } if next_probe <= Instant::now() => {
-                        return Pass { generation: inner.generation, started: None, _probe: Some(probe) };
+                        return Pass { generation: inner.generation, started: None, probe: Some(probe) };
                     }
                     State::Open { next_probe, .. } => next_probe,
                 }
@@ -246,7 +253,7 @@ impl Breaker {
 
     fn closed_pass(&self) -> Option<Pass<'static>> {
         let inner = self.lock();
-        let pass = Pass { generation: inner.generation, started: None, _probe: None };
+        let pass = Pass { generation: inner.generation, started: None, probe: None };
         matches!(inner.state, State::Closed(_)).then_some(pass)
     }
 

@@ -5,8 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use prometheus::IntGauge;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::{Instant, Sleep, sleep_until};
+
+use super::window::Window;
 
 /// How much lateness of its own the pace makes up for, by sends closer together. A timer of tokio wakes up to a
 /// millisecond late, a busy runtime some more.
@@ -30,6 +33,8 @@ pub struct Permit {
 /// The process-wide budget.
 pub(super) struct Budget {
     places: Arc<Semaphore>,
+    /// How many of those with a place may be out.
+    pub(super) window: Window,
     preparing: Semaphore,
     /// `None` without a limit of sends a second.
     pace: Option<Pace>,
@@ -40,11 +45,13 @@ pub(super) struct Budget {
 
 impl Budget {
     /// At most `in_flight` permits at once; at most `rate_per_second` grants in any second, if there is such a limit.
-    pub(super) fn new(in_flight: usize, rate_per_second: Option<u32>) -> Self {
+    /// `window` shows how many calls may be out.
+    pub(super) fn new(in_flight: usize, rate_per_second: Option<u32>, window: IntGauge) -> Self {
         let origin = Instant::now();
         let preparing = rate_per_second.map_or(MAX_PREPARING, |rate| rate as usize / PREPARING_SHARE);
         Budget {
             places: Arc::new(Semaphore::new(in_flight)),
+            window: Window::new(in_flight, window),
             preparing: Semaphore::new(preparing.clamp(2, MAX_PREPARING)),
             pace: rate_per_second.map(Pace::new),
             not_before: AtomicU64::new(0),
@@ -80,9 +87,12 @@ impl Budget {
         }
     }
 
-    /// Holds everyone's sends back for `wait` from now. Returns whether this begins a pause; a pause that is under way
-    /// becomes longer, never shorter.
+    /// Holds everyone's sends back for `wait` from now, if it is not zero. Returns whether this begins a pause; a pause
+    /// that is under way becomes longer, never shorter.
     pub(super) fn pause(&self, wait: Duration) -> bool {
+        if wait.is_zero() {
+            return false;
+        }
         let now = self.origin.elapsed();
         let end = u64::try_from((now + wait).as_nanos()).unwrap_or(u64::MAX);
         let before = self.not_before.fetch_max(end, Ordering::Relaxed);
@@ -90,7 +100,7 @@ impl Budget {
     }
 
     /// The end of the pause under way, if there is one.
-    fn pause_end(&self) -> Option<Instant> {
+    pub(super) fn pause_end(&self) -> Option<Instant> {
         let end = self.origin + Duration::from_nanos(self.not_before.load(Ordering::Relaxed));
         (end > Instant::now()).then_some(end)
     }
@@ -151,6 +161,10 @@ impl Pace {
 mod tests {
     use super::*;
 
+    fn budget(in_flight: usize, rate_per_second: Option<u32>) -> Budget {
+        Budget::new(in_flight, rate_per_second, IntGauge::new("window", "window").expect("a name"))
+    }
+
     /// The most instants within any second, its end excluded.
     fn most_in_a_second(sends: &[Instant]) -> usize {
         let mut most = 0;
@@ -166,7 +180,7 @@ mod tests {
 
     /// The instants of `count` grants to this many callers at once; each caller does `work` with its grants' numbers.
     async fn record(rate: u32, callers: usize, count: usize, work: impl Fn(usize)) -> Vec<Instant> {
-        let budget = Budget::new(callers, Some(rate));
+        let budget = budget(callers, Some(rate));
         let asked = std::cell::Cell::new(0);
         let sends = std::cell::RefCell::new(Vec::new());
         let callers = (0..callers).map(|_| async {
@@ -212,7 +226,7 @@ mod tests {
 
     #[tokio::test]
     async fn idle_time_earns_no_burst() {
-        let budget = Budget::new(100, Some(100));
+        let budget = budget(100, Some(100));
         tokio::time::sleep(Duration::from_millis(200)).await;
         let start = Instant::now();
         futures::future::join_all((0..5).map(|_| budget.grant())).await;
@@ -222,7 +236,7 @@ mod tests {
     #[tokio::test]
     async fn a_pause_holds_everyone_and_ends_evenly() {
         for rate in [Some(100), None] {
-            let budget = Budget::new(10, rate);
+            let budget = budget(10, rate);
             let start = Instant::now();
             assert!(budget.pause(Duration::from_millis(300)));
             assert!(!budget.pause(Duration::from_millis(100)), "a pause was under way");
@@ -236,7 +250,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_caller_that_goes_away_holds_nobody_up() {
-        let budget = Budget::new(1, Some(10));
+        let budget = budget(1, Some(10));
         budget.grant().await;
         let permit = budget.permit().await;
         {

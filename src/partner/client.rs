@@ -15,8 +15,10 @@ use super::connection::{Connection, Connector, Pool};
 use super::credential::Credential;
 use super::http1::{Exchange, ExchangeError};
 use super::retry::{Class, Failure, Outcome};
+use super::window::Place;
 use super::wire::{Request, RunKey, Valuation};
 use crate::config;
+use crate::fault;
 use crate::metrics::Metrics;
 
 /// Sends requests and reads answers.
@@ -132,7 +134,8 @@ impl Client {
             // Nothing is sent yet: none of these waits may hold up a run that is closed. Boxed, so that a call which is out
             // does not keep the room that they took.
             let prepared = Box::pin(run.while_open(self.prepare(budget, breaker, pass, only_fresh))).await;
-            let (mut connection, preparing) = match prepared.unwrap_or(Err((Outcome::Withdrawn, Duration::ZERO))) {
+            let (mut connection, preparing, place) = match prepared.unwrap_or(Err((Outcome::Withdrawn, Duration::ZERO)))
+            {
                 Ok(prepared) => prepared,
                 Err((outcome, took)) => break (outcome, took),
             };
@@ -155,6 +158,7 @@ impl Client {
 
             drop(preparing);
             let message = self.message(run, request);
+            fault_point("partner.before_send", run, request);
             let started = Instant::now();
             let in_flight = InFlight::new(&self.counters.in_flight);
             let mut exchange = Exchange::new(&mut *connection.io, self.max_response_bytes);
@@ -168,7 +172,11 @@ impl Client {
                 only_fresh = true;
                 continue;
             }
+            fault_point("partner.after_answer", run, request);
             let outcome = outcome(&exchange, ended, limit, request.listing_id);
+            if let Some(place) = place {
+                note_load(&place, &outcome, took);
+            }
             if exchange.reusable() {
                 connection.used = true;
                 self.pool.put(connection);
@@ -182,13 +190,16 @@ impl Client {
 
     /// Waits until a call can be sent, and finds a connection for it. The send must be made in the poll that returns. If
     /// there is none, what that means for the try and how long it took.
+    ///
+    /// A probe has no place in the window: while an outage is on, all places may be taken by calls that hang.
     async fn prepare<'b>(
         &self,
         budget: &'b Budget,
         breaker: &Breaker,
         pass: &mut Pass<'_>,
         only_fresh: bool,
-    ) -> Result<(Connection, SemaphorePermit<'b>), (Outcome, Duration)> {
+    ) -> Result<(Connection, SemaphorePermit<'b>, Option<Place<'b>>), (Outcome, Duration)> {
+        let place = if pass.is_probe() { None } else { Some(budget.window.enter().await) };
         let preparing = budget.prepare().await;
         if !breaker.start(pass) {
             return Err((Outcome::Withdrawn, Duration::ZERO));
@@ -204,7 +215,7 @@ impl Client {
             Box::pin(Arc::clone(credential).refresh()).await;
         }
         budget.grant().await;
-        Ok((connection, preparing))
+        Ok((connection, preparing, place))
     }
 
     /// Opens a connection; if it cannot, what that means for the try and how long it took.
@@ -242,6 +253,27 @@ impl Client {
         .expect("writing to memory cannot fail");
         message.extend_from_slice(body);
         message
+    }
+}
+
+/// Tells the window what a try says of the partner's load.
+fn note_load(place: &Place<'_>, outcome: &Outcome, took: Duration) {
+    match outcome {
+        Outcome::Valued(_) | Outcome::Refused(_) => place.worked(took),
+        Outcome::Failed(failure) => {
+            if let Some(overload) = failure.overload() {
+                place.overloaded(overload, failure);
+            }
+        }
+        Outcome::Fault(_) | Outcome::Withdrawn => {}
+    }
+}
+
+/// A place for faults, whose key is that of the call.
+fn fault_point(name: &str, run: &RunKey, request: &Request) {
+    // Without the feature not even the key is made.
+    if cfg!(feature = "fault-injection") {
+        fault::point(name, &format!("{}:{}", run.as_str(), request.listing_id));
     }
 }
 

@@ -4,8 +4,9 @@
 //! wrong on the way is handled inside:
 //!
 //! - `budget`: the partner's limits, calls in flight and sends a second, and the pauses it asks for;
+//! - `window`: how many calls may be out, fewer than allowed while the partner shows overload;
 //! - `breaker`: suspends everyone while the partner as a whole is at fault;
-//! - `retry`: what an answer means, and how often a listing is tried;
+//! - `retry`: what an answer means, and how often a listing is tried; `retry_budget` bounds the repeats of all of them;
 //! - `client`: one try; `connection` and `credential` are what it needs, `http1` and `wire` what it speaks.
 //!
 //! One [`Partner`] serves all events of the process, because the limits are the process's. A listing keeps its permit
@@ -19,6 +20,8 @@ mod connection;
 mod credential;
 mod http1;
 mod retry;
+mod retry_budget;
+mod window;
 mod wire;
 
 #[cfg(test)]
@@ -37,6 +40,7 @@ use breaker::{Breaker, Sign};
 use budget::Budget;
 use client::Client;
 use retry::{Failure, Outcome, Patience};
+use retry_budget::RetryBudget;
 
 use crate::config;
 use crate::metrics::Metrics;
@@ -54,6 +58,7 @@ struct Shared {
     settings: config::Partner,
     budget: Budget,
     breaker: Breaker,
+    retry_budget: RetryBudget,
     client: Client,
 }
 
@@ -81,8 +86,9 @@ impl Partner {
     pub fn new(config: &config::Partner, metrics: Arc<Metrics>) -> anyhow::Result<Partner> {
         let shared = Shared {
             settings: config.clone(),
-            budget: Budget::new(config.in_flight, config.rate_per_second),
+            budget: Budget::new(config.in_flight, config.rate_per_second, metrics.partner_in_flight_limit.clone()),
             breaker: Breaker::new(metrics.partner_breaker_open.clone()),
+            retry_budget: RetryBudget::new(metrics.partner_repeats.clone(), metrics.partner_repeats_waiting.clone()),
             client: Client::new(config, &metrics)?,
         };
         Ok(Partner { shared: Arc::new(shared) })
@@ -94,7 +100,7 @@ impl Partner {
         self.shared.budget.permit().await
     }
 
-    /// The partner's verdict on one listing. Tries, backoff, pacing and the breaker are inside; each try carries the same
+    /// The partner's verdict on one listing. Tries, backoff, limits and the breaker are inside; each try carries the same
     /// idempotency key.
     ///
     /// It takes as long as it takes: while the partner as a whole is at fault it waits, and no listing fails. Drop the
@@ -103,11 +109,25 @@ impl Partner {
     pub async fn valuation(&self, permit: Permit, run: &RunKey, request: Request) -> Verdict {
         // Held to the end, backoff included.
         let _permit = permit;
-        let Shared { settings, budget, breaker, client } = &*self.shared;
+        let Shared { settings, budget, breaker, retry_budget, client } = &*self.shared;
         let mut patience = Patience::new(settings);
+        let mut tried = false;
         loop {
             let Some(mut pass) = run.while_open(breaker.admit()).await else { return Verdict::NotSent };
+            // A probe is free: there is one at a time, and all else waits for it.
+            let repeat = tried && !pass.is_probe();
+            // Boxed: repeats are rare, and the future of every call would have room for this wait.
+            if repeat && Box::pin(run.while_open(retry_budget.spend())).await.is_none() {
+                return Verdict::NotSent;
+            }
             let attempt = client.attempt(budget, breaker, &mut pass, run, &request, patience.next_timeout()).await;
+            match (repeat, &attempt.outcome) {
+                (true, Outcome::Withdrawn) => retry_budget.refund(),
+                (true, _) => retry_budget.made(),
+                (false, outcome) if !tried && outcome.was_sent() => retry_budget.earn(),
+                (false, _) => {}
+            }
+            tried |= !matches!(attempt.outcome, Outcome::Withdrawn);
             let failure = match attempt.outcome {
                 Outcome::Valued(valuation) => {
                     breaker.record(&pass, Sign::Working, &"");

@@ -8,6 +8,7 @@ use time::OffsetDateTime;
 use time::PrimitiveDateTime;
 use time::macros::format_description;
 
+use super::window::Overload;
 use super::wire::Valuation;
 use crate::config;
 
@@ -28,6 +29,13 @@ pub(super) enum Outcome {
     Withdrawn,
 }
 
+impl Outcome {
+    /// Whether the call reached the partner, as far as can be known.
+    pub(super) fn was_sent(&self) -> bool {
+        !matches!(self, Outcome::Withdrawn | Outcome::Failed(Failure::Connect(_)))
+    }
+}
+
 /// Why a try brought no verdict.
 pub(super) enum Failure {
     /// No connection could be opened.
@@ -38,6 +46,17 @@ pub(super) enum Failure {
     Broken(String),
     /// An answer that invites another try, with the pause it asks of everyone.
     Status(StatusCode, Option<Duration>),
+}
+
+impl Failure {
+    /// Whether it shows that the partner is called too much.
+    pub(super) fn overload(&self) -> Option<Overload> {
+        match self {
+            Failure::Status(StatusCode::TOO_MANY_REQUESTS, _) => Some(Overload::Said),
+            Failure::Status(StatusCode::SERVICE_UNAVAILABLE, _) | Failure::Timeout(_) => Some(Overload::Suspected),
+            Failure::Status(..) | Failure::Connect(_) | Failure::Broken(_) => None,
+        }
+    }
 }
 
 impl fmt::Display for Failure {
@@ -97,7 +116,7 @@ pub(super) fn parse_retry_after(value: &[u8], now: SystemTime) -> Option<Duratio
 }
 
 /// How much longer a listing is tried. Only its own time counts: tries and the backoff between them, not the waits for
-/// its turn, for the end of a pause or for the breaker, all of which are shared by everyone.
+/// its turn, for the window, for the retry budget, for the end of a pause or for the breaker, all shared by everyone.
 pub(super) struct Patience<'a> {
     settings: &'a config::Partner,
     tries: u32,

@@ -3,6 +3,7 @@
 mod answers;
 mod connections;
 mod limits;
+mod overload;
 mod requests;
 mod stub;
 
