@@ -17,6 +17,7 @@ use crate::config::Config;
 use crate::db::{self, Database, runs};
 use crate::events::recorder::{Recorder, Recording};
 use crate::events::relay::{self, Relay};
+use crate::events::retention::{self, Retention};
 use crate::events::{Ended, Events, Gate, LaneQueues, cancels, lane};
 use crate::health::{Dependency, Health};
 use crate::kafka::Publisher;
@@ -147,6 +148,16 @@ impl App {
             self.health.beat("cancels", cancels::SILENCE),
             draining.clone(),
         ));
+        if let Some(age) = self.config.retention.age {
+            let (database, metrics, health) = (self.database.clone(), self.metrics.clone(), self.health.clone());
+            let (mut begin, stop) = (begin.clone(), draining.clone());
+            watchers.spawn(async move {
+                // Not before the schema is known to be whole, however long that takes.
+                let _ = begin.wait_for(|begun| *begun).await;
+                let beat = health.beat("retention", retention::SILENCE);
+                Retention { database, age, metrics, beat, stop }.run().await;
+            });
+        }
         let mut lanes = self.start_lanes(&draining, &begin);
         let mut relay = tokio::spawn(self.relay(relay_stop).run());
         // After all that reports to them: `/readyz` must not say yes because nobody was asked yet.

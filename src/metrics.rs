@@ -80,6 +80,10 @@ metrics! {
     fenced: IntCounter("write_api_fenced_writes_total"),
     /// Kafka delivery reports by result: ok, error.
     kafka_deliveries: IntCounterVec("write_api_kafka_deliveries_total", &["result"]),
+    /// Records that Kafka refused for good and that were quarantined.
+    kafka_quarantined: IntCounter("write_api_kafka_quarantined_records_total"),
+    /// Rows that retention removed, by table.
+    pruned: IntCounterVec("write_api_pruned_rows_total", &["table"]),
     /// Outbox rows that wait to be sent.
     outbox_pending: IntGauge("write_api_outbox_pending"),
     /// Age in seconds of the oldest outbox row that waits; 0 without one.

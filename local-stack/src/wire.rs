@@ -31,6 +31,8 @@ pub enum Flow {
 pub struct Wire {
     url: String,
     flow: watch::Sender<Flow>,
+    /// How often connections were stranded: one made before the last time is.
+    strandings: watch::Sender<u64>,
     _proxy: Background,
 }
 
@@ -42,14 +44,22 @@ impl Wire {
         let (flow, watched) = watch::channel(Flow::Open);
         let far: Arc<str> = target.as_str().into();
         let address = SocketAddr::from(([127, 0, 0, 1], 0));
-        let proxy = Background::serve("wire", address, move |listener| forward(listener, far, watched))?;
-        Ok(Self { url: url.replacen(&target, &proxy.address().to_string(), 1), flow, _proxy: proxy })
+        let (strandings, stranded) = watch::channel(0);
+        let proxy = Background::serve("wire", address, move |listener| forward(listener, far, watched, stranded))?;
+        let url = url.replacen(&target, &proxy.address().to_string(), 1);
+        Ok(Self { url, flow, strandings, _proxy: proxy })
     }
 
     /// The URL given at the start, with this wire's host and port.
     #[must_use]
     pub fn url(&self) -> &str {
         &self.url
+    }
+
+    /// Makes the present connections half-open: they stay, and nothing gets through them ever again, whatever is set.
+    /// Future ones are not touched.
+    pub fn strand(&self) {
+        self.strandings.send_modify(|strandings| *strandings += 1);
     }
 
     /// Changes what happens to all connections, present and future.
@@ -66,20 +76,32 @@ pub(crate) fn host_and_port(url: &str) -> Result<String> {
     Ok(format!("{}:{port}", target.host()))
 }
 
-async fn forward(listener: TcpListener, target: Arc<str>, flow: watch::Receiver<Flow>) {
+async fn forward(
+    listener: TcpListener,
+    target: Arc<str>,
+    flow: watch::Receiver<Flow>,
+    strandings: watch::Receiver<u64>,
+) {
     loop {
         let near = accept("wire", &listener).await;
-        drop(tokio::spawn(connection(near, target.clone(), flow.clone())));
+        drop(tokio::spawn(connection(near, target.clone(), flow.clone(), strandings.clone())));
     }
 }
 
-async fn connection(near: TcpStream, target: Arc<str>, flow: watch::Receiver<Flow>) {
+async fn connection(
+    near: TcpStream,
+    target: Arc<str>,
+    flow: watch::Receiver<Flow>,
+    mut strandings: watch::Receiver<u64>,
+) {
     let mut cut = flow.clone();
+    strandings.mark_unchanged();
     let carry = async {
         let far = TcpStream::connect(&*target).await?;
         far.set_nodelay(true)?;
         let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
-        tokio::try_join!(pump(near_in, far_out, flow.clone()), pump(far_in, near_out, flow)).map(drop)
+        let back = pump(far_in, near_out, flow.clone(), strandings.clone());
+        tokio::try_join!(pump(near_in, far_out, flow, strandings), back).map(drop)
     };
     tokio::select! {
         _ = carry => {}
@@ -88,12 +110,20 @@ async fn connection(near: TcpStream, target: Arc<str>, flow: watch::Receiver<Flo
 }
 
 /// Carries bytes one way until the reading side ends.
-async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut flow: watch::Receiver<Flow>) -> std::io::Result<()> {
+async fn pump(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    mut flow: watch::Receiver<Flow>,
+    strandings: watch::Receiver<u64>,
+) -> std::io::Result<()> {
     let mut buffer = vec![0; 16 * 1024];
     loop {
         let length = from.read(&mut buffer).await?;
         // An error means that the wire has ended, and with it this connection's task.
         let _ = flow.wait_for(|flow| *flow != Flow::Stalled).await;
+        if strandings.has_changed().unwrap_or(false) {
+            std::future::pending::<()>().await;
+        }
         if length == 0 {
             return to.shutdown().await;
         }

@@ -36,6 +36,19 @@ async fn a_wire_carries_stalls_and_cuts() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_stranded_connection_stays_and_carries_nothing() -> Result<()> {
+    let postgres = local_stack::shared().await?.postgres();
+    let wire = Wire::to(&postgres.admin_url())?;
+    let mut stranded = PgConnection::connect(wire.url()).await?;
+    wire.strand();
+    assert!(timeout(SHORT, stranded.ping()).await.is_err(), "an answer came through");
+    PgConnection::connect(wire.url()).await?.ping().await?;
+    wire.set(Flow::Open);
+    assert!(timeout(SHORT, stranded.ping()).await.is_err(), "an answer came through");
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_dropped_wire_is_gone() -> Result<()> {
     let partner = PartnerStub::start(Behaviour::default())?;
     let wire = Wire::to(&partner.url())?;

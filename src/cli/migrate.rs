@@ -6,7 +6,7 @@ use crate::config::Config;
 use crate::db::Database;
 
 pub(super) const HELP: &str = "\
-Needs: database.url of a user that may create tables. `serve` gets by with less: SELECT, INSERT and UPDATE on them.
+Needs: database.url of a user that may create tables. `serve` gets by with less: SELECT, INSERT, UPDATE and DELETE on them.
 
 Example:
   WRITE_API_DATABASE_URL=postgres://… write-api migrate

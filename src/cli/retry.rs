@@ -41,6 +41,9 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
     let run = database.run_statuses(Some(id), 1).await?.pop().ok_or_else(|| unknown_run(id))?;
     if !reopened {
         anyhow::bail!(match run.state.as_str() {
+            _ if run.is_pruned => format!(
+                "run {id} is older than retention.age and is being removed; `write-api send refresh` makes a new run"
+            ),
             "running" if run.cancel_requested =>
                 format!("run {id} is being cancelled; retry it once `write-api status` says that it is"),
             "running" => format!("run {id} is running and goes on by itself; `write-api send refresh` makes a new run"),

@@ -57,6 +57,8 @@ pub struct Config {
     pub kafka: Kafka,
     /// The relay of outbox rows.
     pub outbox: Outbox,
+    /// Removal of what is old.
+    pub retention: Retention,
     /// Health and metrics listener.
     pub admin: Admin,
     /// Profiling listener.
@@ -298,6 +300,13 @@ pub struct Outbox {
     pub poll_interval: Duration,
     /// How long a claim lasts.
     pub claim_timeout: Duration,
+}
+
+/// Removal of what is old.
+#[derive(Debug, Clone)]
+pub struct Retention {
+    /// How long finished runs and sent outbox rows are kept; `None` for ever.
+    pub age: Option<Duration>,
 }
 
 /// Health and metrics listener.

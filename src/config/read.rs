@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::layers::Layers;
 use super::{
     Admin, Aws, Backoff, ClientCertificate, Config, ConfigError, Credential, Database, Kafka, KafkaSasl, KafkaTls,
-    Lane, Lanes, Log, LogFormat, Outbox, Partner, Profiling, Queue, Refresh, Secret, Section, Shutdown,
+    Lane, Lanes, Log, LogFormat, Outbox, Partner, Profiling, Queue, Refresh, Retention, Secret, Section, Shutdown,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -15,6 +15,10 @@ const HOUR: Duration = Duration::from_secs(3600);
 /// Two minutes before SQS's 12 h: until they are over, the message must still be hidden from others while calls that are
 /// out come back and it is handed over.
 const MOST_RECEIVE_CAP: Duration = Duration::from_secs(12 * 3600 - 120);
+
+/// An event may come again until its message has spent 14 days in its queue and 14 in the dead-letter queue, which are what
+/// `setup` gives them; a day more, for clocks and late deletes. A run removed before that would begin anew.
+const LEAST_RETENTION: Duration = Duration::from_secs((14 + 14 + 1) * 24 * 3600);
 
 impl Config {
     /// Loads defaults, `file` and `environment`; every error at once. What has no default must be there only in the
@@ -109,6 +113,7 @@ impl Config {
                 poll_interval: layers.duration("outbox.poll_interval", ms(10)..=SECOND * 60),
                 claim_timeout: layers.duration("outbox.claim_timeout", SECOND..=HOUR),
             },
+            retention: retention(layers),
             admin: Admin { listen: layers.socket_address("admin.listen") },
             profiling: Profiling {
                 enabled: layers.boolean("profiling.enabled"),
@@ -166,6 +171,12 @@ impl Config {
             );
         }
     }
+}
+
+fn retention(layers: &mut Layers) -> Retention {
+    let enabled = layers.boolean("retention.enabled");
+    let age = layers.duration("retention.age", LEAST_RETENTION..=HOUR * 24 * 3650);
+    Retention { age: enabled.then_some(age) }
 }
 
 fn lane(layers: &mut Layers, prefix: &str) -> Lane {
@@ -561,6 +572,28 @@ mod tests {
                 assert!(load(good).is_ok(), "{good}");
             }
         }
+    }
+
+    #[test]
+    fn nothing_is_removed_while_its_event_may_come_again() {
+        let load = |key: &str, value: &str| {
+            let setting = (format!("WRITE_API_RETENTION_{key}"), value.to_owned());
+            Config::load(None, [setting].into_iter(), &[])
+        };
+        let day = HOUR * 24;
+        assert_eq!(load("ENABLED", "true").expect("the default").retention.age, Some(day * 30));
+        assert_eq!(load("ENABLED", "false").expect("off").retention.age, None);
+        assert_eq!(load("AGE", "696h").expect("29 days").retention.age, Some(day * 29));
+        let errors = load("AGE", "695h59m").expect_err("a message may outlive it");
+        assert!(errors.len() == 1 && errors[0].key == "retention.age", "{errors:?}");
+        let error = errors[0].to_string();
+        assert!(error.contains("695h59m") && error.contains("give a duration from 696h"), "{error}");
+    }
+
+    #[test]
+    fn a_half_open_connection_to_postgres_is_given_up_within_30_s() {
+        let config = Config::load(None, std::iter::empty(), &[]).expect("the defaults");
+        assert_eq!(config.database.statement_timeout, Duration::from_secs(20));
     }
 
     #[test]

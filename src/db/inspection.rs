@@ -14,17 +14,20 @@ use crate::config;
 /// The oldest server that the service was run with, as `server_version_num` writes it.
 pub const OLDEST_SERVER: i32 = 150_000;
 
-/// What the service does with each table. It alters nothing.
-const RIGHTS: [(&str, &[&str]); 9] = [
+/// What the service does with each table. It deletes what retention removes, what it no longer holds quarantined and the
+/// records of deliveries that ended, and alters nothing.
+const RIGHTS: [(&str, &[&str]); 10] = [
     ("listings", &["SELECT", "INSERT", "UPDATE"]),
-    ("runs", &["SELECT", "INSERT", "UPDATE"]),
-    ("run_listings", &["SELECT", "INSERT"]),
-    ("valuations", &["SELECT", "INSERT"]),
+    // FOR UPDATE, of rows that are to be deleted, needs the right to update as well.
+    ("runs", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
+    ("run_listings", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
+    ("valuations", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("listing_valuations", &["SELECT", "INSERT", "UPDATE"]),
-    ("publications", &["SELECT", "INSERT", "UPDATE"]),
-    ("outbox", &["SELECT", "INSERT", "UPDATE"]),
+    ("publications", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
+    ("quarantined_records", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
+    ("outbox", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ("deliveries", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
-    ("listing_events", &["SELECT", "INSERT"]),
+    ("listing_events", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
 ];
 
 /// What a look found.

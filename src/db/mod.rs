@@ -1,26 +1,45 @@
 //! Postgres: all SQL of the service lives in this room.
 //!
-//! Every statement is bounded twice (the server's `statement_timeout` and a client-side bound, since a connection whose
-//! peer vanished would otherwise be waited for until the kernel gives up), and every statement may be repeated: what it
-//! writes is keyed by event, run or listing, so a repeat after a lost answer changes nothing. That is why
-//! `run!` can retry whatever failed for a reason that passes.
+//! Every statement may be repeated: what it writes is keyed by event, run or listing, so a repeat after a lost answer
+//! changes nothing. That is why `run!` can retry whatever failed for a reason that passes.
+//!
+//! Every wait for Postgres has a bound of this side, since a connection whose other end vanished would otherwise be waited
+//! for until the kernel gives up:
+//!
+//! | wait | bound |
+//! |---|---|
+//! | for a connection of the pool, opening one included | `database.acquire_timeout` |
+//! | for the answer to what runs on it, a transaction of several statements included | `database.statement_timeout` by the server, [`CLIENT_MARGIN`] more by us |
+//! | for a connection to go back to the pool, or to be closed | [`pooled::GIVE_BACK`] |
+//! | for all tries of `run!` | [`RETRY_FOR`], and one more try |
+//! | health: the ping, and the reason for none | 5 s, and [`CLIENT_MARGIN`] |
+//! | health: the migrations | as a statement |
+//! | the keeper's renewals, connecting included | a quarter of the visibility timeout, at most 15 s (`queue/lease.rs`) |
+//! | `migrate` | `database.acquire_timeout` to connect, [`MIGRATE`] for all migrations; `database.statement_timeout` for each lock |
+//! | `check` | as the pool and a statement (`db/inspection.rs`) |
+//! | `seed`, `status`, `cancel`, `retry` | those of `run!` |
+//! | the end of the process | [`CLOSE`] |
+//!
+//! With the defaults a half-open connection is noticed after 22 s and its slot is free after 27.
 
 pub mod deliveries;
 pub mod inspection;
 pub mod listings;
 pub mod operations;
 pub mod outbox;
+mod pooled;
 pub mod publications;
+pub mod retention;
 pub mod runs;
 pub mod valuations;
 
 use std::time::Duration;
 
-use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
-use sqlx::{Connection, Postgres};
+use sqlx::{ConnectOptions, Connection};
 use tokio::time::{Instant, timeout};
 
+use self::pooled::Pooled;
 use crate::config::{self, Backoff};
 
 /// The migrations, compiled in.
@@ -28,6 +47,9 @@ static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
 
 /// How much longer than the server the client waits for a statement: the server's own error says more.
 const CLIENT_MARGIN: Duration = Duration::from_secs(2);
+
+/// How long all migrations together may take. An index over many rows takes minutes, which no statement of the service may.
+const MIGRATE: Duration = Duration::from_secs(3600);
 
 /// How long closing the pool may take.
 const CLOSE: Duration = Duration::from_secs(1);
@@ -63,6 +85,7 @@ pub enum DbError {
 #[derive(Clone)]
 pub struct Database {
     pool: PgPool,
+    acquire_timeout: Duration,
     bound: Duration,
 }
 
@@ -76,21 +99,51 @@ impl Database {
             // A ping before each use would double the statements; a broken connection shows at its use and is retried.
             .test_before_acquire(false)
             .connect_lazy_with(connect_options(config)?);
-        Ok(Database { pool, bound: config.statement_timeout + CLIENT_MARGIN })
+        Ok(Database { pool, acquire_timeout: config.acquire_timeout, bound: config.statement_timeout + CLIENT_MARGIN })
     }
 
-    /// Applies the migrations that are missing.
+    /// Applies the migrations that are missing, on a connection of its own.
     pub async fn migrate(&self) -> anyhow::Result<()> {
-        MIGRATIONS.run(&self.pool).await?;
+        let options = self.pool.connect_options().as_ref().clone().options([("statement_timeout", "0")]);
+        let connected = timeout(self.acquire_timeout, options.connect()).await;
+        let mut connection =
+            connected.map_err(|_| anyhow::anyhow!("no connection within {:?}", self.acquire_timeout))??;
+        let migrated = timeout(MIGRATE, MIGRATIONS.run(&mut connection)).await;
+        migrated
+            .map_err(|_| anyhow::anyhow!("the migrations did not end within {MIGRATE:?}; see what they wait for"))??;
+        // Whether the server hears of the end does not matter.
+        let _ = timeout(CLOSE, connection.close()).await;
         Ok(())
     }
 
-    /// One round trip, not retried, for health checks.
+    /// One round trip, not retried, for health checks. A server that takes no writes is as good as away.
     pub async fn ping(&self) -> Result<(), DbError> {
         let what = "a ping";
-        let result = timeout(self.bound.min(Duration::from_secs(5)), sqlx::query("SELECT 1").execute(&self.pool)).await;
+        let asked = async {
+            let mut connection = self.connection().await?;
+            let is_read_only = sqlx::query_scalar!(
+                r#"SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean AS "read_only!""#
+            )
+            .fetch_one(&mut *connection)
+            .await;
+            match is_read_only {
+                Ok(false) => Ok(()),
+                Ok(true) => {
+                    // Another one may find the server that took over, or the same one with its setting undone.
+                    connection.spoil();
+                    Err(sqlx::Error::Protocol("the server takes no writes: it is a standby, or read-only".into()))
+                }
+                Err(error) => {
+                    if spoils_connection(Some(&error)) {
+                        connection.spoil();
+                    }
+                    Err(error)
+                }
+            }
+        };
+        let result = timeout(self.bound.min(Duration::from_secs(5)), asked).await;
         match result.unwrap_or(Err(sqlx::Error::PoolTimedOut)) {
-            Ok(_) => Ok(()),
+            Ok(()) => Ok(()),
             Err(sqlx::Error::PoolTimedOut) => Err(DbError::Unavailable { what, source: self.why_timed_out().await }),
             Err(source) => Err(DbError::Unavailable { what, source }),
         }
@@ -115,8 +168,8 @@ impl Database {
     }
 
     /// A connection of the pool, within `database.acquire_timeout`.
-    async fn connection(&self) -> sqlx::Result<PoolConnection<Postgres>> {
-        self.pool.acquire().await
+    async fn connection(&self) -> sqlx::Result<Pooled> {
+        self.pool.acquire().await.map(Pooled::new)
     }
 
     /// The client-side bound on a statement.
@@ -140,7 +193,7 @@ macro_rules! run {
                     let $connection: &mut sqlx::postgres::PgConnection = &mut pooled;
                     let result = $database.bounded(async { $work }).await;
                     if $crate::db::spoils_connection(result.as_ref().err()) {
-                        pooled.close_on_drop();
+                        pooled.spoil();
                     }
                     result
                 }
@@ -201,6 +254,7 @@ pub fn connect_options(config: &config::Database) -> anyhow::Result<PgConnectOpt
     ]))
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Class {
     /// Worth trying again at once: lost connection, restart, deadlock, serialization failure, full pool.
     Passing,
@@ -210,22 +264,10 @@ enum Class {
     Other,
 }
 
-/// Sorts a failure by SQLSTATE (PostgreSQL manual, appendix A).
+/// Sorts a failure.
 fn class(error: &sqlx::Error) -> Class {
     match error {
-        sqlx::Error::Database(error) => match error.code().as_deref() {
-            // Data exceptions, integrity constraint violations.
-            Some(code) if code.starts_with("22") || code.starts_with("23") => Class::Refused,
-            // Connection exceptions, rollbacks (deadlock, serialization), resources, operator intervention (shutdown,
-            // cancelled statement), a server that became read-only, a lock that was not to be had in time.
-            Some(code)
-                if ["08", "40", "53", "57"].iter().any(|c| code.starts_with(c))
-                    || ["25006", "55P03"].contains(&code) =>
-            {
-                Class::Passing
-            }
-            _ => Class::Other,
-        },
+        sqlx::Error::Database(error) => error.code().map_or(Class::Other, |code| class_of_state(&code)),
         sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed => {
             Class::Passing
         }
@@ -233,13 +275,31 @@ fn class(error: &sqlx::Error) -> Class {
     }
 }
 
+/// Sorts a failure by SQLSTATE (PostgreSQL manual, appendix A).
+fn class_of_state(code: &str) -> Class {
+    match code {
+        // A server that became read-only, a transaction that was idle or took for too long, a lock that was not to be had.
+        "25006" | "25P03" | "25P04" | "55P03" => Class::Passing,
+        // The database is gone, and does not come back by itself.
+        "57P04" => Class::Other,
+        _ => match code.get(..2).unwrap_or_default() {
+            // Data exceptions, integrity constraint violations.
+            "22" | "23" => Class::Refused,
+            // Connection exceptions, rollbacks (deadlock, serialization), resources, operator intervention (shutdown,
+            // cancelled statement).
+            "08" | "40" | "53" | "57" => Class::Passing,
+            _ => Class::Other,
+        },
+    }
+}
+
 /// Whether the connection must not be used again. A read-only server is one that lost its role: the next connection may
 /// find the new primary.
 fn spoils_connection(error: Option<&sqlx::Error>) -> bool {
     match error {
-        Some(sqlx::Error::Database(error)) => {
-            error.code().is_some_and(|code| code == "25006" || code.starts_with("57P") || code.starts_with("08"))
-        }
+        Some(sqlx::Error::Database(error)) => error.code().is_some_and(|code| {
+            ["25006", "25P03", "25P04"].contains(&&*code) || code.starts_with("57P") || code.starts_with("08")
+        }),
         Some(sqlx::Error::Io(_) | sqlx::Error::Protocol(_)) => true,
         _ => false,
     }
@@ -249,6 +309,41 @@ fn spoils_connection(error: Option<&sqlx::Error>) -> bool {
 mod tests {
     use super::*;
     use crate::config::Config;
+
+    #[test]
+    fn failures_are_retried_by_their_class_and_others_are_not() {
+        for (class, codes) in [
+            (
+                Class::Passing,
+                &[
+                    "40001", "40P01", "40003", "55P03", "57014", // rolled back, locked, cancelled
+                    "08000", "08001", "08003", "08006", "57P01", "57P02", "57P03", "57P05", // connections
+                    "53000", "53100", "53200", "53300", "53400", // resources
+                    "25006", "25P03", "25P04", // read-only, too slow in a transaction
+                ][..],
+            ),
+            (Class::Refused, &["22001", "22003", "22P02", "22021", "23502", "23503", "23505", "23514"]),
+            (
+                Class::Other,
+                &[
+                    "42P01", "42703", "42501", "42601", "28P01", "28000", "3D000", "0A000", "25P02", "55000", "57P04",
+                    "XX000", "XX001", "26000", "", "4",
+                ],
+            ),
+        ] {
+            for code in codes {
+                assert_eq!(class_of_state(code), class, "{code}");
+            }
+        }
+        let io = || sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into());
+        for passing in [io(), sqlx::Error::PoolTimedOut, sqlx::Error::WorkerCrashed] {
+            assert_eq!(class(&passing), Class::Passing, "{passing}");
+        }
+        for other in [sqlx::Error::RowNotFound, sqlx::Error::PoolClosed] {
+            assert_eq!(class(&other), Class::Other, "{other}");
+        }
+        assert!(spoils_connection(Some(&io())) && !spoils_connection(Some(&sqlx::Error::PoolTimedOut)));
+    }
 
     #[tokio::test]
     async fn a_ping_tells_that_nobody_listens() {

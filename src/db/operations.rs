@@ -48,13 +48,17 @@ pub struct RunStatus {
     pub ended_at: Option<OffsetDateTime>,
     /// From the opening to the end, or to now.
     pub age_seconds: f64,
+    /// Retention has begun to remove it.
+    pub is_pruned: bool,
     /// How many publish events of the run were begun.
     pub publications: i64,
     /// State of the newest of them.
     pub publication_state: Option<String>,
     /// Its records with a delivery report.
     pub published: Option<i64>,
-    /// Every valuation up to this listing id has its delivery report.
+    /// Its records that Kafka refused for good.
+    pub quarantined: Option<i64>,
+    /// Every valuation up to this listing id has its delivery report or is quarantined.
     pub publication_cursor: Option<i64>,
     /// Why its last attempt ended early.
     pub publication_error: Option<String>,
@@ -102,12 +106,13 @@ impl Database {
                        coalesce(r.completed_at, r.cancelled_at) AS ended_at,
                        extract(epoch FROM coalesce(r.completed_at, r.cancelled_at, clock_timestamp()) - r.opened_at)::float8
                            AS "age_seconds!",
+                       r.pruned_since IS NOT NULL AS "is_pruned!",
                        (SELECT count(*) FROM publications WHERE run_id = r.run_id) AS "publications!",
-                       p.state AS "publication_state?", p.published AS "published?",
+                       p.state AS "publication_state?", p.published AS "published?", p.quarantined AS "quarantined?",
                        p.cursor AS "publication_cursor?", p.last_error AS publication_error
                 FROM runs AS r
                 LEFT JOIN LATERAL (
-                    SELECT state, published, cursor, last_error FROM publications
+                    SELECT state, published, quarantined, cursor, last_error FROM publications
                     WHERE run_id = r.run_id
                     ORDER BY opened_at DESC
                     LIMIT 1
@@ -155,8 +160,8 @@ impl Database {
         })
     }
 
-    /// Lets a cancelled or failed run go on at its cursor, with no death to its name, and writes its event to the outbox, together or not at all.
-    /// `false`: the run is in another state and nothing was written.
+    /// Lets a cancelled or failed run go on at its cursor, with no death to its name, and writes its event to the outbox,
+    /// together or not at all. `false`: the run is in another state, or retention is removing it, and nothing was written.
     pub async fn reopen_run(&self, run_id: &str, lane: &str, body: &str) -> Result<bool, DbError> {
         // Made once: if the answer is lost, the repeat finds its own row.
         let row = Uuid::new_v4();
@@ -167,7 +172,7 @@ impl Database {
                     UPDATE runs SET
                         state = 'running', cancel_requested_at = NULL, cancelled_at = NULL, last_error = NULL,
                         deaths = 0, deaths_since = NULL
-                    WHERE run_id = $1 AND state IN ('cancelled', 'failed')
+                    WHERE run_id = $1 AND state IN ('cancelled', 'failed') AND pruned_since IS NULL
                     RETURNING run_id
                 )
                 INSERT INTO outbox (event_id, lane, body) SELECT $2, $3, $4 FROM reopened

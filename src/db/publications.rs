@@ -24,6 +24,30 @@ pub struct OwnedPublication {
     pub attempts: i32,
 }
 
+/// A page whose every record has met its end.
+#[derive(Debug, Clone)]
+pub struct PublishedPage {
+    /// The page begins after this listing id.
+    pub after: i64,
+    /// Its last listing id.
+    pub last: i64,
+    /// Records with a delivery report.
+    pub published: i64,
+    /// Records that Kafka refuses for good.
+    pub quarantined: Vec<Quarantined>,
+}
+
+/// A record that Kafka refuses for good.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Quarantined {
+    /// The listing.
+    pub listing_id: i64,
+    /// Name of the error.
+    pub code: String,
+    /// The error in words.
+    pub reason: String,
+}
+
 /// What came of claiming a publication.
 #[derive(Debug)]
 pub enum PublicationClaim {
@@ -41,7 +65,7 @@ pub enum PublicationClaim {
     OtherEvent,
     /// The run is not complete yet.
     RunUnfinished,
-    /// There is no such run.
+    /// There is no such run, or retention is removing it.
     RunUnknown,
 }
 
@@ -65,7 +89,7 @@ impl Database {
                 r#"
                 SELECT completed_at, traceparent, publisher IS NOT NULL AND publisher <> $2 AS "published_by_another!",
                        coalesce(extract(epoch FROM publisher_lease_until - clock_timestamp()), 0)::float8 AS "left!"
-                FROM runs WHERE run_id = $1
+                FROM runs WHERE run_id = $1 AND pruned_since IS NULL
                 FOR UPDATE
                 "#,
                 run_id,
@@ -167,34 +191,67 @@ impl Database {
         })
     }
 
-    /// Moves the cursor to `cursor`, `records` further. `false`: the run has another publisher and nothing was written.
+    /// Moves the cursor past `page` and quarantines what was refused of it, together. A record that an earlier publication
+    /// of the run had quarantined and this one delivered is no longer quarantined. `false`: the run has another publisher
+    /// and nothing was written.
     pub async fn advance_publication(
         &self,
         event_id: &str,
         token: Uuid,
-        cursor: i64,
-        records: i64,
+        page: &PublishedPage,
     ) -> Result<bool, DbError> {
+        let mut listing_ids = Vec::with_capacity(page.quarantined.len());
+        let (mut codes, mut reasons) = (Vec::new(), Vec::new());
+        for record in &page.quarantined {
+            listing_ids.push(record.listing_id);
+            codes.push(record.code.clone());
+            reasons.push(record.reason.clone());
+        }
         run!(self, "the cursor of a publication", connection => {
-            // A repeat after a lost answer finds the cursor there already and counts nothing.
-            let moved = sqlx::query!(
+            // A repeat after a lost answer finds the cursor there already and counts nothing; what else it writes is there.
+            let moved = sqlx::query_scalar!(
                 r#"
-                UPDATE publications AS p SET
-                    published = p.published + CASE WHEN p.cursor < $3 THEN $4::bigint ELSE 0 END,
-                    cursor = greatest(p.cursor, $3), last_error = NULL,
-                    deaths = CASE WHEN p.cursor < $3 THEN 0 ELSE p.deaths END,
-                    deaths_since = CASE WHEN p.cursor < $3 THEN NULL ELSE p.deaths_since END
-                FROM runs AS r
-                WHERE p.event_id = $1 AND r.run_id = p.run_id AND r.publisher = $2
+                WITH owned AS MATERIALIZED (
+                    -- The lock and the fence: without this row nothing below has anything to do.
+                    SELECT r.run_id FROM publications AS p JOIN runs AS r ON r.run_id = p.run_id
+                    WHERE p.event_id = $1 AND r.publisher = $2
+                    FOR NO KEY UPDATE OF r
+                ), moved AS (
+                    UPDATE publications AS p SET
+                        published = p.published + CASE WHEN p.cursor < $4 THEN $5::bigint ELSE 0 END,
+                        quarantined = p.quarantined + CASE WHEN p.cursor < $4 THEN cardinality($6::bigint[]) ELSE 0 END,
+                        cursor = greatest(p.cursor, $4), last_error = NULL,
+                        deaths = CASE WHEN p.cursor < $4 THEN 0 ELSE p.deaths END,
+                        deaths_since = CASE WHEN p.cursor < $4 THEN NULL ELSE p.deaths_since END
+                    FROM owned
+                    WHERE p.event_id = $1
+                    RETURNING p.run_id
+                ), delivered AS (
+                    DELETE FROM quarantined_records AS q USING owned
+                    WHERE q.run_id = owned.run_id AND q.listing_id > $3 AND q.listing_id <= $4
+                      AND q.listing_id <> ALL ($6)
+                ), refused AS (
+                    INSERT INTO quarantined_records AS q (run_id, listing_id, event_id, code, reason)
+                    SELECT owned.run_id, record.listing_id, $1, record.code, record.reason
+                    FROM owned CROSS JOIN unnest($6::bigint[], $7::text[], $8::text[]) AS record (listing_id, code, reason)
+                    ON CONFLICT (run_id, listing_id) DO UPDATE SET
+                        event_id = excluded.event_id, code = excluded.code, reason = excluded.reason,
+                        quarantined_at = clock_timestamp()
+                )
+                SELECT EXISTS (SELECT FROM moved) AS "moved!"
                 "#,
                 event_id,
                 token,
-                cursor,
-                records,
+                page.after,
+                page.last,
+                page.published,
+                &listing_ids,
+                &codes,
+                &reasons,
             )
-            .execute(connection)
+            .fetch_one(connection)
             .await?;
-            Ok(moved.rows_affected() == 1)
+            Ok(moved)
         })
     }
 

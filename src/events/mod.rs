@@ -11,6 +11,7 @@ mod listing_upsert;
 pub mod recorder;
 pub mod relay;
 pub mod request;
+pub mod retention;
 mod valuations_publish;
 mod valuations_refresh;
 

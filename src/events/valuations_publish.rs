@@ -1,5 +1,6 @@
 //! `valuations.publish`: post-processing of a complete run. A page of valuations, all its records in parallel, the
-//! cursor; and the next page is read meanwhile.
+//! cursor; and the next page is read meanwhile. Records that Kafka refuses for good are quarantined as the cursor passes
+//! them.
 
 use std::time::Duration;
 
@@ -11,10 +12,10 @@ use super::envelope::Event;
 use super::gate::Pass;
 use super::valuations_refresh::{AFTER_LEASE, other_event};
 use super::{Events, UNFINISHED_RUN_WAIT};
-use crate::db::publications::{OwnedPublication, PublicationClaim};
+use crate::db::publications::{OwnedPublication, PublicationClaim, PublishedPage, Quarantined};
 use crate::db::{DbError, valuations};
 use crate::fault;
-use crate::kafka::{Record, Records, Valuation};
+use crate::kafka::{PublishError, Published, Record, Records, Valuation};
 use crate::queue::lease::{Role, StopReason};
 use crate::queue::{Delivery, Outcome, Refusal};
 
@@ -35,7 +36,7 @@ pub(super) fn decode(event: &Event<'_>) -> Result<Data, Refusal> {
 }
 
 enum Ended {
-    AllPublished { rows: u64 },
+    AllPublished { rows: u64, quarantined: u64 },
     Stopped(StopReason),
     Failed(anyhow::Error),
 }
@@ -115,7 +116,8 @@ async fn publish(
     let limit = events.publish_page_size;
     let read = |cursor| events.database.read_valuations(run_id, cursor, limit);
     let mut stopped = std::pin::pin!(delivery.lease.stopped());
-    let mut rows = 0;
+    let (mut rows, mut quarantined) = (0, 0);
+    let mut after = publication.cursor;
     let mut page = match read(publication.cursor).await {
         Ok(page) => page,
         Err(error) => return Ended::Failed(error.into()),
@@ -123,9 +125,14 @@ async fn publish(
     while let Some(last) = page.last().map(|valuation| valuation.listing_id) {
         let next = async { if page.len() < limit { Ok(Vec::new()) } else { read(last).await } };
         let batch: Vec<Record> = page.iter().map(|valuation| records.record(&input(valuation))).collect();
-        let sent = events.publisher.publish_page(batch);
+        let sent = async {
+            fault::point("publish.before_send", &event.id);
+            let published = events.publisher.publish_page(&batch).await;
+            fault::point("publish.after_reports", &event.id);
+            Ok::<Published, PublishError>(published?)
+        };
         let both = async { tokio::try_join!(sent.map_err(anyhow::Error::from), next.map_err(anyhow::Error::from)) };
-        let (_, next_page) = tokio::select! {
+        let (published, next_page) = tokio::select! {
             // A page under way is finished: its records are out, and a cursor that lags would send them again.
             biased;
             both = both => match both {
@@ -136,13 +143,16 @@ async fn publish(
             // Where Kafka is away, that can last for longer than a stop may.
             () = delivery.lease.nearly_over(HANDOVER) => return Ended::Stopped(StopReason::Shutdown),
         };
-        let published = page.len();
+        let done =
+            PublishedPage { after, last, published: published.records as i64, quarantined: quarantine(&published) };
         fault::point("publication.before_advance", &event.id);
-        let advanced = events.database.advance_publication(&event.id, publication.token, last, published as i64).await;
+        let advanced = events.database.advance_publication(&event.id, publication.token, &done).await;
         fault::point("publication.after_advance", &event.id);
         match advanced {
             Ok(true) => {
-                rows += published as u64;
+                rows += done.published as u64;
+                quarantined += done.quarantined.len() as u64;
+                tell(events, &event.id, run_id, &done.quarantined);
                 *pass = None;
             }
             Ok(false) => {
@@ -151,6 +161,7 @@ async fn publish(
             }
             Err(error) => return Ended::Failed(error.into()),
         }
+        after = last;
         page = next_page;
         if !page.is_empty()
             && let Some(reason) = futures::FutureExt::now_or_never(&mut stopped)
@@ -158,7 +169,36 @@ async fn publish(
             return Ended::Stopped(reason);
         }
     }
-    Ended::AllPublished { rows }
+    Ended::AllPublished { rows, quarantined }
+}
+
+/// The refused records of a page as they are quarantined.
+fn quarantine(published: &Published) -> Vec<Quarantined> {
+    let refused = published.refused.iter();
+    let quarantined = refused.map(|record| Quarantined {
+        // A key is made from the listing's id, in `records`.
+        listing_id: record.key.parse().expect("the key of a record is its listing's id"),
+        code: format!("{:?}", record.code),
+        reason: record.code.to_string(),
+    });
+    quarantined.collect()
+}
+
+/// Tells of records that were just quarantined; one line a page, for all of them may have the same fault.
+fn tell(events: &Events, event_id: &str, run_id: &str, quarantined: &[Quarantined]) {
+    if let Some(Quarantined { listing_id, code, reason }) = quarantined.first() {
+        let records = quarantined.len();
+        events.metrics.kafka_quarantined.inc_by(records as u64);
+        tracing::error!(
+            event_id,
+            run_id,
+            records,
+            first_listing_id = listing_id,
+            code,
+            reason,
+            "Kafka refuses records for good; they are quarantined and the others go on"
+        );
+    }
 }
 
 fn input(valuation: &valuations::Valuation) -> Valuation {
@@ -181,11 +221,14 @@ async fn end(
 ) -> Outcome {
     delivery.lease.forget_run();
     let (outcome, error) = match ended {
-        Ended::AllPublished { rows } => {
+        Ended::AllPublished { rows, quarantined } => {
             fault::point("publication.before_complete", &event.id);
             let completed = events.database.complete_publication(&event.id, publication.token).await;
             fault::point("publication.after_complete", &event.id);
             match completed {
+                Ok(true) if quarantined > 0 => {
+                    return Outcome::Done { rows, note: format!("{quarantined} records are quarantined").into() };
+                }
                 Ok(true) => return Outcome::Done { rows, note: "".into() },
                 Ok(false) => return Outcome::Lost,
                 Err(error) => (Outcome::Retry(error.into()), None),

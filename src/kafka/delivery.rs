@@ -1,4 +1,4 @@
-//! Waiting for the delivery reports of a page.
+//! Waiting for the delivery reports of records that were sent together.
 //!
 //! Every record of a page carries a pointer to the same counter; its report counts it down, and the last one wakes the
 //! one task that waits. A channel and a task for each record would do the same with a thousand times the allocations.
@@ -18,14 +18,25 @@ use tokio::sync::Notify;
 use super::client::ClientLog;
 use crate::metrics::Metrics;
 
-/// A page was delivered whole.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Every record of a page has met its end: it was delivered, or it is refused for good.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Published {
     /// Records that all in-sync replicas have.
     pub records: usize,
+    /// Those that Kafka takes neither with others nor alone.
+    pub refused: Vec<RefusedRecord>,
 }
 
-/// A page was not delivered whole. Those of its records that were are harmless when sent again.
+/// A record that sending again is of no use for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RefusedRecord {
+    /// Its key.
+    pub key: String,
+    /// Why it is refused.
+    pub code: RDKafkaErrorCode,
+}
+
+/// A page has to be sent again. Those of its records that were delivered are harmless when sent again.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub struct PublishError {
     /// Topic of the page.
@@ -34,7 +45,7 @@ pub struct PublishError {
     pub delivered: usize,
     /// Records that were not, or of which that is not known.
     pub failed: usize,
-    /// Key of the record that failed first; a refused one goes before others, because it will be refused again.
+    /// Key of the record that failed first.
     pub key: String,
     /// Why it failed.
     pub code: RDKafkaErrorCode,
@@ -42,33 +53,15 @@ pub struct PublishError {
     pub verdict: Verdict,
 }
 
-/// What to do about a failure.
+/// What to do about a page that was not delivered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     /// Send the page again later.
     Retry,
     /// The producer had come to its end and was replaced. Send the page again.
     Restarted,
-    /// Sending it again is of no use: the record is too large or not valid, or writing it is not permitted.
-    Refused,
-}
-
-impl Verdict {
-    fn of(code: RDKafkaErrorCode) -> Verdict {
-        use RDKafkaErrorCode::*;
-        match code {
-            MessageSizeTooLarge
-            | InvalidMessage
-            | InvalidMessageSize
-            | InvalidRecord
-            | InvalidTimestamp
-            | PolicyViolation
-            | TopicAuthorizationFailed
-            | ClusterAuthorizationFailed => Verdict::Refused,
-            // A topic that is missing is among these: `setup` or the operator creates it, and the page goes out.
-            _ => Verdict::Retry,
-        }
-    }
+    /// Send the page again later: the topic takes no record of ours until somebody gives us the right to write to it.
+    NotAuthorized,
 }
 
 impl fmt::Display for PublishError {
@@ -79,12 +72,39 @@ impl fmt::Display for PublishError {
         f.write_str(match verdict {
             Verdict::Retry => "send the page again later",
             Verdict::Restarted => "the producer was restarted, send the page again",
-            Verdict::Refused => "do not send it again before the record, the topic's limits or the permissions change",
+            Verdict::NotAuthorized => "give this client the right to write to the topic, the page is sent again later",
         })
     }
 }
 
-/// Counts the reports of one page.
+/// What a failed delivery says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Failure {
+    /// Nothing of the record: brokers, the network, the topic or the producer are at fault.
+    Passing,
+    /// The record, or one that shared its batch, will never be taken.
+    Record,
+    /// We may not write here. That may be about the record where something before the brokers judges records.
+    Rights,
+}
+
+impl Failure {
+    /// Sorts a code of a delivery report. Whether the producer has come to its end is no matter of codes: librdkafka is
+    /// asked.
+    pub fn of(code: RDKafkaErrorCode) -> Failure {
+        use RDKafkaErrorCode::*;
+        match code {
+            // A batch that is too large may be of records that are not.
+            MessageSizeTooLarge | MessageBatchTooLarge | InvalidMessage | InvalidMessageSize | InvalidRecord
+            | InvalidTimestamp | PolicyViolation => Failure::Record,
+            TopicAuthorizationFailed | ClusterAuthorizationFailed => Failure::Rights,
+            // A topic that is missing is among these: `setup` or the operator creates it, and the page goes out.
+            _ => Failure::Passing,
+        }
+    }
+}
+
+/// Counts the reports of records that were sent together.
 pub(super) struct Page {
     /// Reports to come, and one for the sender until it has sent all.
     outstanding: AtomicUsize,
@@ -93,10 +113,49 @@ pub(super) struct Page {
     done: Notify,
 }
 
-#[derive(Default)]
-struct Failures {
-    count: usize,
-    first: Option<(String, RDKafkaErrorCode)>,
+/// What the reports of records that were sent together add up to.
+#[derive(Debug, Default)]
+pub(super) struct Reports {
+    /// Records that all in-sync replicas have.
+    pub delivered: usize,
+    /// What failed.
+    pub failures: Failures,
+}
+
+/// Failed records.
+#[derive(Debug, Default)]
+pub(super) struct Failures {
+    /// How many failed for a reason that passes.
+    pub passing: usize,
+    /// The first of those.
+    pub first_passing: Option<RefusedRecord>,
+    /// Those that were refused.
+    pub refused: Vec<RefusedRecord>,
+}
+
+impl Reports {
+    /// Whether any was refused for want of rights.
+    pub fn lack_rights(&self) -> bool {
+        self.failures.refused.iter().any(|record| Failure::of(record.code) == Failure::Rights)
+    }
+
+    /// How many were not delivered, or not known to be.
+    pub fn failed(&self) -> usize {
+        self.failures.passing + self.failures.refused.len()
+    }
+
+    /// The error that gives `verdict` and names the first record that it is about.
+    pub fn error(&self, topic: &str, verdict: Verdict) -> PublishError {
+        let first = self.failures.first_passing.as_ref().or(self.failures.refused.first());
+        PublishError {
+            topic: topic.to_owned(),
+            delivered: self.delivered,
+            failed: self.failed(),
+            key: first.map(|record| record.key.clone()).unwrap_or_default(),
+            code: first.map_or(RDKafkaErrorCode::NoError, |record| record.code),
+            verdict,
+        }
+    }
 }
 
 impl Page {
@@ -122,10 +181,13 @@ impl Page {
             }
             Err((code, key)) => {
                 let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
-                failures.count += 1;
-                let refused = |code| Verdict::of(code) == Verdict::Refused;
-                if failures.first.as_ref().is_none_or(|(_, first)| refused(code) && !refused(*first)) {
-                    failures.first = Some((String::from_utf8_lossy(key).into_owned(), code));
+                let record = || RefusedRecord { key: String::from_utf8_lossy(key).into_owned(), code };
+                match Failure::of(code) {
+                    Failure::Passing => {
+                        failures.passing += 1;
+                        failures.first_passing.get_or_insert_with(record);
+                    }
+                    Failure::Record | Failure::Rights => failures.refused.push(record()),
                 }
             }
         }
@@ -140,22 +202,12 @@ impl Page {
     }
 
     /// Waits until every record sent was reported of. To be called once, when all were handed over.
-    pub async fn wait(&self, topic: &str) -> Result<Published, PublishError> {
+    pub async fn wait(&self) -> Reports {
         self.count_down();
         self.done.notified().await;
         let delivered = self.delivered.load(Ordering::Relaxed);
-        let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
-        match &failures.first {
-            None => Ok(Published { records: delivered }),
-            Some((key, code)) => Err(PublishError {
-                topic: topic.to_owned(),
-                delivered,
-                failed: failures.count,
-                key: key.clone(),
-                code: *code,
-                verdict: Verdict::of(*code),
-            }),
-        }
+        let failures = std::mem::take(&mut *self.failures.lock().unwrap_or_else(PoisonError::into_inner));
+        Reports { delivered, failures }
     }
 }
 

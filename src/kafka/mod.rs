@@ -16,7 +16,7 @@ mod record;
 mod tests;
 mod topic;
 
-pub use delivery::{PublishError, Published, Verdict};
+pub use delivery::{PublishError, Published, RefusedRecord, Verdict};
 pub use publisher::Publisher;
 pub use record::{Record, Records, Valuation};
 pub use topic::{TopicError, TopicInfo, ensure_topic, inspect_topic};

@@ -3,6 +3,7 @@
 //! While nothing is published the producer holds its connections, a thread for each broker and three more, all asleep, and
 //! no records: librdkafka frees a record when its report was served, and the allocator gives the pages back.
 
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer as _};
 
 use super::client;
-use super::delivery::{Deliveries, Page, PublishError, Published, Verdict};
+use super::delivery::{Deliveries, Page, PublishError, Published, Reports, Verdict};
 use super::record::Record;
 use super::topic::{self, TopicError, TopicInfo};
 use crate::config;
@@ -20,6 +21,9 @@ use crate::metrics::Metrics;
 
 /// How long a page waits when librdkafka's queue is full. Reports make room within a round trip.
 const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(2);
+
+/// How long brokers may take to tell of the topic between two records of which one was refused for want of rights.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
 /// How long reports are served before looking whether anyone still needs the producer. The wrapper's own thread looks ten
 /// times a second, and spins for the last millisecond of each time: 0.7 % of a core for a producer that does nothing.
@@ -62,8 +66,47 @@ impl Publisher {
     /// Sends all records in parallel and returns when each was reported of: delivered to all in-sync replicas, refused,
     /// or given up after `kafka.delivery_timeout`. Waits for room where librdkafka's queue is full; drops nothing.
     ///
+    /// Brokers refuse a batch for one of its records, so those refused are sent again, each alone, and only those refused
+    /// again count as refused. Want of rights is the topic's before it is a record's: such a record counts as refused only
+    /// if the topic takes another of the page right afterwards; else the page is an error.
+    ///
     /// Abandoning the future abandons the reports, not the records: those handed over may still be delivered.
-    pub async fn publish_page(&self, records: impl IntoIterator<Item = Record>) -> Result<Published, PublishError> {
+    pub async fn publish_page(&self, records: &[Record]) -> Result<Published, PublishError> {
+        let together = self.send(records).await?;
+        let suspects: HashSet<&str> = together.failures.refused.iter().map(|record| record.key.as_str()).collect();
+        let mut published = Published { records: together.delivered, refused: Vec::new() };
+        let mut rights_in_doubt = together.lack_rights();
+        if rights_in_doubt && together.delivered == 0 {
+            return Err(together.error(self.topic(), Verdict::NotAuthorized));
+        }
+        let mut topic_is_open = false;
+        // One that was taken with the others stands for the topic.
+        let taken = records.iter().find(|record| !suspects.contains(record.key.as_str()));
+        for record in records {
+            if !suspects.contains(record.key.as_str()) {
+                continue;
+            }
+            let alone = self.send_after(rights_in_doubt, record).await?;
+            rights_in_doubt = alone.lack_rights();
+            if rights_in_doubt && !topic_is_open {
+                topic_is_open = match taken {
+                    Some(taken) => !self.send_after(true, taken).await?.lack_rights(),
+                    None => false,
+                };
+                if !topic_is_open {
+                    return Err(alone.error(self.topic(), Verdict::NotAuthorized));
+                }
+                rights_in_doubt = false;
+            }
+            published.records += alone.delivered;
+            published.refused.extend(alone.failures.refused);
+        }
+        Ok(published)
+    }
+
+    /// Sends records in parallel and awaits their reports. An error if any failed for a reason that passes, or if the
+    /// producer came to its end.
+    async fn send(&self, records: &[Record]) -> Result<Reports, PublishError> {
         let producer = self.shared.producer();
         let page = Page::new();
         for record in records {
@@ -71,23 +114,40 @@ impl Publisher {
             // Handing over takes a microsecond or two; a page of them must not keep the thread from other tasks.
             tokio::task::consume_budget().await;
         }
-        let mut result = page.wait(&self.shared.kafka.topic).await;
-        if let Err(error) = &mut result
+        let reports = page.wait().await;
+        if reports.failed() > 0
             && let Some((code, reason)) = producer.client().fatal_error()
         {
             tracing::error!(%code, reason, "the kafka producer has come to its end and is replaced");
-            error.verdict = Verdict::Restarted;
             self.replace(producer).await;
+            return Err(reports.error(self.topic(), Verdict::Restarted));
         }
-        result
+        if reports.failures.passing > 0 {
+            return Err(reports.error(self.topic(), Verdict::Retry));
+        }
+        Ok(reports)
     }
 
-    async fn hand_over(&self, producer: &Producer, record: Record, page: &Arc<Page>) {
+    /// Sends one record. With its rights in doubt, librdkafka is made to look at the topic first: once told that it may
+    /// not write there, it refuses every record by itself until it has looked again.
+    async fn send_after(&self, rights_in_doubt: bool, record: &Record) -> Result<Reports, PublishError> {
+        if rights_in_doubt && let Err(error) = self.check(LOOK_AGAIN).await {
+            // The record tells, which is sent all the same.
+            tracing::debug!(%error, "the topic could not be looked at again");
+        }
+        self.send(std::slice::from_ref(record)).await
+    }
+
+    fn topic(&self) -> &str {
+        &self.shared.kafka.topic
+    }
+
+    async fn hand_over(&self, producer: &Producer, record: &Record, page: &Arc<Page>) {
         page.expect_one();
         let mut message = BaseRecord::with_opaque_to(&self.shared.kafka.topic, Arc::clone(page))
             .key(&record.key)
             .payload(&record.value)
-            .headers(record.headers);
+            .headers(record.headers.clone());
         loop {
             match producer.send(message) {
                 Ok(()) => return,

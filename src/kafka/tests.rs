@@ -46,9 +46,9 @@ fn publisher(kafka: &config::Kafka) -> (Publisher, Arc<Metrics>) {
 }
 
 /// Records of the listings 0, 1, 2 and so on.
-fn page(records: i64) -> impl Iterator<Item = Record> {
+fn page(records: i64) -> Vec<Record> {
     let run = Records::new("run-1", OffsetDateTime::UNIX_EPOCH, None);
-    (0..records).map(move |listing_id| {
+    let records = (0..records).map(move |listing_id| {
         run.record(&Valuation {
             listing_id,
             zip_code: 98_178,
@@ -56,7 +56,25 @@ fn page(records: i64) -> impl Iterator<Item = Record> {
             valuation_cents: 1_000_000 + listing_id,
             confidence: 0.5,
         })
-    })
+    });
+    records.collect()
+}
+
+/// Every record of a page delivered.
+fn all(records: usize) -> Published {
+    Published { records, refused: Vec::new() }
+}
+
+/// One partition, and batches of at most `batch` records that wait until they are full: what a broker answers to the
+/// first request is about known records. Alone a record waits as long.
+fn in_batches(batch: u32) -> (Cluster, config::Kafka, Publisher) {
+    let (cluster, mut kafka) = cluster();
+    kafka.topic = "one-partition".to_owned();
+    cluster.create_topic(&kafka.topic, 1, 1).expect("a topic");
+    let mut settings = client::producer(&kafka);
+    settings.set("linger.ms", "200").set("batch.num.messages", batch.to_string());
+    let publisher = Publisher::with_client(&kafka, settings, Arc::new(Metrics::new())).expect("a producer");
+    (cluster, kafka, publisher)
 }
 
 /// What the topic holds, by partition and offset: keys and `ce_id`s.
@@ -68,8 +86,9 @@ fn read_all(kafka: &config::Kafka, expected: usize) -> Vec<(String, BTreeMap<Str
         .create()
         .expect("a consumer");
     let mut partitions = TopicPartitionList::new();
-    for partition in 0..PARTITIONS {
-        partitions.add_partition_offset(TOPIC, partition, Offset::Beginning).expect("an offset");
+    let number = if kafka.topic == TOPIC { PARTITIONS } else { 1 };
+    for partition in 0..number {
+        partitions.add_partition_offset(&kafka.topic, partition, Offset::Beginning).expect("an offset");
     }
     consumer.assign(&partitions).expect("an assignment");
     let mut read = Vec::new();
@@ -96,14 +115,14 @@ fn read_all(kafka: &config::Kafka, expected: usize) -> Vec<(String, BTreeMap<Str
 async fn a_page_is_delivered_whole_and_can_be_read_back() {
     let (_cluster, kafka) = cluster();
     let (publisher, metrics) = publisher(&kafka);
-    assert_eq!(publisher.publish_page(page(500)).await, Ok(Published { records: 500 }));
+    assert_eq!(publisher.publish_page(&page(500)).await, Ok(all(500)));
     assert_eq!(metrics.kafka_deliveries.with_label_values(&["ok"]).get(), 500);
 
     let read = read_all(&kafka, 500);
     let ids: BTreeMap<&str, &str> = read.iter().map(|(key, h)| (h["ce_id"].as_str(), key.as_str())).collect();
     assert_eq!((read.len(), ids.len()), (500, 500));
     for (key, headers) in &read {
-        let sent = page(500).find(|record| record.key == *key).expect("a record that was sent");
+        let sent = page(500).into_iter().find(|record| record.key == *key).expect("a record that was sent");
         let sent: BTreeMap<String, String> = sent
             .headers
             .iter()
@@ -117,7 +136,7 @@ async fn a_page_is_delivered_whole_and_can_be_read_back() {
 async fn an_empty_page_is_delivered_at_once() {
     let (_cluster, kafka) = cluster();
     let (publisher, _) = publisher(&kafka);
-    assert_eq!(publisher.publish_page([]).await, Ok(Published { records: 0 }));
+    assert_eq!(publisher.publish_page(&page(0)).await, Ok(all(0)));
 }
 
 #[tokio::test]
@@ -130,52 +149,231 @@ async fn errors_that_pass_are_retried_and_nothing_is_stored_twice() {
         RDKafkaRespErr::RD_KAFKA_RESP_ERR__TRANSPORT,
     ];
     cluster.request_errors(RDKafkaApiKey::Produce, &passing);
-    assert_eq!(publisher.publish_page(page(100)).await, Ok(Published { records: 100 }));
+    assert_eq!(publisher.publish_page(&page(100)).await, Ok(all(100)));
     assert_eq!(read_all(&kafka, 100).len(), 100);
 }
 
-#[tokio::test]
-async fn a_record_that_is_too_large_is_named_and_the_others_flow() {
-    let (cluster, kafka) = cluster();
-    let (publisher, metrics) = publisher(&kafka);
-    assert_eq!(publisher.publish_page(page(1)).await, Ok(Published { records: 1 }));
-    cluster.request_errors(RDKafkaApiKey::Produce, &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE]);
-    let error = publisher.publish_page(page(1)).await.expect_err("too large");
-    assert_eq!(error.verdict, Verdict::Refused);
-    assert_eq!(error.code, RDKafkaErrorCode::MessageSizeTooLarge);
-    assert_eq!((error.delivered, error.failed, error.key.as_str()), (0, 1, "0"));
-    let text = error.to_string();
-    assert!(text.contains(TOPIC) && text.contains("key 0") && text.contains("1 of 1"), "{text}");
-    assert_eq!(metrics.kafka_deliveries.with_label_values(&["error"]).get(), 1);
-    assert_eq!(publisher.publish_page(page(10)).await, Ok(Published { records: 10 }));
+const TOO_LARGE: RDKafkaRespErr = RDKafkaRespErr::RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE;
+const NOT_AUTHORIZED: RDKafkaRespErr = RDKafkaRespErr::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
+
+fn refused(keys: &[&str], code: RDKafkaErrorCode) -> Vec<RefusedRecord> {
+    keys.iter().map(|key| RefusedRecord { key: (*key).to_owned(), code }).collect()
+}
+
+/// Keys that the topic holds, sorted, repeats included.
+fn keys(kafka: &config::Kafka, expected: usize) -> Vec<u64> {
+    let mut keys: Vec<u64> =
+        read_all(kafka, expected).iter().map(|(key, _)| key.parse().expect("a listing id")).collect();
+    keys.sort_unstable();
+    keys
 }
 
 #[tokio::test]
-async fn a_record_larger_than_the_client_allows_fails_alone() {
+async fn a_batch_refused_for_one_record_costs_only_that_record() {
+    let (cluster, kafka, publisher) = in_batches(10);
+    // The batch, then records 0, 1 and 2 alone; the broker takes all but the third.
+    let none = RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR;
+    cluster.request_errors(RDKafkaApiKey::Produce, &[TOO_LARGE, none, none, TOO_LARGE]);
+    let published = publisher.publish_page(&page(10)).await.expect("the others flow");
+    assert_eq!(published.refused, refused(&["2"], RDKafkaErrorCode::MessageSizeTooLarge));
+    assert_eq!(published.records, 9);
+    assert_eq!(keys(&kafka, 9), [0, 1, 3, 4, 5, 6, 7, 8, 9]);
+    assert_eq!(publisher.publish_page(&page(10)).await, Ok(all(10)));
+}
+
+#[tokio::test]
+async fn a_refusal_that_is_not_repeated_is_none() {
+    let (cluster, kafka, publisher) = in_batches(10);
+    cluster.request_errors(RDKafkaApiKey::Produce, &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_RECORD_LIST_TOO_LARGE]);
+    assert_eq!(publisher.publish_page(&page(10)).await, Ok(all(10)));
+    assert_eq!(keys(&kafka, 10), (0..10).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_record_larger_than_the_client_allows_is_refused_alone() {
     let (_cluster, kafka) = cluster();
-    let (publisher, _) = publisher(&kafka);
-    let records = page(10).map(|mut record| {
-        if record.key == "7" {
-            record.value.resize(2_000_000, b' ');
+    let (publisher, metrics) = publisher(&kafka);
+    let mut records = page(10);
+    records[7].value.resize(2_000_000, b' ');
+    let published = publisher.publish_page(&records).await.expect("the others flow");
+    assert_eq!(published.refused, refused(&["7"], RDKafkaErrorCode::MessageSizeTooLarge));
+    assert_eq!(published.records, 9);
+    assert_eq!(read_all(&kafka, 9).len(), 9);
+    assert_eq!(metrics.kafka_deliveries.with_label_values(&["ok"]).get(), 9);
+}
+
+#[tokio::test]
+async fn a_topic_that_is_closed_to_us_refuses_no_record_for_good() {
+    let (cluster, kafka, publisher) = in_batches(5);
+    cluster.request_errors(RDKafkaApiKey::Produce, &[NOT_AUTHORIZED; 2]);
+    let error = publisher.publish_page(&page(10)).await.expect_err("no right to write");
+    assert_eq!((error.verdict, error.code), (Verdict::NotAuthorized, RDKafkaErrorCode::TopicAuthorizationFailed));
+    assert_eq!((error.delivered, error.failed), (0, 10));
+    let text = error.to_string();
+    assert!(text.contains("one-partition") && text.contains("right to write"), "{text}");
+    // Given the right, the same producer goes on as soon as it has looked at the topic, as `/readyz` has it do.
+    publisher.check(TIMEOUT).await.expect("the topic");
+    assert_eq!(publisher.publish_page(&page(10)).await, Ok(all(10)));
+    assert_eq!(keys(&kafka, 10), (0..10).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_topic_that_closes_in_the_middle_of_a_page_refuses_no_record_for_good() {
+    let (cluster, _kafka, publisher) = in_batches(5);
+    // Half of the page is taken; the first of the others is refused alone as well, and then one that was taken before.
+    let none = RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR;
+    cluster.request_errors(RDKafkaApiKey::Produce, &[none, NOT_AUTHORIZED, NOT_AUTHORIZED, NOT_AUTHORIZED]);
+    let error = publisher.publish_page(&page(10)).await.expect_err("no right to write");
+    assert_eq!(error.verdict, Verdict::NotAuthorized);
+}
+
+#[tokio::test]
+async fn a_record_that_alone_lacks_rights_is_refused_where_the_topic_takes_another() {
+    let (cluster, kafka, publisher) = in_batches(5);
+    let none = RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR;
+    cluster.request_errors(RDKafkaApiKey::Produce, &[none, NOT_AUTHORIZED, NOT_AUTHORIZED]);
+    let published = publisher.publish_page(&page(10)).await.expect("the others flow");
+    let key = published.refused.first().expect("one is refused").key.clone();
+    assert_eq!(published.refused, refused(&[&key], RDKafkaErrorCode::TopicAuthorizationFailed));
+    assert_eq!(published.records, 9);
+    // The one that proved the topic to be open is there twice.
+    let mut found = keys(&kafka, 10);
+    assert_eq!(found.len(), 10);
+    found.dedup();
+    let key: u64 = key.parse().expect("a listing id");
+    assert_eq!(found, (0..10).filter(|listing| *listing != key).collect::<Vec<_>>());
+}
+
+/// Every error that a broker may answer a produce request with (Kafka's protocol guide and its ProduceResponse), and those
+/// that librdkafka reports by itself.
+#[test]
+fn every_code_of_a_delivery_report_has_its_class() {
+    use RDKafkaErrorCode::*;
+    use delivery::Failure::{Passing, Record, Rights};
+    for (codes, class) in [
+        (
+            &[
+                MessageSizeTooLarge,
+                MessageBatchTooLarge,
+                InvalidMessage,
+                InvalidMessageSize,
+                InvalidRecord,
+                InvalidTimestamp,
+                PolicyViolation,
+            ][..],
+            Record,
+        ),
+        (&[TopicAuthorizationFailed, ClusterAuthorizationFailed], Rights),
+        // Leaders move, replicas are away, brokers are slow or full: librdkafka has retried until the time was over.
+        (
+            &[
+                UnknownTopicOrPartition,
+                LeaderNotAvailable,
+                NotLeaderForPartition,
+                RequestTimedOut,
+                BrokerNotAvailable,
+                ReplicaNotAvailable,
+                NetworkException,
+                NotEnoughReplicas,
+                NotEnoughReplicasAfterAppend,
+                KafkaStorageError,
+                FencedLeaderEpoch,
+                UnknownLeaderEpoch,
+                ThrottlingQuotaExceeded,
+                NotController,
+                UnknownTopicId,
+                StaleBrokerEpoch,
+            ],
+            Passing,
+        ),
+        // The topic or a setting is at fault, whatever the record: an operator mends it, and the page goes out.
+        (
+            &[
+                InvalidTopic,
+                InvalidRequiredAcks,
+                UnsupportedVersion,
+                UnsupportedForMessageFormat,
+                UnsupportedCompressionType,
+                InvalidRequest,
+                SaslAuthenticationFailed,
+                SecurityDisabled,
+            ],
+            Passing,
+        ),
+        // The producer is at fault. Where librdkafka cannot mend that by a new epoch, it says that its end has come.
+        (
+            &[
+                OutOfOrderSequenceNumber,
+                DuplicateSequenceNumber,
+                InvalidProducerEpoch,
+                UnknownProducerId,
+                ProducerFenced,
+                InvalidProducerIdMapping,
+                InvalidTransactionalState,
+                TransactionalIdAuthorizationFailed,
+                Fatal,
+            ],
+            Passing,
+        ),
+        // librdkafka's own.
+        (
+            &[
+                MessageTimedOut,
+                OperationTimedOut,
+                BrokerTransportFailure,
+                AllBrokersDown,
+                UnknownTopic,
+                UnknownPartition,
+                Authentication,
+                PurgeQueue,
+                PurgeInflight,
+                BrokerDestroy,
+                QueueFull,
+                Unknown,
+            ],
+            Passing,
+        ),
+    ] {
+        for code in codes {
+            assert_eq!(delivery::Failure::of(*code), class, "{code:?}");
         }
-        record
+    }
+}
+
+/// The broker stored the records and its answer was late: they are sent again, and counted once.
+#[tokio::test]
+async fn a_lost_delivery_report_is_waited_for_and_repeats_have_the_same_ids() {
+    let (cluster, kafka) = cluster();
+    let mut settings = client::producer(&kafka);
+    settings.set("socket.timeout.ms", "500");
+    let publisher = Publisher::with_client(&kafka, settings, Arc::new(Metrics::new())).expect("a producer");
+    assert_eq!(publisher.publish_page(&page(1)).await, Ok(all(1)));
+    cluster.broker_round_trip_time(-1, Duration::from_millis(1_500)).expect("a delay");
+    let records = page(100);
+    let (published, ()) = tokio::join!(publisher.publish_page(&records), async {
+        tokio::time::sleep(Duration::from_millis(1_200)).await;
+        cluster.broker_round_trip_time(-1, Duration::ZERO).expect("no delay");
     });
-    let error = publisher.publish_page(records).await.expect_err("too large");
-    assert_eq!((error.delivered, error.failed, error.key.as_str()), (9, 1, "7"));
-    assert_eq!(error.verdict, Verdict::Refused);
+    assert_eq!(published, Ok(all(100)));
+    let read = read_all(&kafka, 101);
+    let ids: BTreeMap<&str, &str> = read.iter().map(|(key, h)| (h["ce_id"].as_str(), key.as_str())).collect();
+    assert_eq!(ids.len(), 100);
+    // The mock cluster does not recognise a repeat, so it shows that there was one.
+    assert!(read.len() > 101, "no report was lost: {}", read.len());
 }
 
 #[tokio::test]
 async fn a_broker_that_comes_back_gets_everything() {
     let (cluster, kafka) = cluster();
     let (publisher, _) = publisher(&kafka);
-    assert_eq!(publisher.publish_page(page(1)).await, Ok(Published { records: 1 }));
+    assert_eq!(publisher.publish_page(&page(1)).await, Ok(all(1)));
     cluster.broker_down(-1).expect("down");
-    let (result, ()) = tokio::join!(publisher.publish_page(page(100)), async {
+    let records = page(100);
+    let (result, ()) = tokio::join!(publisher.publish_page(&records), async {
         tokio::time::sleep(Duration::from_millis(500)).await;
         cluster.broker_up(-1).expect("up");
     });
-    assert_eq!(result, Ok(Published { records: 100 }));
+    assert_eq!(result, Ok(all(100)));
     assert_eq!(read_all(&kafka, 101).len(), 101);
 }
 
@@ -186,10 +384,13 @@ async fn a_broker_that_stays_away_is_an_error_to_retry_within_the_delivery_timeo
     let (publisher, _) = publisher(&kafka);
     cluster.broker_down(-1).expect("down");
     let begin = Instant::now();
-    let error = publisher.publish_page(page(5)).await.expect_err("nobody there");
+    let error = publisher.publish_page(&page(5)).await.expect_err("nobody there");
     assert_eq!((error.verdict, error.code), (Verdict::Retry, RDKafkaErrorCode::MessageTimedOut));
     assert_eq!((error.delivered, error.failed), (0, 5));
     assert!(begin.elapsed() < Duration::from_secs(4), "{:?}", begin.elapsed());
+    cluster.broker_up(-1).expect("up");
+    let delivered = async { while publisher.publish_page(&page(5)).await != Ok(all(5)) {} };
+    tokio::time::timeout(TIMEOUT, delivered).await.expect("the same page goes out once the broker is back");
 }
 
 #[tokio::test]
@@ -198,7 +399,7 @@ async fn a_full_queue_makes_the_page_wait_and_drops_nothing() {
     let mut tiny = client::producer(&kafka);
     tiny.set("queue.buffering.max.messages", "10");
     let publisher = Publisher::with_client(&kafka, tiny, Arc::new(Metrics::new())).expect("a producer");
-    assert_eq!(publisher.publish_page(page(300)).await, Ok(Published { records: 300 }));
+    assert_eq!(publisher.publish_page(&page(300)).await, Ok(all(300)));
     assert_eq!(read_all(&kafka, 300).len(), 300);
 }
 
@@ -206,7 +407,7 @@ async fn a_full_queue_makes_the_page_wait_and_drops_nothing() {
 async fn a_producer_at_its_end_is_replaced() {
     let (_cluster, kafka) = cluster();
     let (publisher, _) = publisher(&kafka);
-    assert_eq!(publisher.publish_page(page(1)).await, Ok(Published { records: 1 }));
+    assert_eq!(publisher.publish_page(&page(1)).await, Ok(all(1)));
     // SAFETY: the producer lives as long as the publisher, and the reason is a text that ends in zero.
     unsafe {
         rdkafka::bindings::rd_kafka_test_fatal_error(
@@ -215,9 +416,9 @@ async fn a_producer_at_its_end_is_replaced() {
             c"for the test".as_ptr(),
         );
     }
-    let error = publisher.publish_page(page(5)).await.expect_err("the end");
+    let error = publisher.publish_page(&page(5)).await.expect_err("the end");
     assert_eq!((error.verdict, error.failed), (Verdict::Restarted, 5));
-    assert_eq!(publisher.publish_page(page(5)).await, Ok(Published { records: 5 }));
+    assert_eq!(publisher.publish_page(&page(5)).await, Ok(all(5)));
 }
 
 #[tokio::test]
@@ -229,24 +430,25 @@ async fn the_producer_is_idempotent() {
         RDKafkaApiKey::InitProducerId,
         &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_CLUSTER_AUTHORIZATION_FAILED],
     );
-    let error = publisher.publish_page(page(1)).await.expect_err("no id");
+    let error = publisher.publish_page(&page(1)).await.expect_err("no id");
     assert_eq!(error.verdict, Verdict::Restarted);
-    assert_eq!(publisher.publish_page(page(1)).await, Ok(Published { records: 1 }));
+    assert_eq!(publisher.publish_page(&page(1)).await, Ok(all(1)));
 }
 
 #[tokio::test]
 async fn pages_of_several_runs_are_counted_apart() {
     let (_cluster, kafka) = cluster();
     let (publisher, _) = publisher(&kafka);
-    let (a, b) = tokio::join!(publisher.publish_page(page(200)), publisher.publish_page(page(300)));
-    assert_eq!((a, b), (Ok(Published { records: 200 }), Ok(Published { records: 300 })));
+    let (first, second) = (page(200), page(300));
+    let (a, b) = tokio::join!(publisher.publish_page(&first), publisher.publish_page(&second));
+    assert_eq!((a, b), (Ok(all(200)), Ok(all(300))));
 }
 
 #[tokio::test]
 async fn an_abandoned_page_is_flushed() {
     let (_cluster, kafka) = cluster();
     let (publisher, _) = publisher(&kafka);
-    let abandoned = tokio::time::timeout(Duration::ZERO, publisher.publish_page(page(50))).await;
+    let abandoned = tokio::time::timeout(Duration::ZERO, publisher.publish_page(&page(50))).await;
     assert!(abandoned.is_err());
     assert!(publisher.flush(TIMEOUT).await);
     assert_eq!(read_all(&kafka, 50).len(), 50);
@@ -300,5 +502,5 @@ fn pages_are_published_from_any_thread() {
     fn send<T: Send>(_: T) {}
     let (_cluster, kafka) = cluster();
     let (publisher, _) = publisher(&kafka);
-    send(publisher.publish_page(page(1)));
+    send(publisher.publish_page(&page(1)));
 }

@@ -337,7 +337,8 @@ async fn keep(shared: &Shared, settings: KeeperSettings) {
     let KeeperSettings { aws, queue, database, renewals, metrics, message_beat, run_beat } = settings;
     let sqs = Sqs::new(&aws, &queue, metrics.clone()).await;
     let keeping = Keeping { shared, sqs, metrics };
-    let mut leases = RunLeases { bound: shared.visibility / 4, database, connection: None, renewals };
+    let mut leases =
+        RunLeases { bound: (shared.visibility / 4).min(MOST_RENEWAL), database, connection: None, renewals };
     let messages = async {
         let mut ticks = ticks(shared.visibility);
         loop {
@@ -366,6 +367,10 @@ fn ticks(visibility: Duration) -> Interval {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ticks
 }
+
+/// The longest that a renewal may take, connecting included, so that a half-open connection is noticed soon however long
+/// the visibility timeout is.
+const MOST_RENEWAL: Duration = Duration::from_secs(15);
 
 /// Renews run leases over a connection of its own.
 struct RunLeases {

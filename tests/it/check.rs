@@ -336,12 +336,13 @@ async fn the_rights_that_check_asks_for_are_enough_and_needed() -> Result<()> {
     // Every right alone: missing it is told, with the statement that gives it.
     let rights = [
         ("listings", &["SELECT", "INSERT", "UPDATE"][..]),
-        ("runs", &["SELECT", "INSERT", "UPDATE"]),
-        ("run_listings", &["SELECT", "INSERT"]),
-        ("valuations", &["SELECT", "INSERT"]),
+        ("runs", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
+        ("run_listings", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
+        ("valuations", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
         ("listing_valuations", &["SELECT", "INSERT", "UPDATE"]),
-        ("publications", &["SELECT", "INSERT", "UPDATE"]),
-        ("outbox", &["SELECT", "INSERT", "UPDATE"]),
+        ("publications", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
+        ("quarantined_records", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
+        ("outbox", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ];
     let (_, findings) = check(world.command(), &[])?;
     for (table, rights) in rights {

@@ -109,6 +109,8 @@ pub enum ProduceError {
     TimedOut,
     /// The record is larger than the broker takes. Final.
     TooLarge,
+    /// This client may not write to the topic. Final, until it is given the right.
+    NotAuthorized,
     /// No answer: the connection is closed. Clients retry.
     Disconnect,
 }

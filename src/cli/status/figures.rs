@@ -82,9 +82,11 @@ pub(super) mod tests {
             opened_at: datetime!(2026-11-24 02:00:00 UTC),
             ended_at: None,
             age_seconds: 31.0,
+            is_pruned: false,
             publications: 0,
             publication_state: None,
             published: None,
+            quarantined: None,
             publication_cursor: None,
             publication_error: None,
         }
@@ -101,6 +103,7 @@ pub(super) mod tests {
             publications: 1,
             publication_state: Some("complete".to_owned()),
             published: Some(16_988),
+            quarantined: Some(0),
             publication_cursor: Some(9_900_000_190),
             ..at_work()
         }

@@ -17,6 +17,7 @@ pub(super) fn document(run: &RunStatus) -> Value {
         json!({
             "state": state,
             "published": run.published,
+            "quarantined": run.quarantined,
             "cursor": run.publication_cursor.filter(|cursor| *cursor != i64::MIN),
             "last_error": run.publication_error,
             "count": run.publications,
@@ -41,6 +42,7 @@ pub(super) fn document(run: &RunStatus) -> Value {
         "eta_seconds": eta_seconds(run),
         "since_progress_seconds": run.progress_seconds,
         "last_error": run.last_error,
+        "is_pruned": run.is_pruned,
         "opened_at": time(run.opened_at),
         "ended_at": run.ended_at.and_then(time),
         "age_seconds": run.age_seconds,

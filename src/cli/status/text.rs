@@ -125,6 +125,7 @@ pub(super) fn line(run: &RunStatus) -> String {
 
 fn state(run: &RunStatus) -> String {
     match phase(run) {
+        state if run.is_pruned => return format!("{state}; older than retention.age, it is being removed"),
         "waiting" if run.owner.is_some() => {
             "running, but its worker is gone: it goes on when its event is delivered again"
         }
@@ -150,6 +151,9 @@ fn publication(run: &RunStatus) -> String {
     };
     let records = thousands(run.published.unwrap_or_default());
     let mut text = format!("{state}, {records} of {} records", thousands(run.valued));
+    if let Some(quarantined) = run.quarantined.filter(|quarantined| *quarantined > 0) {
+        let _ = write!(text, ", {} quarantined: Kafka refuses them", thousands(quarantined));
+    }
     if let Some(cursor) = run.publication_cursor.filter(|cursor| *cursor != i64::MIN) {
         let _ = write!(text, ", sent up to listing {cursor}");
     }
@@ -270,6 +274,19 @@ mod tests {
         ] {
             assert!(page.contains(entry), "{entry:?} is not in\n{page}");
         }
+    }
+
+    #[test]
+    fn a_page_tells_what_was_quarantined_and_what_is_being_removed() {
+        let run = RunStatus { published: Some(16_980), quarantined: Some(8), is_pruned: true, ..complete() };
+        let page = page(&run);
+        for entry in [
+            "state        complete; older than retention.age, it is being removed\n",
+            "publication  complete, 16,980 of 16,988 records, 8 quarantined: Kafka refuses",
+        ] {
+            assert!(page.contains(entry), "{entry:?} is not in\n{page}");
+        }
+        assert!(!super::page(&complete()).contains("quarantined"));
     }
 
     #[test]

@@ -1,0 +1,127 @@
+//! Records that Kafka refuses: for good, they are quarantined and the others flow; else they wait.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use local_stack::kafka::{Order, ProduceError};
+use local_stack::{Behaviour, Kafka, KafkaTap};
+use write_api::config::Config;
+use write_api::db::Database;
+use write_api::db::publications::{PublicationClaim, PublishedPage, Quarantined};
+
+use crate::harness::{LONG, World};
+
+const LISTINGS: i64 = 20;
+const QUARANTINED: &str = "SELECT count(*) FROM quarantined_records";
+
+/// A broker of its own, and one record a page, so that what it answers first is about listing 1.
+async fn world_with_kafka() -> Result<(World, Kafka, KafkaTap)> {
+    let mut world = World::new(Behaviour::default()).await?;
+    let kafka = Kafka::separate().await?;
+    let topic = world.environment().names().topic.clone();
+    kafka.create_topic(&topic, 12).await?;
+    world.set("kafka.brokers", kafka.bootstrap()).set("kafka.page_size", 1);
+    world.listings(LISTINGS).await?;
+    let tap = KafkaTap::start(kafka.bootstrap(), &topic)?;
+    Ok((world, kafka, tap))
+}
+
+#[tokio::test]
+async fn a_record_refused_for_good_is_quarantined_until_a_publication_delivers_it() -> Result<()> {
+    let (world, kafka, tap) = world_with_kafka().await?;
+    let service = world.serve().await?;
+    service.expect_errors();
+    // Once with others, of which there are none, and once alone.
+    kafka.order(&Order::FailProduce { errors: vec![ProduceError::TooLarge; 2] }).await?;
+    let id = world.refresh(&[])?;
+    world.published(&id, LONG).await?;
+    let found: (i64, String, String, String) =
+        sqlx::query_as("SELECT listing_id, run_id, code, reason FROM quarantined_records")
+            .fetch_one(&world.database)
+            .await?;
+    ensure!((found.0, found.1.as_str(), found.2.as_str()) == (1, id.as_str(), "MessageSizeTooLarge"), "{found:?}");
+    ensure!(found.3.contains("too large"), "{found:?}");
+    let publication: (i64, i64) =
+        sqlx::query_as("SELECT published, quarantined FROM publications").fetch_one(&world.database).await?;
+    ensure!(publication == (LISTINGS - 1, 1), "(published, quarantined) is {publication:?}");
+    let others: Vec<_> = world.homes(LISTINGS).await?.into_iter().skip(1).collect();
+    world.check_records(&tap, &id, &others).await?;
+    ensure!(service.metric("write_api_kafka_quarantined_records_total").await? == 1.0);
+    let status = world.done(&["status", &id])?;
+    ensure!(status.contains("19 of 20 records, 1 quarantined"), "{status}");
+    let log = service.log()?;
+    let line = log.lines().find(|line| line.contains("Kafka refuses records for good")).unwrap_or_default();
+    ensure!(line.contains(&id) && line.contains("\"first_listing_id\":1"), "{line:?}");
+
+    world.done(&["send", "publish", &id])?;
+    world.publications(&id, 2, LONG).await?;
+    ensure!(world.number(QUARANTINED).await? == 0, "it was delivered and is still quarantined");
+    world.check_records(&tap, &id, &world.homes(LISTINGS).await?).await?;
+    world.finish(service).await
+}
+
+#[tokio::test]
+async fn a_topic_that_may_not_be_written_to_makes_the_publication_wait() -> Result<()> {
+    let (world, kafka, tap) = world_with_kafka().await?;
+    let service = world.serve().await?;
+    service.expect_errors();
+    kafka.order(&Order::FailProduce { errors: vec![ProduceError::NotAuthorized; 2] }).await?;
+    let id = world.refresh(&[])?;
+    world.published(&id, LONG).await?;
+    let retried = r#"write_api_events_total{kind="valuations.publish",outcome="retried"}"#;
+    ensure!(service.metric(retried).await? >= 2.0, "it was not refused");
+    ensure!(service.log()?.contains("give this client the right to write to the topic"));
+    ensure!(world.number("SELECT published FROM publications").await? == LISTINGS);
+    ensure!(world.number(QUARANTINED).await? == 0);
+    world.check_records(&tap, &id, &world.homes(LISTINGS).await?).await?;
+    world.finish(service).await
+}
+
+/// The very call that is made again where the answer to its commit was lost.
+#[tokio::test]
+async fn a_cursor_that_is_moved_twice_counts_once() -> Result<()> {
+    let (world, _kafka, _tap) = world_with_kafka().await?;
+    let service = world.serve().await?;
+    let id = world.refresh(&[])?;
+    world.published(&id, LONG).await?;
+    world.finish(service).await?;
+
+    let variables = world.environment().variables().map(|(name, value)| (name.to_string(), value.to_string()));
+    let config = Config::load(None, variables, &[]).map_err(|errors| anyhow::anyhow!("{errors:?}"))?;
+    let database = Database::new(&config.database)?;
+    let claim = async |event: &'static str| match database
+        .claim_publication(event, &[0; 32], &id, Duration::from_secs(60))
+        .await
+    {
+        Ok(PublicationClaim::Owned(publication)) => Ok(publication.token),
+        other => Err(anyhow::anyhow!("the claim gave {other:?}")),
+    };
+    let counts = async |event: &str| -> Result<(i64, i64)> {
+        let counts = sqlx::query_as("SELECT published, quarantined FROM publications WHERE event_id = $1");
+        Ok(counts.bind(event).fetch_one(&world.database).await?)
+    };
+    let refused = |listing_id| Quarantined { listing_id, code: "InvalidRecord".into(), reason: "no".into() };
+    let page = PublishedPage { after: i64::MIN, last: 10, published: 8, quarantined: vec![refused(3), refused(7)] };
+
+    let token = claim("again").await?;
+    ensure!(!database.advance_publication("again", uuid::Uuid::new_v4(), &page).await?, "a stranger moved the cursor");
+    ensure!((counts("again").await?, world.number(QUARANTINED).await?) == ((0, 0), 0));
+    for _ in 0..2 {
+        ensure!(database.advance_publication("again", token, &page).await?);
+        ensure!((counts("again").await?, world.number(QUARANTINED).await?) == ((8, 2), 2));
+    }
+    let page = PublishedPage { after: 10, last: 20, published: 10, quarantined: Vec::new() };
+    ensure!(database.advance_publication("again", token, &page).await?);
+    ensure!((counts("again").await?, world.number(QUARANTINED).await?) == ((18, 2), 2));
+    ensure!(database.complete_publication("again", token).await?);
+
+    // Another publication delivers one of them; the other stays, with its name.
+    let token = claim("third").await?;
+    let page = PublishedPage { after: i64::MIN, last: 20, published: 19, quarantined: vec![refused(7)] };
+    ensure!(database.advance_publication("third", token, &page).await?);
+    ensure!((counts("third").await?, counts("again").await?) == ((19, 1), (18, 2)));
+    let left = "SELECT count(*) FROM quarantined_records WHERE listing_id = 7 AND event_id = 'third'";
+    ensure!((world.number(QUARANTINED).await?, world.number(left).await?) == (1, 1));
+    ensure!(database.complete_publication("third", token).await?);
+    Ok(())
+}
