@@ -5,6 +5,7 @@
 //! writes is keyed by event, run or listing, so a repeat after a lost answer changes nothing. That is why
 //! `run!` can retry whatever failed for a reason that passes.
 
+pub mod audit;
 pub mod inspection;
 pub mod listings;
 pub mod operations;

@@ -138,7 +138,7 @@ impl Events {
     async fn forward(&self, delivery: &Delivery, to: &'static str) -> Outcome {
         let sent = async {
             let queue = self.lanes.queue(to).await?;
-            self.sqs.send(queue, &delivery.message.body, None).await
+            self.sqs.send_redriven(queue, &delivery.message.body, delivery.message.redrives).await
         };
         match sent.await {
             Ok(()) => Outcome::Forwarded(to),
