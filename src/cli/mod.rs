@@ -1,11 +1,14 @@
 //! The command line: one file for each verb, with its options and what it does.
 //!
-//! Exit codes: 0 done, 1 failed, 64 usage (`EX_USAGE`), 78 configuration (`EX_CONFIG`), as in sysexits.h.
+//! Exit codes: 0 done, 1 failed, 64 usage (`EX_USAGE`), 78 configuration (`EX_CONFIG`), as in sysexits.h. `audit` has one
+//! more: 3, the topic is truncated.
 
+mod audit;
 mod cancel;
 mod check;
 mod completions;
 mod config;
+mod dlq;
 mod health;
 mod migrate;
 mod replay;
@@ -108,6 +111,15 @@ enum Verb {
     /// Valued listings are not asked for again, and those recorded as failed stay so: `send refresh` makes a new run.
     #[command(after_long_help = retry::HELP)]
     Retry(retry::Options),
+    /// Look into the dead-letter queues, send letters again, or delete them.
+    #[command(subcommand)]
+    Dlq(dlq::Options),
+    /// Prove that the books balance: runs, valuations, current values, outbox, post-processing, and the records on Kafka.
+    ///
+    /// Counts everything anew from rows and records, with rules of its own, and lists every gap. Changes nothing, and may
+    /// run beside the service.
+    #[command(after_long_help = audit::HELP)]
+    Audit(audit::Options),
     /// Print the script with which a shell completes this command line.
     #[command(after_long_help = completions::HELP)]
     Completions(completions::Options),
@@ -119,8 +131,11 @@ impl Verb {
         match self {
             Verb::Serve(_) | Verb::Check(_) => &[Section::Database, Section::Partner, Section::Kafka],
             Verb::Migrate | Verb::Seed(_) | Verb::Status(_) | Verb::Cancel(_) | Verb::Retry(_) => &[Section::Database],
-            Verb::Setup => &[Section::Database, Section::Kafka],
-            Verb::Health | Verb::Send(_) | Verb::Replay(_) | Verb::Config(_) | Verb::Completions(_) => &[],
+            Verb::Setup | Verb::Audit(_) => &[Section::Database, Section::Kafka],
+            Verb::Dlq(dlq::Options::Redrive(_)) => &[Section::Database],
+            Verb::Health | Verb::Send(_) | Verb::Replay(_) | Verb::Dlq(_) | Verb::Config(_) | Verb::Completions(_) => {
+                &[]
+            }
         }
     }
 }
@@ -134,9 +149,12 @@ pub fn run() -> ExitCode {
             return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
         }
     };
-    if let Verb::Replay(options) = &cli.verb
-        && let Err(error) = options.check()
-    {
+    let checked = match &cli.verb {
+        Verb::Replay(options) => options.check(),
+        Verb::Dlq(options) => options.check(),
+        _ => Ok(()),
+    };
+    if let Err(error) = checked {
         eprintln!("write-api: {error}");
         return ExitCode::from(USAGE);
     }
@@ -164,7 +182,8 @@ pub fn run() -> ExitCode {
     };
     // What `check` finds is in its report; the libraries' own lines about it would bury that.
     let logging = if matches!(cli.verb, Verb::Check(_)) { Ok(()) } else { crate::telemetry::init(&config.log) };
-    ended(logging.and_then(|()| match cli.verb {
+    let mut code = ExitCode::SUCCESS;
+    let done = ended(logging.and_then(|()| match cli.verb {
         Verb::Serve(options) => serve::run(config, options),
         Verb::Check(options) => block_on(check::run(&config, &options)),
         Verb::Health => block_on(health::run(&config)),
@@ -176,8 +195,17 @@ pub fn run() -> ExitCode {
         Verb::Status(options) => block_on(status::run(&config, &options)),
         Verb::Cancel(options) => block_on(cancel::run(&config, &options)),
         Verb::Retry(options) => block_on(retry::run(&config, &options)),
+        Verb::Dlq(options) => block_on(dlq::run(&config, &options)),
+        Verb::Audit(options) => match block_on(audit::run(&config, &options)) {
+            Ok(verdict) => {
+                code = verdict.exit_code();
+                Ok(())
+            }
+            Err(error) => Err(error),
+        },
         Verb::Config(_) | Verb::Completions(_) => unreachable!("ended above"),
-    }))
+    }));
+    if done == ExitCode::SUCCESS { code } else { done }
 }
 
 /// The exit code of a verb that was run; a failure is told.
@@ -213,7 +241,7 @@ fn environment() -> impl Iterator<Item = (String, String)> {
     std::env::vars_os().map(|(name, value)| (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned()))
 }
 
-fn block_on(verb: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+fn block_on<T>(verb: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let done = runtime.block_on(verb);
     // A name look-up or a question to Kafka that hangs on a thread of its own must not keep a verb that is done.

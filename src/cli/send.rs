@@ -122,7 +122,7 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
             return send_sample(&sqs, &queue, sample.unwrap_or_default(), *rate, identity).await;
         }
     };
-    sqs.send(&queue, &body, None).await?;
+    sqs.send(&queue, &body).await?;
     println!("{id}");
     Ok(())
 }

@@ -22,6 +22,7 @@
 //!
 //! With the defaults a half-open connection is noticed after 22 s and its slot is free after 27.
 
+pub mod audit;
 pub mod deliveries;
 pub mod inspection;
 pub mod listings;

@@ -160,6 +160,51 @@ impl Database {
         })
     }
 
+    /// Lets a quarantined run or publication go on at its cursor, because its very message is about to be sent again: so
+    /// nothing is written to the outbox. `digest` keeps another event with the same id from doing it. `false`: nothing
+    /// of that event is quarantined.
+    pub async fn release_quarantined(&self, event_id: &str, digest: &[u8; 32]) -> Result<bool, DbError> {
+        run!(self, "the release of a quarantined event", connection => {
+            let released = sqlx::query_scalar!(
+                r#"
+                WITH run AS (
+                    UPDATE runs SET state = 'running', last_error = NULL, deaths = 0, deaths_since = NULL
+                    WHERE run_id = $1 AND digest = $2 AND state = 'failed'
+                    RETURNING run_id
+                ), publication AS (
+                    UPDATE publications SET state = 'running', last_error = NULL, deaths = 0, deaths_since = NULL
+                    WHERE event_id = $1 AND digest = $2 AND state = 'failed'
+                    RETURNING event_id
+                )
+                SELECT (SELECT count(*) FROM run) + (SELECT count(*) FROM publication) AS "count!"
+                "#,
+                event_id,
+                digest,
+            )
+            .fetch_one(connection)
+            .await?;
+            Ok(released > 0)
+        })
+    }
+
+    /// Whether the run or publication of this event is quarantined: what [`release_quarantined`](Self::release_quarantined)
+    /// would let go on.
+    pub async fn is_quarantined(&self, event_id: &str, digest: &[u8; 32]) -> Result<bool, DbError> {
+        run!(self, "a look for a quarantined event", connection => {
+            sqlx::query_scalar!(
+                r#"
+                SELECT EXISTS (SELECT FROM runs WHERE run_id = $1 AND digest = $2 AND state = 'failed')
+                    OR EXISTS (SELECT FROM publications WHERE event_id = $1 AND digest = $2 AND state = 'failed')
+                    AS "quarantined!"
+                "#,
+                event_id,
+                digest,
+            )
+            .fetch_one(connection)
+            .await
+        })
+    }
+
     /// Lets a cancelled or failed run go on at its cursor, with no death to its name, and writes its event to the outbox,
     /// together or not at all. `false`: the run is in another state, or retention is removing it, and nothing was written.
     pub async fn reopen_run(&self, run_id: &str, lane: &str, body: &str) -> Result<bool, DbError> {

@@ -159,7 +159,7 @@ impl Events {
         let sent = async {
             let queue = self.lanes.queue(to).await?;
             fault::point("forward.before_send", delivery.fault_key());
-            self.sqs.send(queue, &delivery.message.body, None).await
+            self.sqs.send_redriven(queue, &delivery.message.body, delivery.message.redrives).await
         };
         match sent.await {
             Ok(()) => {

@@ -271,7 +271,14 @@ mod tests {
         let body = format!(
             r#"{{"specversion":"1.0","id":"{id}","source":"/t","type":"x","time":"2026-01-31T02:00:00Z","data":{{}}}}"#
         );
-        Message { id: id.to_owned(), body, receipt: String::new(), receive_count: 1, received_at: Instant::now() }
+        Message {
+            id: id.to_owned(),
+            body,
+            receipt: String::new(),
+            receive_count: 1,
+            redrives: 0,
+            received_at: Instant::now(),
+        }
     }
 
     async fn recorded(file: &Path, limit_bytes: u64, ids: &[&str]) -> Arc<Metrics> {

@@ -159,7 +159,7 @@ impl Relay {
                 // All of them for what is wrong with one: each by itself.
                 Err(error) if error.is_about_the_message() => {
                     for body in batch {
-                        results.push(match self.sqs.send(queue, body, None).await {
+                        results.push(match self.sqs.send(queue, body).await {
                             Ok(()) => Sent::Accepted,
                             Err(error) if error.is_about_the_message() => Sent::Refused(error.to_string()),
                             Err(error) => Sent::Failed(error.to_string()),

@@ -2,6 +2,7 @@
 //!
 //! - [`record`](Records) turns a valuation into the bytes of one message,
 //! - [`Publisher`] sends a page of them and waits for every delivery report,
+//! - [`TopicReader`] reads the topic back, for checks; it shares nothing with the two above,
 //! - [`ensure_topic`], [`inspect_topic`] and [`Publisher::check`] look at the topic.
 //!
 //! Sending a page again gives the same bytes and the same `ce_id`s, so whoever is unsure whether a page went out sends
@@ -11,6 +12,7 @@
 mod client;
 mod delivery;
 mod publisher;
+mod reader;
 mod record;
 #[cfg(test)]
 mod tests;
@@ -18,5 +20,6 @@ mod topic;
 
 pub use delivery::{PublishError, Published, RefusedRecord, Verdict};
 pub use publisher::Publisher;
+pub use reader::{Extent, ReadError, StoredRecord, TopicReader};
 pub use record::{Record, Records, Valuation};
 pub use topic::{TopicError, TopicInfo, ensure_topic, inspect_topic};

@@ -504,3 +504,24 @@ fn pages_are_published_from_any_thread() {
     let (publisher, _) = publisher(&kafka);
     send(publisher.publish_page(&page(1)));
 }
+
+#[tokio::test]
+async fn a_reading_ends_where_the_topic_ended_when_it_began() {
+    let (_cluster, kafka) = cluster();
+    let (publisher, _) = publisher(&kafka);
+    publisher.publish_page(page(2_500)).await.expect("published");
+    let reader = TopicReader::open(&kafka).await.expect("a topic");
+    assert_eq!(reader.extents().values().map(|extent| extent.high - extent.low).sum::<i64>(), 2_500);
+    publisher.publish_page(page(100)).await.expect("published");
+    let mut batches = reader.read(TIMEOUT);
+    let mut keys = Vec::new();
+    while let Some(batch) = batches.recv().await {
+        for record in batch.expect("readable") {
+            assert_eq!(record.headers.len(), 6);
+            assert!(record.timestamp_ms.is_some() && record.value.is_some());
+            keys.push(String::from_utf8(record.key.expect("a key")).expect("UTF-8").parse::<i64>().expect("a number"));
+        }
+    }
+    keys.sort_unstable();
+    assert!(keys.into_iter().eq(0..2_500), "every record once, and none that came later");
+}

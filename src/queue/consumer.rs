@@ -429,9 +429,9 @@ impl Consumer {
     /// Sends the body as a new message, whose receives count from 0, to the same queue. Until the old one is deleted there
     /// are two of them, which the event's id absorbs.
     async fn send_anew(&self, delivery: &Delivery, visible_in: Duration) -> bool {
-        let Message { id, body, receive_count, .. } = &delivery.message;
+        let Message { id, body, receive_count, redrives, .. } = &delivery.message;
         fault::point("resend.before_send", delivery.fault_key());
-        match self.parts.sqs.send_delayed(&self.source, body, None, visible_in).await {
+        match self.parts.sqs.send_delayed(&self.source, body, *redrives, visible_in).await {
             Ok(()) => {
                 fault::point("resend.after_send", delivery.fault_key());
                 self.parts.metrics.resent.with_label_values(&[self.parts.lane]).inc();

@@ -5,6 +5,7 @@
 //! mean. [`sqs`] is the only file of the service that names AWS types.
 
 pub mod consumer;
+pub mod dead_letters;
 pub mod deleter;
 pub mod lease;
 pub mod sqs;
@@ -31,6 +32,8 @@ pub struct Message {
     /// How often the message was received, this time included. It grows with throttles and deploys too, so it says
     /// nothing about how often work was begun.
     pub receive_count: u32,
+    /// How often an operator sent it again from its dead-letter queue.
+    pub redrives: u32,
     /// When this delivery arrived.
     pub received_at: Instant,
 }

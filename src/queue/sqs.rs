@@ -54,6 +54,10 @@ pub const MOST_DELAY: Duration = Duration::from_secs(900);
 /// Name of the message attribute that carries the reason of a refused message, a JSON object of at most 1 KiB.
 pub const REASON_ATTRIBUTE: &str = "reason";
 
+/// Name of the message attribute that counts how often an operator sent a message again from its dead-letter queue. It
+/// travels with the event, so that one that is refused each time can be told.
+pub const REDRIVES_ATTRIBUTE: &str = "redrives";
+
 /// Why a call to SQS failed.
 #[derive(Debug, thiserror::Error)]
 #[error("SQS {action} on {queue} failed: {message}")]
@@ -204,6 +208,29 @@ impl Sqs {
         wait: Duration,
         visibility: Duration,
     ) -> Result<Vec<Message>, SqsError> {
+        let (messages, received_at) = self.receive_with(queue, max, wait, visibility, &SERVICE_READS).await?;
+        Ok(messages.into_iter().filter_map(|message| received(message, received_at)).collect())
+    }
+
+    /// As [`receive`](Self::receive), of a dead-letter queue: with what tells where each message comes from.
+    pub async fn receive_dead_letters(
+        &self,
+        dead: &Queue,
+        wait: Duration,
+        visibility: Duration,
+    ) -> Result<Vec<DeadLetter>, SqsError> {
+        let (messages, received_at) = self.receive_with(dead, BATCH, wait, visibility, &REPAIR_READS).await?;
+        Ok(messages.into_iter().filter_map(|message| dead_letter(message, received_at)).collect())
+    }
+
+    async fn receive_with(
+        &self,
+        queue: &Queue,
+        max: usize,
+        wait: Duration,
+        visibility: Duration,
+        reads: &Reads,
+    ) -> Result<(Vec<aws_sdk_sqs::types::Message>, Instant), SqsError> {
         let action = "ReceiveMessage";
         let bound = wait + self.request_timeout;
         let call = async {
@@ -214,7 +241,8 @@ impl Sqs {
                 .max_number_of_messages(max.min(BATCH) as i32)
                 .wait_time_seconds(whole_seconds(wait))
                 .visibility_timeout(whole_seconds(visibility))
-                .message_system_attribute_names(MessageSystemAttributeName::ApproximateReceiveCount)
+                .set_message_attribute_names(Some(reads.attributes.iter().map(|&name| name.to_owned()).collect()))
+                .set_message_system_attribute_names(Some(reads.system.to_vec()))
                 .customize()
                 .config_override(
                     aws_sdk_sqs::config::Builder::new()
@@ -223,8 +251,7 @@ impl Sqs {
             request.send().await.map_err(|error| SqsError::new(action, &queue.name, error))
         };
         let output = self.bounded(action, &queue.name, bound + self.request_timeout, call).await?;
-        let received_at = Instant::now();
-        Ok(output.messages.unwrap_or_default().into_iter().filter_map(|m| received(m, received_at)).collect())
+        Ok((output.messages.unwrap_or_default(), Instant::now()))
     }
 
     /// Deletes up to ten messages. Returns how many SQS did not delete.
@@ -288,16 +315,33 @@ impl Sqs {
     }
 
     /// Sends one message, retrying what passes.
-    pub async fn send(&self, queue: &Queue, body: &str, refusal: Option<&str>) -> Result<(), SqsError> {
-        self.send_delayed(queue, body, refusal, Duration::ZERO).await
+    pub async fn send(&self, queue: &Queue, body: &str) -> Result<(), SqsError> {
+        self.send_with(queue, body, None, 0, Duration::ZERO).await
     }
 
-    /// As [`send`](Self::send); nobody receives the message before `delay` is over, at most [`MOST_DELAY`].
+    /// Sends a message that has been `redrives` times through a dead-letter queue, with that count.
+    pub async fn send_redriven(&self, queue: &Queue, body: &str, redrives: u32) -> Result<(), SqsError> {
+        self.send_with(queue, body, None, redrives, Duration::ZERO).await
+    }
+
+    /// As [`send_redriven`](Self::send_redriven); nobody receives the message before `delay` is over, at most
+    /// [`MOST_DELAY`].
     pub async fn send_delayed(
         &self,
         queue: &Queue,
         body: &str,
+        redrives: u32,
+        delay: Duration,
+    ) -> Result<(), SqsError> {
+        self.send_with(queue, body, None, redrives, delay).await
+    }
+
+    async fn send_with(
+        &self,
+        queue: &Queue,
+        body: &str,
         refusal: Option<&str>,
+        redrives: u32,
         delay: Duration,
     ) -> Result<(), SqsError> {
         let action = "SendMessage";
@@ -306,9 +350,15 @@ impl Sqs {
             if !delay.is_zero() {
                 request = request.delay_seconds(whole_seconds(delay.min(MOST_DELAY)));
             }
+            let attribute = |kind: &str, value: &str| {
+                let attribute = MessageAttributeValue::builder().data_type(kind).string_value(value).build();
+                attribute.expect("the data type is set")
+            };
             if let Some(reason) = refusal {
-                let attribute = MessageAttributeValue::builder().data_type("String").string_value(reason).build();
-                request = request.message_attributes(REASON_ATTRIBUTE, attribute.expect("the data type is set"));
+                request = request.message_attributes(REASON_ATTRIBUTE, attribute("String", reason));
+            }
+            if redrives > 0 {
+                request = request.message_attributes(REDRIVES_ATTRIBUTE, attribute("Number", &redrives.to_string()));
             }
             let request = request
                 .customize()
@@ -319,7 +369,8 @@ impl Sqs {
         self.bounded(action, &queue.name, self.request_timeout * 4, call).await
     }
 
-    /// Sends a refused message on to its dead-letter queue, with as much of the reason as goes.
+    /// Sends a refused message on to its dead-letter queue, with as much of the reason as goes. The count of redrives goes
+    /// in any case: the message came with it, so there is room for it.
     pub async fn send_refused(
         &self,
         dead: &Queue,
@@ -329,9 +380,10 @@ impl Sqs {
     ) -> Result<(), SqsError> {
         let reasons = shorter_reasons(refusal, message, &source.name);
         let whole = reasons[0].clone();
-        let went =
-            with_what_goes(reasons, |reason| async move { self.send(dead, &message.body, reason.as_deref()).await })
-                .await?;
+        let send = |reason: Option<String>| async move {
+            self.send_with(dead, &message.body, reason.as_deref(), message.redrives, Duration::ZERO).await
+        };
+        let went = with_what_goes(reasons, send).await?;
         if went != whole {
             let (message_id, with) = (message.id.as_str(), went.unwrap_or_default());
             tracing::warn!(message_id, with, "a refused event had no room for its reason in the dead-letter queue");
@@ -421,6 +473,18 @@ impl Sqs {
         self.bounded(action, name, self.request_timeout * 2, call).await
     }
 
+    /// About how many messages of a queue are hidden, because somebody has received them.
+    pub async fn hidden(&self, queue: &Queue) -> Result<u64, SqsError> {
+        let action = "GetQueueAttributes";
+        let name = QueueAttributeName::ApproximateNumberOfMessagesNotVisible;
+        let call = async {
+            let request = self.client.get_queue_attributes().queue_url(&*queue.url).attribute_names(name.clone());
+            let output = request.send().await.map_err(|error| SqsError::new(action, &queue.name, error))?;
+            Ok(output.attributes.unwrap_or_default().get(&name).and_then(|text| text.parse().ok()).unwrap_or(0))
+        };
+        self.bounded(action, &queue.name, self.request_timeout * 2, call).await
+    }
+
     /// How a queue is set up.
     pub async fn attributes(&self, queue: &Queue) -> Result<Attributes, SqsError> {
         let action = "GetQueueAttributes";
@@ -440,6 +504,39 @@ impl Sqs {
         self.bounded(action, &queue.name, self.request_timeout * 2, call).await
     }
 }
+
+/// A message of a dead-letter queue.
+#[derive(Debug, Clone)]
+pub struct DeadLetter {
+    /// The message; its body is the event as it was sent.
+    pub message: Message,
+    /// The attribute [`REASON_ATTRIBUTE`]; `None` where the service did not refuse it.
+    pub reason: Option<String>,
+    /// The queue that SQS itself took it from because it was received too often; `None` where SQS did not.
+    pub moved_from: Option<String>,
+    /// When it was sent, in milliseconds since 1970 by SQS's clock: to the dead-letter queue by the service, or, where SQS
+    /// moved it, to its first queue by the producer. `None` where SQS does not tell.
+    pub sent_at_ms: Option<i64>,
+}
+
+/// What a receive asks for beside bodies.
+struct Reads {
+    attributes: &'static [&'static str],
+    system: &'static [MessageSystemAttributeName],
+}
+
+/// The service's own loops.
+const SERVICE_READS: Reads =
+    Reads { attributes: &[REDRIVES_ATTRIBUTE], system: &[MessageSystemAttributeName::ApproximateReceiveCount] };
+
+const REPAIR_READS: Reads = Reads {
+    attributes: &[REASON_ATTRIBUTE, REDRIVES_ATTRIBUTE],
+    system: &[
+        MessageSystemAttributeName::ApproximateReceiveCount,
+        MessageSystemAttributeName::SentTimestamp,
+        MessageSystemAttributeName::DeadLetterQueueSourceArn,
+    ],
+};
 
 /// How a queue is set up.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -592,7 +689,20 @@ fn received(message: aws_sdk_sqs::types::Message, received_at: Instant) -> Optio
         .and_then(|all| all.get(&MessageSystemAttributeName::ApproximateReceiveCount))
         .and_then(|count| count.parse().ok())
         .unwrap_or(1);
-    Some(Message { id, body: message.body.unwrap_or_default(), receipt, receive_count, received_at })
+    let redrives = message
+        .message_attributes
+        .as_ref()
+        .and_then(|all| all.get(REDRIVES_ATTRIBUTE)?.string_value()?.parse().ok())
+        .unwrap_or(0);
+    Some(Message { id, body: message.body.unwrap_or_default(), receipt, receive_count, redrives, received_at })
+}
+
+fn dead_letter(message: aws_sdk_sqs::types::Message, received_at: Instant) -> Option<DeadLetter> {
+    let system = |name| message.attributes.as_ref().and_then(|all| all.get(&name)).cloned();
+    let moved_from = system(MessageSystemAttributeName::DeadLetterQueueSourceArn);
+    let sent_at_ms = system(MessageSystemAttributeName::SentTimestamp).and_then(|text| text.parse().ok());
+    let reason = message.message_attributes.as_ref().and_then(|all| all.get(REASON_ATTRIBUTE)?.string_value.clone());
+    Some(DeadLetter { message: received(message, received_at)?, reason, moved_from, sent_at_ms })
 }
 
 #[cfg(test)]
@@ -606,6 +716,7 @@ mod tests {
             body: String::new(),
             receipt: String::new(),
             receive_count: 3,
+            redrives: 0,
             received_at: Instant::now(),
         };
         for reason in ["short".to_owned(), "\u{1}".repeat(5000), "ü".repeat(5000), "\"".repeat(2000)] {
@@ -637,6 +748,7 @@ mod tests {
                 body: "b".repeat(LARGEST - room),
                 receipt: String::new(),
                 receive_count: 1,
+                redrives: 0,
                 received_at: Instant::now(),
             };
             // SQS counts the name, the type and the value of an attribute.
@@ -654,6 +766,7 @@ mod tests {
             body: String::new(),
             receipt: String::new(),
             receive_count: 1,
+            redrives: 0,
             received_at: Instant::now(),
         };
         for (code, tries) in [("InvalidMessageContents", 3), ("RequestThrottled", 1)] {
@@ -674,6 +787,7 @@ mod tests {
             body: String::new(),
             receipt: String::new(),
             receive_count: 1,
+            redrives: 0,
             received_at: Instant::now(),
         };
         let refusal = Refusal { code: "invalid_data", reason: "unknown field `\u{ffff}\u{fffe}`".to_owned() };

@@ -1,0 +1,110 @@
+//! `write-api audit`: proves that the books balance, from the run's row to the records on Kafka.
+//!
+//! Nothing here is shared with the code that it checks: the statements are in `db::audit`, the rules of records in
+//! [`expected`]. The topic is read once, whatever the number of runs; held in memory are a few hundred bytes a run and at
+//! most about 20 bytes a record, by which a missing one is known.
+
+mod account;
+mod books;
+mod expected;
+mod records;
+mod report;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use self::account::Account;
+use self::records::Topic;
+use crate::config::Config;
+use crate::db::Database;
+
+/// Silence of Kafka after which the reading is given up.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+pub(super) const HELP: &str = "\
+Needs: Postgres (SELECT on every table), and Kafka brokers that let this client read the topic.
+
+Examples:
+  write-api audit                     every run, newest first
+  write-api audit --run nightly-1
+  write-api audit --settled --json    nothing is under way: what is unfinished is a gap as well
+
+The whole topic is read, once. Kinds of gaps are explained in docs/operations.md.
+
+Exit codes: 0 the books balance, 1 gaps, no such run, or the audit failed, 3 the topic is truncated: retention removed \
+records that would prove a run, and everything else balances, 64 wrong usage, 78 wrong configuration.";
+
+/// What to audit.
+#[derive(Debug, Args)]
+pub(super) struct Options {
+    /// Only this run, by the id of its refresh event.
+    #[arg(long, value_name = "EVENT_ID")]
+    run: Option<String>,
+    /// Only runs opened at this time or later, RFC 3339.
+    #[arg(long, value_name = "TIME", conflicts_with = "run",
+          value_parser = |text: &str| OffsetDateTime::parse(text, &Rfc3339))]
+    since: Option<OffsetDateTime>,
+    /// Take what is unfinished for a gap: nothing should be under way.
+    #[arg(long)]
+    settled: bool,
+    /// One JSON document.
+    #[arg(long)]
+    json: bool,
+}
+
+/// How the audit ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// Nothing is missing, nothing is wrong.
+    Balanced,
+    /// Something is.
+    Gaps,
+    /// What the topic still has is right; the rest cannot be proven any more.
+    Truncated,
+}
+
+impl Verdict {
+    pub(super) fn exit_code(self) -> ExitCode {
+        ExitCode::from(match self {
+            Verdict::Balanced => 0,
+            Verdict::Gaps => 1,
+            Verdict::Truncated => 3,
+        })
+    }
+
+    fn of(accounts: &[Account], topic: &Topic) -> Self {
+        if !topic.gaps.is_empty() || accounts.iter().any(|account| !account.gaps.is_empty()) {
+            Verdict::Gaps
+        } else if accounts.iter().any(|account| account.truncated > 0) {
+            Verdict::Truncated
+        } else {
+            Verdict::Balanced
+        }
+    }
+}
+
+/// Audits and reports.
+pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<Verdict> {
+    let database = Database::new(&config.database)?;
+    let run_ids = database.audited_runs(options.run.as_deref(), options.since).await?;
+    if let (Some(run_id), true) = (&options.run, run_ids.is_empty()) {
+        return Err(super::status::unknown_run(run_id));
+    }
+    let mut accounts = Vec::with_capacity(run_ids.len());
+    for run_id in run_ids {
+        // Pruned since the list was made: there is nothing to audit.
+        accounts.extend(books::account(&database, &run_id, options.settled).await?);
+    }
+    let of_all_runs = options.run.is_none() && options.since.is_none();
+    let topic = records::check(&database, &config.kafka, &mut accounts, of_all_runs, PATIENCE).await?;
+    let verdict = Verdict::of(&accounts, &topic);
+    super::print(match options.json {
+        true => report::document(&accounts, &topic, verdict),
+        false => report::text(&accounts, &topic, verdict),
+    })?;
+    Ok(verdict)
+}

@@ -1,0 +1,129 @@
+//! `write-api dlq`: what is in the dead-letter queues, and how it gets out of them.
+//!
+//! Every verb receives, sends and deletes by itself, message by message: SQS's own redrive takes a whole queue or nothing.
+//! What was only looked at is given back at the end, also after Ctrl-C.
+
+mod discard;
+mod filter;
+mod letter;
+mod list;
+mod redrive;
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::Subcommand;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use self::filter::{Filters, LaneName};
+use self::letter::Letter;
+use crate::config::Config;
+use crate::metrics::Metrics;
+use crate::queue::dead_letters::Reader;
+use crate::queue::sqs::{Queue, Sqs, dead_letter_queue};
+
+/// Which verb.
+#[derive(Debug, Subcommand)]
+pub(super) enum Options {
+    /// List dead letters: when, what, why.
+    ///
+    /// Messages are hidden from others while the list is made, and given back at its end.
+    #[command(after_long_help = list::LIST_HELP)]
+    List(list::ListOptions),
+    /// Show all of one dead letter, its reason and its body.
+    #[command(after_long_help = list::SHOW_HELP)]
+    Show(list::ShowOptions),
+    /// Send dead letters to the queue that they came from, then delete them.
+    ///
+    /// The body is sent unchanged. A quarantined run goes on. Copies of one event are sent once.
+    #[command(after_long_help = redrive::HELP)]
+    Redrive(redrive::Options),
+    /// Delete dead letters for good.
+    #[command(after_long_help = discard::HELP)]
+    Discard(discard::Options),
+}
+
+impl Options {
+    /// What the parser cannot see.
+    pub(super) fn check(&self) -> Result<(), String> {
+        match self {
+            Options::Redrive(options) => options.filters.check(options.all),
+            Options::Discard(options) => options.filters.check(options.all),
+            Options::List(_) | Options::Show(_) => Ok(()),
+        }
+    }
+}
+
+/// Runs the verb.
+pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()> {
+    let sqs = Sqs::new(&config.aws, &config.queue, Arc::new(Metrics::new())).await;
+    let stop = interrupt()?;
+    match options {
+        Options::List(options) => list::list(config, &sqs, &stop, options).await,
+        Options::Show(options) => list::show(config, &sqs, &stop, options).await,
+        Options::Redrive(options) => redrive::run(config, &sqs, &stop, options).await,
+        Options::Discard(options) => discard::run(config, &sqs, &stop, options).await,
+    }
+}
+
+/// Whether the command is to end: checked between messages, so that none is left half done or hidden.
+type Stop = watch::Receiver<bool>;
+
+fn interrupt() -> anyhow::Result<Stop> {
+    let (sender, stop) = watch::channel(false);
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        let _ = sender.send(true);
+        // Kept, so that a second signal does not take the default way out while messages are given back.
+        terminate.recv().await;
+    });
+    Ok(stop)
+}
+
+/// What to say where a signal came.
+fn interrupted() -> anyhow::Error {
+    anyhow::anyhow!("interrupted; what was only looked at is back in its queue")
+}
+
+/// A lane and its dead-letter queue.
+struct DeadLane {
+    name: LaneName,
+    source_name: String,
+    dead: Queue,
+}
+
+/// The lanes asked for, or all.
+async fn dead_lanes(config: &Config, sqs: &Sqs, filters: &Filters) -> anyhow::Result<Vec<DeadLane>> {
+    let mut lanes = Vec::new();
+    for name in filters.lanes() {
+        let source_name = name.queue(config).to_owned();
+        let dead_name = dead_letter_queue(&source_name);
+        let dead =
+            sqs.queue(&dead_name).await.with_context(|| format!("is there a queue {dead_name}? `write-api check`"))?;
+        lanes.push(DeadLane { name, source_name, dead });
+    }
+    Ok(lanes)
+}
+
+/// The next letters of a queue that pass the filters; `None` at the end or when the command is to stop. An empty list is
+/// not the end.
+async fn next_letters(
+    reader: &mut Reader,
+    lane: LaneName,
+    filters: &Filters,
+    stop: &Stop,
+) -> anyhow::Result<Option<Vec<Letter>>> {
+    if *stop.borrow() {
+        return Ok(None);
+    }
+    let letters = reader.next().await?;
+    Ok(letters.map(|letters| {
+        letters.into_iter().map(|letter| Letter::read(lane, letter)).filter(|letter| filters.match_(letter)).collect()
+    }))
+}

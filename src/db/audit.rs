@@ -1,0 +1,341 @@
+//! The books, for `write-api audit`: what the tables say of a run, counted anew from their rows.
+//!
+//! The statements here are the audit's own. None is shared with those that write the books, and none of the counts kept in
+//! `runs` and `publications` is believed: each is held against the rows. Every look at a run is one statement, so it sees
+//! one moment; nothing is changed or locked.
+
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::{Database, DbError, run};
+
+/// Ids that are shown of a gap; the rest are only counted.
+pub const SHOWN: i64 = 10;
+
+/// A run's own row, and what is counted of its valuations at the same moment.
+#[derive(Debug, Clone)]
+pub struct RunBooks {
+    /// running, complete, cancelled, failed.
+    pub state: String,
+    /// Matches at the opening, as recorded.
+    pub selected: i64,
+    /// Listings with a valuation, as recorded.
+    pub valued: i64,
+    /// Listings that failed for good, as recorded.
+    pub failed: i64,
+    /// Low-water mark, as recorded.
+    pub cursor: i64,
+    /// Upper bound of the set.
+    pub last_listing_id: i64,
+    /// Valuations in the table.
+    pub rows_valued: i64,
+    /// Failures in the table.
+    pub rows_failed: i64,
+    /// Listings written down at the opening; `None` for a run over all listings.
+    pub set_size: Option<i64>,
+    /// Whether an attempt has it.
+    pub owned: bool,
+    /// Since the last committed batch, or the opening, or, of a complete run, its completion.
+    pub still_seconds: f64,
+    /// Since the completion; `None` unless complete.
+    pub completed_seconds: Option<f64>,
+    /// When it was completed, in milliseconds since 1970.
+    pub completed_at_ms: Option<f64>,
+}
+
+/// What Kafka's records of a run have in common.
+#[derive(Debug, Clone)]
+pub struct RunHead {
+    /// Completion in UTC to the microsecond, `2026-03-01T02:00:17.250000`; `None` unless complete.
+    pub completed_at: Option<String>,
+    /// W3C trace context.
+    pub traceparent: Option<String>,
+}
+
+/// Listings about which something is wrong: how many, and the first [`SHOWN`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Listings {
+    /// How many.
+    pub count: i64,
+    /// The first of them, by id.
+    pub first: Vec<i64>,
+}
+
+/// What the outbox has of a run.
+#[derive(Debug, Clone)]
+pub struct OutboxBooks {
+    /// Rows that announce the run's post-processing.
+    pub announcing: i64,
+    /// Of these, the one with the id that follows from the run's.
+    pub derived: i64,
+    /// Whether that one's document says what it should.
+    pub derived_is_right: bool,
+    /// Whether that one was sent.
+    pub derived_sent: bool,
+}
+
+/// A publication, as recorded.
+#[derive(Debug, Clone)]
+pub struct PublicationBooks {
+    /// Id of the publish event.
+    pub event_id: String,
+    /// running, complete, failed.
+    pub state: String,
+    /// Records with a delivery report.
+    pub published: i64,
+    /// Records that Kafka will never take and that were put aside.
+    pub quarantined: i64,
+    /// Since it was opened.
+    pub opened_seconds: f64,
+}
+
+/// One row of `valuations`.
+#[derive(Debug, Clone)]
+pub struct ValuationBooks {
+    /// The listing.
+    pub listing_id: i64,
+    /// Zip code that the partner was asked about.
+    pub zip_code: i32,
+    /// Price in US cents that the partner was asked about.
+    pub list_price_cents: i64,
+    /// The answer in US cents; `None` if the listing failed.
+    pub valuation_cents: Option<i64>,
+    /// 0 to 1; `None` if the listing failed.
+    pub confidence: Option<f64>,
+}
+
+impl Database {
+    /// The runs to be audited, newest first.
+    pub async fn audited_runs(
+        &self,
+        run_id: Option<&str>,
+        since: Option<OffsetDateTime>,
+    ) -> Result<Vec<String>, DbError> {
+        run!(self, "the runs to audit", connection => {
+            sqlx::query_scalar!(
+                "SELECT run_id FROM runs
+                 WHERE ($1::text IS NULL OR run_id = $1) AND ($2::timestamptz IS NULL OR opened_at >= $2)
+                 ORDER BY opened_at DESC, run_id",
+                run_id,
+                since,
+            )
+            .fetch_all(connection)
+            .await
+        })
+    }
+
+    /// A run and its rows; `None` if there is no such run.
+    pub async fn run_books(&self, run_id: &str) -> Result<Option<RunBooks>, DbError> {
+        run!(self, "the books of a run", connection => {
+            sqlx::query_as!(
+                RunBooks,
+                r#"
+                SELECT r.state, r.selected, r.valued, r.failed, r.cursor, r.last_listing_id,
+                       v.valued AS "rows_valued!", v.failed AS "rows_failed!",
+                       CASE WHEN r.zip_codes IS NOT NULL
+                            THEN (SELECT count(*) FROM run_listings AS l WHERE l.run_id = r.run_id) END AS set_size,
+                       r.owner IS NOT NULL AS "owned!",
+                       extract(epoch FROM clock_timestamp() - coalesce(r.completed_at, r.progressed_at, r.opened_at))::float8
+                           AS "still_seconds!",
+                       extract(epoch FROM clock_timestamp() - r.completed_at)::float8 AS completed_seconds,
+                       (extract(epoch FROM r.completed_at) * 1000)::float8 AS completed_at_ms
+                FROM runs AS r
+                CROSS JOIN LATERAL (
+                    SELECT count(*) FILTER (WHERE failure IS NULL) AS valued,
+                           count(*) FILTER (WHERE failure IS NOT NULL) AS failed
+                    FROM valuations WHERE valuations.run_id = r.run_id
+                ) AS v
+                WHERE r.run_id = $1
+                "#,
+                run_id,
+            )
+            .fetch_optional(connection)
+            .await
+        })
+    }
+
+    /// What the records of a run have in common; `None` if there is no such run.
+    pub async fn run_head(&self, run_id: &str) -> Result<Option<RunHead>, DbError> {
+        run!(self, "the head of a run", connection => {
+            sqlx::query_as!(
+                RunHead,
+                r#"
+                SELECT to_char(completed_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US') AS completed_at, traceparent
+                FROM runs WHERE run_id = $1
+                "#,
+                run_id,
+            )
+            .fetch_optional(connection)
+            .await
+        })
+    }
+
+    /// Listings of the run's set that its cursor has passed and that have no row: there must be none.
+    pub async fn passed_without_row(&self, run_id: &str) -> Result<Listings, DbError> {
+        run!(self, "the listings passed by a run's cursor", connection => {
+            sqlx::query_as!(
+                Listings,
+                r#"
+                WITH passed AS (
+                    SELECT l.listing_id
+                    FROM runs AS r JOIN listings AS l
+                      ON l.listing_id <= r.cursor AND l.listing_id <= r.last_listing_id AND l.created_at <= r.opened_at
+                    WHERE r.run_id = $1 AND r.zip_codes IS NULL
+                    UNION ALL
+                    SELECT l.listing_id
+                    FROM runs AS r JOIN run_listings AS l ON l.run_id = r.run_id AND l.listing_id <= r.cursor
+                    WHERE r.run_id = $1 AND r.zip_codes IS NOT NULL
+                ), missing AS (
+                    SELECT listing_id FROM passed
+                    WHERE NOT EXISTS (
+                        SELECT FROM valuations AS v WHERE v.run_id = $1 AND v.listing_id = passed.listing_id)
+                )
+                SELECT count(*) AS "count!",
+                       ARRAY(SELECT listing_id FROM missing ORDER BY listing_id LIMIT $2) AS "first!"
+                FROM missing
+                "#,
+                run_id,
+                SHOWN,
+            )
+            .fetch_one(connection)
+            .await
+        })
+    }
+
+    /// Rows for listings that are not of the run's set: there must be none.
+    pub async fn outside_the_set(&self, run_id: &str) -> Result<Listings, DbError> {
+        run!(self, "the rows outside of a run's set", connection => {
+            sqlx::query_as!(
+                Listings,
+                r#"
+                WITH outside AS (
+                    SELECT v.listing_id
+                    FROM runs AS r JOIN valuations AS v ON v.run_id = r.run_id
+                    WHERE r.run_id = $1
+                      AND (v.listing_id > r.last_listing_id
+                           OR r.zip_codes IS NOT NULL AND NOT EXISTS (
+                               SELECT FROM run_listings AS l
+                               WHERE l.run_id = r.run_id AND l.listing_id = v.listing_id))
+                )
+                SELECT count(*) AS "count!",
+                       ARRAY(SELECT listing_id FROM outside ORDER BY listing_id LIMIT $2) AS "first!"
+                FROM outside
+                "#,
+                run_id,
+                SHOWN,
+            )
+            .fetch_one(connection)
+            .await
+        })
+    }
+
+    /// Valuations of the run whose listing shows an older one, none, or another under this run's name: there must be none.
+    pub async fn not_carried(&self, run_id: &str) -> Result<Listings, DbError> {
+        run!(self, "the listings that a run was written to", connection => {
+            sqlx::query_as!(
+                Listings,
+                r#"
+                WITH behind AS (
+                    SELECT v.listing_id
+                    FROM runs AS r
+                    JOIN valuations AS v ON v.run_id = r.run_id AND v.failure IS NULL
+                    LEFT JOIN listing_valuations AS c ON c.listing_id = v.listing_id
+                    WHERE r.run_id = $1
+                      AND (c.listing_id IS NULL
+                           OR (c.event_time, c.run_id) < (r.event_time, r.run_id COLLATE "C")
+                           OR c.run_id = r.run_id
+                              AND (c.event_time, c.valuation_cents, c.confidence)
+                                  IS DISTINCT FROM (r.event_time, v.valuation_cents, v.confidence))
+                )
+                SELECT count(*) AS "count!",
+                       ARRAY(SELECT listing_id FROM behind ORDER BY listing_id LIMIT $2) AS "first!"
+                FROM behind
+                "#,
+                run_id,
+                SHOWN,
+            )
+            .fetch_one(connection)
+            .await
+        })
+    }
+
+    /// The outbox's rows about the post-processing of a run, whose event should have the id `derived`.
+    pub async fn outbox_books(&self, run_id: &str, derived: Uuid) -> Result<OutboxBooks, DbError> {
+        run!(self, "the outbox of a run", connection => {
+            sqlx::query_as!(
+                OutboxBooks,
+                r#"
+                SELECT count(*) AS "announcing!",
+                       count(*) FILTER (WHERE event_id = $2) AS "derived!",
+                       coalesce(bool_and(
+                           lane = 'post_processing' AND document ->> 'id' = $2::uuid::text
+                           AND document ->> 'type' = 'writeapi.valuations.publish.v1'
+                           AND document #>> '{data,run_id}' = $1) FILTER (WHERE event_id = $2), false)
+                           AS "derived_is_right!",
+                       coalesce(bool_or(sent_at IS NOT NULL) FILTER (WHERE event_id = $2), false) AS "derived_sent!"
+                FROM (
+                    SELECT event_id, lane, sent_at, body::jsonb AS document FROM outbox
+                    WHERE event_id = $2 OR lane = 'post_processing'
+                ) AS announced
+                WHERE event_id = $2 OR document #>> '{data,run_id}' = $1
+                "#,
+                run_id,
+                derived,
+            )
+            .fetch_one(connection)
+            .await
+        })
+    }
+
+    /// The publications of a run, oldest first.
+    pub async fn publication_books(&self, run_id: &str) -> Result<Vec<PublicationBooks>, DbError> {
+        run!(self, "the publications of a run", connection => {
+            sqlx::query_as!(
+                PublicationBooks,
+                r#"
+                SELECT event_id, state, published, quarantined,
+                       extract(epoch FROM clock_timestamp() - opened_at)::float8 AS "opened_seconds!"
+                FROM publications WHERE run_id = $1
+                ORDER BY opened_at, event_id
+                "#,
+                run_id,
+            )
+            .fetch_all(connection)
+            .await
+        })
+    }
+
+    /// The listings past `after` of which Kafka must have a record, at most `limit`, by id.
+    pub async fn listings_to_publish(&self, run_id: &str, after: i64, limit: i64) -> Result<Vec<i64>, DbError> {
+        run!(self, "the listings that a run publishes", connection => {
+            sqlx::query_scalar!(
+                "SELECT v.listing_id FROM valuations AS v
+                 WHERE v.run_id = $1 AND v.listing_id > $2 AND v.failure IS NULL
+                   AND NOT EXISTS (SELECT FROM quarantined_records AS q
+                                   WHERE q.run_id = v.run_id AND q.listing_id = v.listing_id)
+                 ORDER BY v.listing_id
+                 LIMIT $3",
+                run_id,
+                after,
+                limit,
+            )
+            .fetch_all(connection)
+            .await
+        })
+    }
+
+    /// The rows of a run for these listings, in no order.
+    pub async fn valuation_books(&self, run_id: &str, listing_ids: &[i64]) -> Result<Vec<ValuationBooks>, DbError> {
+        run!(self, "the valuations behind some records", connection => {
+            sqlx::query_as!(
+                ValuationBooks,
+                "SELECT listing_id, zip_code, list_price_cents, valuation_cents, confidence FROM valuations
+                 WHERE run_id = $1 AND listing_id = ANY ($2)",
+                run_id,
+                listing_ids,
+            )
+            .fetch_all(connection)
+            .await
+        })
+    }
+}

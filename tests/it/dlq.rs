@@ -1,0 +1,374 @@
+//! Dead letters: seen without being taken, sent again without being lost, deleted only by saying so.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use aws_sdk_sqs::types::{MessageAttributeValue, QueueAttributeName};
+use local_stack::Behaviour;
+use serde_json::{Value, json};
+
+use crate::harness::{LANES, LONG, Lane, SOON, World, text, until};
+
+/// A good upsert of listing `id`, by event `upsert-<id>`.
+fn upsert(id: i64) -> String {
+    json!({
+        "specversion": "1.0", "id": format!("upsert-{id}"), "source": "/test", "type": "writeapi.listing.upsert.v1",
+        "time": "2026-01-31T02:00:00Z",
+        "data": {"listing_id": id, "zip_code": 98001, "list_price_cents": 1, "bedrooms": 1, "living_square_feet": 1},
+    })
+    .to_string()
+}
+
+fn reason(code: &str, message_id: &str) -> String {
+    json!({"code": code, "reason": "because", "message_id": message_id, "queue": "q", "receive_count": 1}).to_string()
+}
+
+async fn url(world: &World, lane: Lane, suffix: &str) -> Result<String> {
+    let name = format!("{}{suffix}", world.queue_name(lane));
+    let found = world.sqs.get_queue_url().queue_name(name).send().await?;
+    found.queue_url.context("a URL")
+}
+
+/// Puts a message into a lane's dead-letter queue.
+async fn put_dead(world: &World, lane: Lane, body: &str, attributes: &[(&str, &str)]) -> Result<()> {
+    let mut request = world.sqs.send_message().queue_url(url(world, lane, "-dlq").await?).message_body(body);
+    for (name, value) in attributes {
+        let kind = if *name == "redrives" { "Number" } else { "String" };
+        let value = MessageAttributeValue::builder().data_type(kind).string_value(*value).build()?;
+        request = request.message_attributes(*name, value);
+    }
+    request.send().await?;
+    Ok(())
+}
+
+/// Takes everything that can be received of a queue: bodies with their count of redrives.
+async fn take_all(world: &World, lane: Lane, suffix: &str) -> Result<Vec<(String, String)>> {
+    let url = url(world, lane, suffix).await?;
+    let mut taken = Vec::new();
+    loop {
+        let request = world.sqs.receive_message().queue_url(&url).max_number_of_messages(10);
+        let messages = request.message_attribute_names("All").send().await?.messages.unwrap_or_default();
+        if messages.is_empty() {
+            return Ok(taken);
+        }
+        for message in messages {
+            let receipt = message.receipt_handle.unwrap_or_default();
+            world.sqs.delete_message().queue_url(&url).receipt_handle(receipt).send().await?;
+            let attributes = message.message_attributes.unwrap_or_default();
+            let redrives = attributes.get("redrives").and_then(|value| value.string_value.clone());
+            taken.push((message.body.unwrap_or_default(), redrives.unwrap_or_default()));
+        }
+    }
+}
+
+/// Messages of a lane's dead-letter queue that can be received, and those that are hidden.
+async fn dead_depth(world: &World, lane: Lane) -> Result<(u64, u64)> {
+    let names =
+        [QueueAttributeName::ApproximateNumberOfMessages, QueueAttributeName::ApproximateNumberOfMessagesNotVisible];
+    let url = url(world, lane, "-dlq").await?;
+    let request = world.sqs.get_queue_attributes().queue_url(url).set_attribute_names(Some(names.to_vec()));
+    let attributes = request.send().await?.attributes.unwrap_or_default();
+    let number = |name| attributes.get(name).and_then(|text| text.parse().ok()).unwrap_or(0);
+    Ok((number(&names[0]), number(&names[1])))
+}
+
+async fn wait_for_dead(world: &World, lane: Lane, count: u64) -> Result<()> {
+    until("dead letters", SOON, async || Ok((dead_depth(world, lane).await? == (count, 0)).then_some(()))).await
+}
+
+/// The letters of a list as a program reads them.
+fn listed(world: &World, filters: &[&str]) -> Result<Vec<Value>> {
+    let shown = world.done(&[&["dlq", "list", "--json"], filters].concat())?;
+    shown.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
+}
+
+/// What of a list tells letters apart here.
+fn codes(letters: &[Value]) -> BTreeMap<String, usize> {
+    let mut codes = BTreeMap::new();
+    for letter in letters {
+        *codes.entry(letter["code"].as_str().unwrap_or_default().to_owned()).or_default() += 1;
+    }
+    codes
+}
+
+#[tokio::test]
+async fn letters_of_every_origin_are_listed_once_and_left_as_they_are() -> Result<()> {
+    let world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    ensure!(world.done(&["dlq", "list"])? == "0 dead letters", "an empty list");
+    let service = world.serve().await?;
+    world.put(Lane::Events, "no json").await?;
+    world.put(Lane::Events, &upsert(1).replace("98001", "\"98001\"")).await?;
+    let publish = world.done(&["send", "publish", "no-such-run"])?;
+    wait_for_dead(&world, Lane::Events, 2).await?;
+    wait_for_dead(&world, Lane::PostProcessing, 1).await?;
+    service.finish().await?;
+    put_dead(&world, Lane::Events, &upsert(3), &[]).await?;
+
+    // SQS itself moves what was received too often.
+    let (source, dead) = (url(&world, Lane::Valuations, "").await?, url(&world, Lane::Valuations, "-dlq").await?);
+    let arn =
+        world.sqs.get_queue_attributes().queue_url(&dead).attribute_names(QueueAttributeName::QueueArn).send().await?;
+    let arn = arn.attributes.and_then(|mut all| all.remove(&QueueAttributeName::QueueArn)).context("an ARN")?;
+    let policy = json!({"deadLetterTargetArn": arn, "maxReceiveCount": "1"}).to_string();
+    world
+        .sqs
+        .set_queue_attributes()
+        .queue_url(&source)
+        .attributes(QueueAttributeName::RedrivePolicy, policy)
+        .send()
+        .await?;
+    world.put(Lane::Valuations, "received in vain").await?;
+    until("the move by SQS", SOON, async || {
+        world.sqs.receive_message().queue_url(&source).visibility_timeout(0).send().await?;
+        Ok((dead_depth(&world, Lane::Valuations).await?.0 == 1).then_some(()))
+    })
+    .await?;
+
+    let expected: BTreeMap<String, usize> =
+        ["invalid_json", "invalid_data", "unknown_run", "unexplained", "received_too_often"]
+            .map(|code| (code.to_owned(), 1))
+            .into();
+    for _ in 0..2 {
+        let letters = listed(&world, &[])?;
+        ensure!(codes(&letters) == expected, "{letters:#?}");
+        ensure!(dead_depth(&world, Lane::Events).await? == (3, 0), "a list takes nothing and gives back at once");
+    }
+    let table = world.done(&["dlq", "list"])?;
+    println!("{table}");
+    ensure!(table.contains("5 dead letters") && table.contains("upsert-3") && table.contains(&publish), "{table}");
+
+    for (filters, codes_of) in [
+        (&["--kind", "listing.upsert"][..], &["invalid_data", "unexplained"][..]),
+        (&["--kind", "unknown"], &["invalid_json", "received_too_often"]),
+        (&["--kind", "listing.upsert", "--kind", "unknown", "--reason", "invalid_json"], &["invalid_json"]),
+        (&["--lane", "post_processing"], &["unknown_run"]),
+        (&["--lane", "post_processing", "--lane", "valuations"], &["unknown_run", "received_too_often"]),
+        (&["--id", "upsert-3", "--id", &publish], &["unexplained", "unknown_run"]),
+        (&["--newer-than", "1h", "--reason", "invalid_json"], &["invalid_json"]),
+        (&["--older-than", "1h"], &[]),
+        (&["--until", "2020-01-01T00:00:00Z"], &[]),
+        (&["--since", "2020-01-01T00:00:00Z", "--lane", "post_processing"], &["unknown_run"]),
+    ] {
+        let letters = listed(&world, filters)?;
+        let wanted: BTreeMap<String, usize> = codes_of.iter().map(|code| ((*code).to_owned(), 1)).collect();
+        ensure!(codes(&letters) == wanted, "{filters:?} gave {letters:#?}");
+    }
+
+    let page = world.done(&["dlq", "show", "upsert-1"])?;
+    ensure!(page.contains("invalid_data") && page.contains("zip_code") && page.contains("listing.upsert"), "{page}");
+    let unknown = world.cli(&["dlq", "show", "nobody"])?;
+    ensure!(unknown.status.code() == Some(1), "{unknown:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_redrive_sends_what_is_meant_once_and_says_what_it_would_do() -> Result<()> {
+    let world = World::new(Behaviour::default()).await?;
+    for id in 1..=3 {
+        put_dead(&world, Lane::Events, &upsert(id), &[("reason", &reason("invalid_data", &format!("m-{id}")))]).await?;
+    }
+    // What a refusal whose delete was lost leaves behind, and a bad one that is not meant.
+    put_dead(&world, Lane::Events, &upsert(2), &[("reason", &reason("invalid_data", "m-2"))]).await?;
+    put_dead(&world, Lane::Events, "no json", &[("reason", &reason("invalid_json", "m-9"))]).await?;
+
+    for arguments in
+        [&["dlq", "redrive"][..], &["dlq", "redrive", "--lane", "events"], &["dlq", "redrive", "--all", "--id", "x"]]
+    {
+        let output = world.cli(arguments)?;
+        ensure!(output.status.code() == Some(64), "{arguments:?}: {output:?}");
+    }
+    let would = world.done(&["dlq", "redrive", "--reason", "invalid_data", "--dry-run"])?;
+    println!("{would}");
+    ensure!(would.contains("3 letters would be redriven, 1 duplicate would be deleted, 0 would be left"), "{would}");
+    ensure!(dead_depth(&world, Lane::Events).await? == (5, 0) && world.depth(Lane::Events).await? == (0, 0));
+
+    let done = world.done(&["dlq", "redrive", "--reason", "invalid_data", "--rate", "100"])?;
+    println!("{done}");
+    ensure!(done.contains("3 letters redriven, 1 duplicate deleted, 0 left"), "{done}");
+    ensure!(done.matches("a copy of message").count() == 1, "{done}");
+    let mut sent = take_all(&world, Lane::Events, "").await?;
+    sent.sort();
+    let expected: Vec<_> = (1..=3).map(|id| (upsert(id), "1".to_owned())).collect();
+    ensure!(sent == expected, "{sent:?}");
+    let left = take_all(&world, Lane::Events, "-dlq").await?;
+    ensure!(left == [("no json".to_owned(), String::new())], "{left:?}");
+    world.check_dead_letters().await
+}
+
+#[tokio::test]
+async fn what_is_refused_each_time_comes_back_with_its_count_until_the_guard_holds_it() -> Result<()> {
+    let world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    let service = world.serve().await?;
+    // A slow kind on the common lane, so that the count has to survive the way to its own lane.
+    let body = r#"{"specversion":"1.0","id":"bad-1","source":"/t","type":"writeapi.valuations.publish.v1","time":"2026-01-31T02:00:00Z","data":{"run_id":"no-such-run"}}"#;
+    world.put(Lane::Events, body).await?;
+    wait_for_dead(&world, Lane::PostProcessing, 1).await?;
+    let redrives = |world: &World| Ok::<_, anyhow::Error>(listed(world, &[])?[0]["redrives"].as_u64());
+    for times in 1..=3 {
+        world.done(&["dlq", "redrive", "--id", "bad-1"])?;
+        wait_for_dead(&world, Lane::PostProcessing, 1).await?;
+        ensure!(redrives(&world)? == Some(times), "after {times} redrives");
+        let letter = &listed(&world, &[])?[0];
+        ensure!(letter["code"] == "unknown_run" && letter["body"] == body, "{letter}");
+    }
+    let output = world.cli(&["dlq", "redrive", "--id", "bad-1"])?;
+    ensure!(output.status.code() == Some(1) && text(&output.stdout).contains("redriven 3 times"), "{output:?}");
+    ensure!(redrives(&world)? == Some(3) && dead_depth(&world, Lane::PostProcessing).await? == (1, 0));
+    world.done(&["dlq", "redrive", "--id", "bad-1", "--force"])?;
+    wait_for_dead(&world, Lane::PostProcessing, 1).await?;
+    ensure!(redrives(&world)? == Some(4), "forced");
+
+    // Forwarded from the common lane, it keeps its count.
+    ensure!(take_all(&world, Lane::PostProcessing, "-dlq").await?.len() == 1);
+    put_dead(&world, Lane::Events, body, &[("redrives", "1")]).await?;
+    world.done(&["dlq", "redrive", "--lane", "events", "--all"])?;
+    wait_for_dead(&world, Lane::PostProcessing, 1).await?;
+    ensure!(redrives(&world)? == Some(2), "the forward lost the count");
+    world.finish(service).await
+}
+
+/// A redrive that tells each letter on a pipe.
+fn start_redrive(world: &World, options: &[&str]) -> Result<(Child, impl Iterator<Item = std::io::Result<String>>)> {
+    let mut child = world.command().args(["dlq", "redrive"]).args(options).stdout(Stdio::piped()).spawn()?;
+    let lines = BufReader::new(child.stdout.take().context("a pipe")?).lines();
+    Ok((child, lines))
+}
+
+#[tokio::test]
+async fn a_redrive_killed_at_any_moment_loses_no_letter() -> Result<()> {
+    const LETTERS: i64 = 300;
+    const KILLS: [usize; 4] = [1, 60, 40, 90];
+    let world = World::new(Behaviour::default()).await?;
+    for id in 1..=LETTERS {
+        put_dead(&world, Lane::Events, &upsert(id), &[("reason", &reason("invalid_data", &format!("m-{id}")))]).await?;
+    }
+    for lines_before in KILLS {
+        let (mut child, mut lines) = start_redrive(&world, &["--all", "--rate", "1000"])?;
+        let told: Vec<String> = lines.by_ref().take(lines_before).collect::<Result<_, _>>()?;
+        ensure!(told.len() == lines_before && told.iter().all(|line| line.starts_with("redriven")), "{told:?}");
+        child.kill()?;
+        child.wait()?;
+        let (visible, hidden) = dead_depth(&world, Lane::Events).await?;
+        ensure!(visible + hidden > 0, "killed too late to prove anything");
+        until("the letters that the killed redrive held", SOON, async || {
+            Ok((dead_depth(&world, Lane::Events).await?.1 == 0).then_some(()))
+        })
+        .await?;
+    }
+    let done = world.done(&["dlq", "redrive", "--all", "--rate", "1000"])?;
+    ensure!(done.contains(" 0 left"), "{done}");
+    ensure!(take_all(&world, Lane::Events, "-dlq").await?.is_empty());
+    let sent = take_all(&world, Lane::Events, "").await?;
+    let distinct: BTreeSet<&str> = sent.iter().map(|(body, _)| body.as_str()).collect();
+    let expected: BTreeSet<String> = (1..=LETTERS).map(upsert).collect();
+    ensure!(distinct == expected.iter().map(String::as_str).collect(), "{} of {LETTERS} arrived", distinct.len());
+    let repeats = sent.len() - distinct.len();
+    println!("{} kills, {LETTERS} letters, {repeats} sent twice", KILLS.len());
+    ensure!(repeats <= KILLS.len(), "{repeats} sent twice by {} kills", KILLS.len());
+    world.check_dead_letters().await
+}
+
+#[tokio::test]
+async fn an_interrupted_redrive_gives_back_what_it_has_not_sent() -> Result<()> {
+    let mut world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    world.set("queue.visibility_timeout", "60s");
+    for id in 1..=20 {
+        put_dead(&world, Lane::Events, &upsert(id), &[]).await?;
+    }
+    let (mut child, mut lines) = start_redrive(&world, &["--all", "--rate", "2"])?;
+    lines.next().context("a first letter")??;
+    // SAFETY: the child is ours and was not waited for.
+    unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) };
+    let status = child.wait()?;
+    ensure!(status.code() == Some(1), "{status}");
+    let (visible, hidden) = dead_depth(&world, Lane::Events).await?;
+    let (sent, _) = world.depth(Lane::Events).await?;
+    ensure!(
+        hidden == 0 && visible + sent == 20 && (1..20).contains(&sent),
+        "{visible} visible, {hidden} hidden, {sent} sent"
+    );
+    take_all(&world, Lane::Events, "").await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_discard_wants_a_yes_and_deletes_what_is_meant() -> Result<()> {
+    let world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    put_dead(&world, Lane::Events, "no json", &[("reason", &reason("invalid_json", "m-1"))]).await?;
+    put_dead(&world, Lane::Valuations, "no json either", &[("reason", &reason("invalid_json", "m-2"))]).await?;
+    put_dead(&world, Lane::Events, &upsert(1), &[("reason", &reason("invalid_data", "m-3"))]).await?;
+    for arguments in [
+        &["dlq", "discard", "--reason", "invalid_json"][..],
+        &["dlq", "discard", "--yes"],
+        &["dlq", "discard", "--lane", "events", "--yes"],
+        &["dlq", "discard", "--reason", "invalid_json", "--yes", "--dry-run"],
+    ] {
+        let output = world.cli(arguments)?;
+        ensure!(output.status.code() == Some(64), "{arguments:?}: {output:?}");
+    }
+    let would = world.done(&["dlq", "discard", "--reason", "invalid_json", "--dry-run"])?;
+    ensure!(would.contains("2 letters would be discarded"), "{would}");
+    ensure!(dead_depth(&world, Lane::Events).await? == (2, 0) && dead_depth(&world, Lane::Valuations).await? == (1, 0));
+    let done = world.done(&["dlq", "discard", "--reason", "invalid_json", "--yes"])?;
+    println!("{done}");
+    ensure!(done.contains("2 letters discarded"), "{done}");
+    let left = take_all(&world, Lane::Events, "-dlq").await?;
+    ensure!(left.len() == 1 && left[0].0 == upsert(1), "{left:?}");
+    for lane in LANES {
+        ensure!(dead_depth(&world, lane).await? == (0, 0) && world.depth(lane).await? == (0, 0), "{lane:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_redriven_quarantined_run_goes_on_where_it_was() -> Result<()> {
+    const LISTINGS: i64 = 300;
+    let mut world = World::new(Behaviour { latency_ms: 300, ..Behaviour::default() }).await?;
+    world.expect_dead_letters();
+    world.set("partner.in_flight", 20).set("refresh.page_size", 20);
+    world.listings(LISTINGS).await?;
+    let service = world.serve().await?;
+    let id = world.refresh(&[])?;
+    world.run_until(&id, SOON, |run| run.valued > 0).await?;
+    service.kill().await?;
+    // As the quarantine leaves it: the run closed, its message in the dead-letter queue.
+    take_when_visible(&world, Lane::Valuations).await?;
+    world.sql("UPDATE runs SET state = 'failed', owner = NULL, lease_until = NULL").await?;
+    let (source, data): (String, String) =
+        sqlx::query_as("SELECT event_source, event_data FROM runs").fetch_one(&world.database).await?;
+    let event = |data: &str| {
+        format!(
+            r#"{{"specversion":"1.0","id":"{id}","source":"{source}","type":"writeapi.valuations.refresh.v1","time":"2026-01-31T02:00:00Z","data":{data}}}"#
+        )
+    };
+    // Another event with the run's id is none of the run's.
+    put_dead(&world, Lane::Valuations, &event(r#"{"limit":1}"#), &[("reason", &reason("id_reused", "m-0"))]).await?;
+    put_dead(&world, Lane::Valuations, &event(&data), &[("reason", &reason("quarantined", "m-1"))]).await?;
+    world.partner.control(|behaviour| behaviour.latency_ms = 0)?;
+
+    let would = world.done(&["dlq", "redrive", "--reason", "quarantined", "--dry-run"])?;
+    ensure!(would.contains("its quarantined run would go on"), "{would}");
+    ensure!(world.run(&id).await?.context("a run")?.state == "failed", "a dry run changed the run");
+    let other = world.done(&["dlq", "redrive", "--reason", "id_reused"])?;
+    ensure!(!other.contains("goes on") && world.run(&id).await?.context("a run")?.state == "failed", "{other}");
+    take_when_visible(&world, Lane::Valuations).await?;
+    let done = world.done(&["dlq", "redrive", "--reason", "quarantined"])?;
+    println!("{done}");
+    ensure!(done.contains("its quarantined run goes on"), "{done}");
+
+    let service = world.serve().await?;
+    world.published(&id, LONG).await?;
+    world.check_run(&id, &world.homes(LISTINGS).await?).await?;
+    world.finish(service).await
+}
+
+/// Takes the one message of a lane, as soon as it is visible.
+async fn take_when_visible(world: &World, lane: Lane) -> Result<()> {
+    until("a message", SOON, async || Ok((!take_all(world, lane, "").await?.is_empty()).then_some(()))).await
+}
