@@ -4,10 +4,11 @@
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::os::fd::AsRawFd;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 use std::{fmt, io};
 
 use anyhow::{Context, Result};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 
 /// Connections that may wait to be accepted: a thousand clients connect in the same millisecond.
@@ -78,6 +79,23 @@ impl Drop for Background {
 impl fmt::Debug for Background {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Background").field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
+/// The next connection, with small packets sent at once.
+pub(crate) async fn accept(name: &str, listener: &TcpListener) -> TcpStream {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => match stream.set_nodelay(true) {
+                Ok(()) => return stream,
+                Err(error) => tracing::debug!(%error, "a client left before it was served"),
+            },
+            Err(error) => {
+                // Out of file descriptors, for example: connections that end give some back.
+                tracing::warn!(%error, "the {name} cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
     }
 }
 

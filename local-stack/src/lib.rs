@@ -7,6 +7,7 @@
 //! - [`PartnerStub`] answers the service's calls, well or badly, and counts them;
 //! - [`KafkaTap`] reads what the service published;
 //! - [`wire::Wire`] stands between the service and a neighbour and can be cut;
+//! - [`SqsProxy`] and [`PostgresProxy`] speak their protocols and do one thing wrong when told to;
 //! - [`kafka::Gateway`] demands TLS and passwords of Kafka clients, by certificates of an [`Authority`];
 //! - [`Process`] starts a child that never outlives this process;
 //! - [`http_client`] asks a server one thing.
@@ -30,12 +31,15 @@ mod environment;
 pub mod http_client;
 pub mod kafka;
 mod machine;
+mod orders;
 pub mod partner;
 mod postgres;
+mod postgres_proxy;
 mod process;
 mod python;
 mod scratch;
 mod sqs;
+mod sqs_proxy;
 mod stack;
 pub mod wire;
 
@@ -43,9 +47,12 @@ pub use certificates::{Authority, Certificate};
 pub use environment::{Environment, Names};
 pub use kafka::{Kafka, KafkaTap, TapRecord};
 pub use machine::{cache_directory, free_port, profile_directory, workspace_binary};
+pub use orders::Hit;
 pub use partner::{Behaviour, PartnerStub};
 pub use postgres::{Postgres, PostgresOptions};
+pub use postgres_proxy::{PgFault, PostgresProxy};
 pub use process::{Ending, Process};
 pub use python::Virtualenv;
 pub use sqs::Sqs;
+pub use sqs_proxy::{Scope, SqsFault, SqsProxy};
 pub use stack::{Stack, StackOptions, shared};

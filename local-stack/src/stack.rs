@@ -79,7 +79,7 @@ impl Stack {
 
     /// Ends the servers and removes their files. Doing it twice does no harm.
     fn stop(&self) {
-        for process in [self.postgres.process(), self.sqs.process(), self.kafka.process()] {
+        for process in [&*self.postgres.process(), self.sqs.process(), self.kafka.process()] {
             process.stop();
         }
         self.scratch.remove();

@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use http::Uri;
@@ -11,7 +10,7 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
-use crate::background::Background;
+use crate::background::{Background, accept};
 
 /// What a wire does with its connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,10 +37,7 @@ pub struct Wire {
 impl Wire {
     /// Starts an open wire to the host and port of `url`.
     pub fn to(url: &str) -> Result<Self> {
-        let target = url.parse::<Uri>().ok().and_then(|uri| uri.authority().cloned());
-        let target = target.with_context(|| format!("the URL {url} names no host"))?;
-        let port = target.port_u16().with_context(|| format!("the URL {url} names no port"))?;
-        let target = format!("{}:{port}", target.host());
+        let target = host_and_port(url)?;
 
         let (flow, watched) = watch::channel(Flow::Open);
         let far: Arc<str> = target.as_str().into();
@@ -62,16 +58,18 @@ impl Wire {
     }
 }
 
+/// `host:port` of a URL that names both.
+pub(crate) fn host_and_port(url: &str) -> Result<String> {
+    let target = url.parse::<Uri>().ok().and_then(|uri| uri.authority().cloned());
+    let target = target.with_context(|| format!("the URL {url} names no host"))?;
+    let port = target.port_u16().with_context(|| format!("the URL {url} names no port"))?;
+    Ok(format!("{}:{port}", target.host()))
+}
+
 async fn forward(listener: TcpListener, target: Arc<str>, flow: watch::Receiver<Flow>) {
     loop {
-        match listener.accept().await {
-            Ok((near, _)) => drop(tokio::spawn(connection(near, target.clone(), flow.clone()))),
-            Err(error) => {
-                // Out of file descriptors, for example: connections that end give some back.
-                tracing::warn!(%error, "a wire cannot accept a connection");
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-        }
+        let near = accept("wire", &listener).await;
+        drop(tokio::spawn(connection(near, target.clone(), flow.clone())));
     }
 }
 
@@ -79,7 +77,6 @@ async fn connection(near: TcpStream, target: Arc<str>, flow: watch::Receiver<Flo
     let mut cut = flow.clone();
     let carry = async {
         let far = TcpStream::connect(&*target).await?;
-        near.set_nodelay(true)?;
         far.set_nodelay(true)?;
         let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
         tokio::try_join!(pump(near_in, far_out, flow.clone()), pump(far_in, near_out, flow)).map(drop)

@@ -9,9 +9,10 @@ use http::{HeaderMap, Request, StatusCode};
 use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
-use local_stack::partner::{RequiredHeader, RetryAfter, Stats, valuation};
+use local_stack::partner::{LatencyRamp, Mischief, RequiredHeader, RetryAfter, Stats, valuation};
 use local_stack::{Behaviour, PartnerStub, http_client};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
@@ -226,4 +227,102 @@ async fn wait_until(condition: impl Fn() -> bool) -> Result<()> {
     })
     .await
     .context("it did not become true in 5 s")
+}
+
+/// What a plain socket gets within a second of a request: the bytes, and whether the stub closed its side.
+async fn raw_answer(stub: &PartnerStub, listing_id: i64) -> Result<(Vec<u8>, bool)> {
+    let mut stream = TcpStream::connect(stub.url().trim_start_matches("http://")).await?;
+    let body = json!({
+        "listing_id": listing_id, "zip_code": 98_002, "list_price_cents": 1_000,
+        "bedrooms": 3, "living_square_feet": 1_180,
+    })
+    .to_string();
+    let request = format!(
+        "POST /v1/valuations HTTP/1.1\r\nhost: partner\r\nidempotency-key: run:{listing_id}\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    stream.write_all(request.as_bytes()).await?;
+    let mut bytes = Vec::new();
+    let read = tokio::time::timeout(Duration::from_millis(2_500), stream.read_to_end(&mut bytes)).await;
+    Ok((bytes, read.is_ok()))
+}
+
+#[tokio::test]
+async fn an_answer_hangs_drips_or_ends_in_its_middle() -> Result<()> {
+    let stub = stub(Behaviour::default())?;
+    let mut kept = Vec::new();
+    let ways = [Mischief::HangInHeader, Mischief::HangInBody, Mischief::Drip, Mischief::HalfClose];
+    for (listing, way) in (1..).zip(ways) {
+        stub.control(|behaviour| behaviour.mischief = BTreeMap::from([(way, 1.0)]))?;
+        kept.push(raw_answer(&stub, listing).await?);
+    }
+    let whole = |listing| right(listing).len();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let body = |answer: &str| answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned());
+
+    let [header, in_body, drip, half] = kept.try_into().map_err(|_| anyhow::anyhow!("four were kept"))?;
+    assert_eq!((text(&header.0).as_str(), header.1), ("HTTP/1.1 200 OK\r\ncon", false));
+    assert_eq!((body(&text(&in_body.0)).map(|body| body.len()), in_body.1), (Some(whole(2) / 2), false));
+    assert!((1..=3).contains(&drip.0.len()) && !drip.1, "{drip:?}");
+    assert!("HTTP".starts_with(&text(&drip.0)));
+    assert_eq!((body(&text(&half.0)).map(|body| body.len()), half.1), (Some(whole(4) / 2), true));
+
+    let stats = stub.stats();
+    assert_eq!(stats.mischief, ways.map(|way| (way, 1)).into());
+    assert_eq!((stats.effects, stats.by_status.len()), (4, 0), "the valuations are made");
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_answer_is_larger_than_anybody_wants() -> Result<()> {
+    let stub = stub(Behaviour { mischief: BTreeMap::from([(Mischief::ManyHeaders, 1.0)]), ..Behaviour::default() })?;
+    let (bytes, _) = raw_answer(&stub, 1).await?;
+    assert_eq!(String::from_utf8_lossy(&bytes).matches("x-filler-").count(), 10_000);
+
+    stub.control(|behaviour| behaviour.mischief = BTreeMap::from([(Mischief::GzipBomb, 1.0)]))?;
+    let answer = Caller::connect(&stub).await?.value("run:2", 2, 1_000).await?;
+    assert_eq!(answer.headers["content-encoding"], "gzip");
+    assert!(answer.body.len() < 2_000_000, "{}", answer.body.len());
+    let mut unpacked = flate2::read::MultiGzDecoder::new(&answer.body[..]);
+    assert_eq!(std::io::copy(&mut unpacked, &mut std::io::sink())?, 1 << 30);
+
+    for (listing, way, length) in [(3, Mischief::HugeBody, Some("1073741824")), (4, Mischief::EndlessBody, None)] {
+        stub.control(|behaviour| behaviour.mischief = BTreeMap::from([(way, 1.0)]))?;
+        let mut caller = Caller::connect(&stub).await?;
+        let body = json!({
+            "listing_id": listing, "zip_code": 98_002, "list_price_cents": 1_000,
+            "bedrooms": 3, "living_square_feet": 1_180,
+        });
+        let request = Request::post("/v1/valuations").header("idempotency-key", format!("run:{listing}"));
+        let response = caller.0.send_request(request.body(Full::from(body.to_string()))?).await?;
+        let announced = response.headers().get("content-length").map(|value| value.to_str()).transpose()?;
+        assert_eq!(announced, length);
+        let mut body = response.into_body();
+        let mut read = 0;
+        while read < 64 << 20 {
+            let frame = body.frame().await.context("the body has ended")??;
+            read += frame.data_ref().map_or(0, Bytes::len);
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_latency_rises_while_the_stub_runs() -> Result<()> {
+    let stub = stub(Behaviour::default())?;
+    let mut caller = Caller::connect(&stub).await?;
+    stub.control(|behaviour| behaviour.latency_ramp = Some(LatencyRamp { to_ms: 400, over_ms: 1_000 }))?;
+    let mut took = async |listing: i64| -> Result<Duration> {
+        let started = Instant::now();
+        caller.value(&format!("run:{listing}"), listing, 1_000).await?;
+        Ok(started.elapsed())
+    };
+    let first = took(1).await?;
+    tokio::time::sleep(Duration::from_millis(1_000)).await;
+    // Another change does not begin it anew.
+    stub.control(|behaviour| behaviour.rate_cap = 1_000)?;
+    let last = took(2).await?;
+    assert!(first < Duration::from_millis(300), "{first:?}");
+    assert!(last >= Duration::from_millis(400), "{last:?}");
+    Ok(())
 }

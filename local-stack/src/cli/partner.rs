@@ -74,6 +74,8 @@ impl From<Manners> for Behaviour {
             forced: manners.forced.into_iter().collect(),
             retry_after: form(manners.retry_after),
             required_header: manners.required_header.map(|(name, value)| RequiredHeader { name, value }),
+            // What has no flag can be ordered by POST /control.
+            ..Self::default()
         }
     }
 }

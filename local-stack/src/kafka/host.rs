@@ -80,8 +80,28 @@ async fn obey(cluster: &Cluster, request: Request<Incoming>) -> Result<()> {
             let errors: Vec<_> = errors.into_iter().map(code).collect();
             cluster.request_errors(RDKafkaApiKey::Produce, &errors);
         }
+        Order::Fail { request, codes } => {
+            let errors = codes.into_iter().map(protocol_code).collect::<Result<Vec<_>>>()?;
+            cluster.request_errors(api_key(request), &errors);
+        }
+        Order::Forgive { request } => cluster.clear_request_errors(api_key(request)),
+        Order::FailTopic { name, code } => cluster.topic_error(&name, protocol_code(code)?)?,
     }
     Ok(())
+}
+
+fn api_key(request: super::Request) -> RDKafkaApiKey {
+    match request {
+        super::Request::Produce => RDKafkaApiKey::Produce,
+        super::Request::Metadata => RDKafkaApiKey::Metadata,
+        super::Request::InitProducerId => RDKafkaApiKey::InitProducerId,
+    }
+}
+
+/// Negative codes are librdkafka's own and never on the wire.
+fn protocol_code(code: i32) -> Result<RDKafkaRespErr> {
+    let known = (code >= 0).then(|| RDKafkaRespErr::try_from(code).ok()).flatten();
+    known.with_context(|| format!("{code} is no error code of Kafka's protocol that librdkafka knows"))
 }
 
 fn code(error: ProduceError) -> RDKafkaRespErr {

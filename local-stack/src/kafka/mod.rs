@@ -65,6 +65,38 @@ pub enum Order {
         /// The errors, first to last.
         errors: Vec<ProduceError>,
     },
+    /// Answer the next requests of one kind with error codes of Kafka's protocol, one each.
+    Fail {
+        /// The kind.
+        request: Request,
+        /// The codes, first to last: 6 for "not leader", for example. 0 lets one pass.
+        codes: Vec<i32>,
+    },
+    /// Forget the errors still to come for requests of one kind.
+    Forgive {
+        /// The kind.
+        request: Request,
+    },
+    /// Answer whatever is asked of a topic with an error code of Kafka's protocol from now on: 3 for "unknown topic", 29
+    /// for "not authorized", for example; 0 ends it.
+    FailTopic {
+        /// Its name.
+        name: String,
+        /// The code.
+        code: i32,
+    },
+}
+
+/// A kind of request.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// Records.
+    Produce,
+    /// Which broker leads which partition.
+    Metadata,
+    /// The id of an idempotent producer.
+    InitProducerId,
 }
 
 /// How a produce request fails.

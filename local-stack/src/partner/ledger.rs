@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use super::mischief::Mischief;
 use super::wire::{KeyHash, Valuation};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -37,6 +38,9 @@ pub struct Stats {
     pub hung: u64,
     /// Connections closed on purpose after the valuation was made.
     pub dropped: u64,
+    /// Answers that came badly on purpose, by way. They are in no other count of answers.
+    #[serde(default)]
+    pub mischief: BTreeMap<Mischief, u64>,
     /// Requests whose client went away before the answer.
     pub abandoned: u64,
     /// Arrival of the first request, in seconds since 1970.
@@ -53,6 +57,7 @@ pub(super) enum End {
     Answered(u16),
     Garbled,
     Dropped,
+    Spoiled(Mischief),
     Abandoned,
 }
 
@@ -134,6 +139,7 @@ impl Ledger {
                 self.counts.garbage += 1;
             }
             End::Dropped => self.counts.dropped += 1,
+            End::Spoiled(mischief) => *self.counts.mischief.entry(mischief).or_default() += 1,
             End::Abandoned => self.counts.abandoned += 1,
         }
         if end != End::Abandoned {

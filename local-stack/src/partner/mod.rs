@@ -6,6 +6,7 @@
 
 mod behaviour;
 mod ledger;
+mod mischief;
 mod server;
 mod wire;
 
@@ -15,8 +16,9 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-pub use behaviour::{Behaviour, RequiredHeader, RetryAfter};
+pub use behaviour::{Behaviour, LatencyRamp, RequiredHeader, RetryAfter};
 pub use ledger::Stats;
+pub use mischief::Mischief;
 pub use wire::{Valuation, valuation};
 
 use crate::background::Background;

@@ -3,12 +3,12 @@
 use std::future;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow};
 use bytes::Bytes;
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
-use http_body_util::{BodyExt, Full, Limited};
+use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -18,18 +18,25 @@ use tokio::net::TcpListener;
 
 use super::behaviour::{Behaviour, Fate};
 use super::ledger::{End, Ledger};
+use super::mischief::{Mischief, Payload, Spoiled, Spoiler};
 use super::wire::{KeyHash, Valuation, ValuationRequest, valuation};
+use crate::background::accept;
 
 const BODY_BYTES: usize = 64 * 1024;
 /// The same requests in the same order meet the same fates.
 const SEED: u64 = 17_000;
 
-type Answer = Response<Full<Bytes>>;
+/// Headers of an answer with many.
+const MANY_HEADERS: usize = 10_000;
+
+type Answer = Response<Payload>;
 
 /// What the connections of one stub share.
 #[derive(Debug)]
 pub(super) struct State {
     behaviour: Mutex<Arc<Behaviour>>,
+    /// When the latency's ramp was set.
+    ramp_begun: Mutex<Instant>,
     ledger: Mutex<Ledger>,
     dice: Mutex<fastrand::Rng>,
 }
@@ -38,6 +45,7 @@ impl State {
     pub(super) fn new(behaviour: Behaviour) -> Self {
         Self {
             behaviour: Mutex::new(Arc::new(behaviour)),
+            ramp_begun: Mutex::new(Instant::now()),
             ledger: Mutex::default(),
             dice: Mutex::new(fastrand::Rng::with_seed(SEED)),
         }
@@ -49,7 +57,10 @@ impl State {
 
     pub(super) fn set_behaviour(&self, behaviour: Behaviour) -> Result<()> {
         behaviour.check()?;
-        *lock(&self.behaviour) = Arc::new(behaviour);
+        let before = std::mem::replace(&mut *lock(&self.behaviour), Arc::new(behaviour.clone()));
+        if before.latency_ramp != behaviour.latency_ramp {
+            *lock(&self.ramp_begun) = Instant::now();
+        }
         Ok(())
     }
 
@@ -65,22 +76,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Serves connections until dropped.
 pub(super) async fn serve(listener: TcpListener, state: Arc<State>) {
     loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                // Out of file descriptors, for example: connections that end give some back.
-                tracing::warn!(%error, "the partner stub cannot accept a connection");
-                tokio::time::sleep(Duration::from_millis(50)).await;
-                continue;
-            }
-        };
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "a client left before it was served");
-            continue;
-        }
+        let stream = accept("partner stub", &listener).await;
         state.ledger().connect();
         let state = state.clone();
-        let service = service_fn(move |request| route(state.clone(), request));
+        let spoiler = Spoiler::default();
+        let stream = Spoiled::new(stream, spoiler.clone());
+        let service = service_fn(move |request| route(state.clone(), spoiler.clone(), request));
         tokio::spawn(async move {
             // A client that goes away, and a connection dropped on purpose, end here too: the ledger has them.
             let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
@@ -89,9 +90,9 @@ pub(super) async fn serve(listener: TcpListener, state: Arc<State>) {
 }
 
 /// An error closes the connection without an answer.
-async fn route(state: Arc<State>, request: Request<Incoming>) -> io::Result<Answer> {
+async fn route(state: Arc<State>, spoiler: Spoiler, request: Request<Incoming>) -> io::Result<Answer> {
     match (request.method(), request.uri().path()) {
-        (&Method::POST, "/v1/valuations") => value(&state, request).await,
+        (&Method::POST, "/v1/valuations") => value(&state, &spoiler, request).await,
         (&Method::GET, "/stats") => {
             let stats = state.ledger().stats();
             Ok(json(StatusCode::OK, serde_json::to_vec_pretty(&stats)?))
@@ -118,7 +119,7 @@ async fn control(state: &State, body: Incoming) -> Result<Answer> {
     Ok(json(StatusCode::OK, answer))
 }
 
-async fn value(state: &State, request: Request<Incoming>) -> io::Result<Answer> {
+async fn value(state: &State, spoiler: &Spoiler, request: Request<Incoming>) -> io::Result<Answer> {
     let visit = Visit::begin(state);
     let behaviour = state.behaviour();
     let admitted = state.ledger().admit(visit.arrived, behaviour.rate_cap);
@@ -144,13 +145,14 @@ async fn value(state: &State, request: Request<Incoming>) -> io::Result<Answer> 
     let fate = behaviour.fate(call.listing_id, draw);
     let apply = || state.ledger().apply(key, || valuation(call.listing_id, call.list_price_cents));
     // What has an effect has it now: a client that gives up waiting leaves it behind.
-    let made = matches!(fate, Fate::Answer | Fate::Garbage | Fate::Drop).then(apply);
+    let made = (!matches!(fate, Fate::Refuse(_) | Fate::Hang)).then(apply);
     if fate == Fate::Hang {
         state.ledger().hang();
         return future::pending().await;
     }
-    if behaviour.latency_ms > 0 {
-        tokio::time::sleep_until((visit.arrived + behaviour.latency()).into()).await;
+    let latency = behaviour.latency(visit.arrived.saturating_duration_since(*lock(&state.ramp_begun)));
+    if !latency.is_zero() {
+        tokio::time::sleep_until((visit.arrived + latency).into()).await;
     }
     match (fate, made) {
         (Fate::Answer, Some(valuation)) => Ok(visit.answer(json(StatusCode::OK, valuation.json()))),
@@ -158,6 +160,12 @@ async fn value(state: &State, request: Request<Incoming>) -> io::Result<Answer> 
             let body = nonsense(valuation, lock(&state.dice).u8(..));
             visit.end(End::Garbled);
             Ok(json(StatusCode::OK, body))
+        }
+        (Fate::Mischief(mischief), Some(valuation)) => {
+            let answer = bad_delivery(valuation, mischief)?;
+            spoiler.spoil(mischief);
+            visit.end(End::Spoiled(mischief));
+            Ok(answer)
         }
         (Fate::Refuse(status), _) => Ok(visit.answer(refusal(status, &behaviour))),
         _ => {
@@ -231,8 +239,30 @@ fn nonsense(valuation: Valuation, dice: u8) -> String {
     }
 }
 
+/// The right answer, with what is wrong about the answer itself. The connection spoils the others.
+fn bad_delivery(valuation: Valuation, mischief: Mischief) -> io::Result<Answer> {
+    let mut answer = json(StatusCode::OK, valuation.json());
+    match mischief {
+        Mischief::HangInHeader | Mischief::HangInBody | Mischief::Drip | Mischief::HalfClose => {}
+        Mischief::ManyHeaders => {
+            for index in 0..MANY_HEADERS {
+                let name = HeaderName::try_from(format!("x-filler-{index}")).map_err(io::Error::other)?;
+                answer.headers_mut().insert(name, HeaderValue::from_static("nothing"));
+            }
+        }
+        Mischief::HugeBody | Mischief::EndlessBody => {
+            *answer.body_mut() = Payload::huge(mischief == Mischief::HugeBody);
+        }
+        Mischief::GzipBomb => {
+            answer.headers_mut().insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+            *answer.body_mut() = Payload::bomb()?;
+        }
+    }
+    Ok(answer)
+}
+
 fn json(status: StatusCode, body: impl Into<Bytes>) -> Answer {
-    let mut answer = Response::new(Full::new(body.into()));
+    let mut answer = Response::new(Payload::from(body.into()));
     *answer.status_mut() = status;
     answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     answer
