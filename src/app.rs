@@ -17,7 +17,7 @@ use crate::config::Config;
 use crate::db::{self, Database, runs};
 use crate::events::recorder::{Recorder, Recording};
 use crate::events::relay::{self, Relay};
-use crate::events::{Events, LaneQueues, cancels, lane};
+use crate::events::{Ended, Events, Gate, LaneQueues, cancels, lane};
 use crate::health::{Dependency, Health};
 use crate::kafka::Publisher;
 use crate::lifecycle::{Company, Stop, StopSource};
@@ -111,6 +111,8 @@ impl App {
             pages: Arc::new(Semaphore::new(config.refresh.pages_ahead)),
             publish_page_size: config.kafka.page_size,
             outbox: Arc::new(Notify::new()),
+            gate: Gate::default(),
+            ended: Ended::default(),
             recorder: recording
                 .map(|recording| Recorder::start(recording, metrics.clone()))
                 .transpose()

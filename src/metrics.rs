@@ -49,6 +49,8 @@ metrics! {
     event_seconds: HistogramVec("write_api_event_duration_seconds", EVENT_SECONDS, &["kind"]),
     /// Events being worked on, by lane.
     events_in_flight: IntGaugeVec("write_api_events_in_flight", &["lane"]),
+    /// Events sent anew because their message was received very often, by lane.
+    resent: IntCounterVec("write_api_events_resent_total", &["lane"]),
     /// SQS calls by action and result: ok, error, timeout.
     sqs_calls: IntCounterVec("write_api_sqs_requests_total", &["action", "result"]),
     /// Messages whose visibility was extended, by result: ok, refused, error, late.

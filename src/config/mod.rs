@@ -134,6 +134,8 @@ pub struct Queue {
     pub retry: Backoff,
     /// How long one receive may be held.
     pub receive_cap: Duration,
+    /// A message that was received so often is sent anew instead of given back.
+    pub most_receives: u32,
 }
 
 /// Exponential backoff with full jitter.

@@ -66,6 +66,7 @@ impl Config {
                     cap: layers.duration("queue.retry_cap", ms(1)..=HOUR),
                 },
                 receive_cap: layers.duration("queue.receive_cap", SECOND * 2..=MOST_RECEIVE_CAP),
+                most_receives: layers.integer("queue.most_receives", 2..=990),
             },
             database: Database {
                 url: database_url(layers),

@@ -14,8 +14,8 @@ use crate::config;
 /// The oldest server that the service was run with, as `server_version_num` writes it.
 pub const OLDEST_SERVER: i32 = 150_000;
 
-/// What the service does with each table. It deletes nothing and alters nothing.
-const RIGHTS: [(&str, &[&str]); 7] = [
+/// What the service does with each table. It alters nothing.
+const RIGHTS: [(&str, &[&str]); 9] = [
     ("listings", &["SELECT", "INSERT", "UPDATE"]),
     ("runs", &["SELECT", "INSERT", "UPDATE"]),
     ("run_listings", &["SELECT", "INSERT"]),
@@ -23,6 +23,8 @@ const RIGHTS: [(&str, &[&str]); 7] = [
     ("listing_valuations", &["SELECT", "INSERT", "UPDATE"]),
     ("publications", &["SELECT", "INSERT", "UPDATE"]),
     ("outbox", &["SELECT", "INSERT", "UPDATE"]),
+    ("deliveries", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
+    ("listing_events", &["SELECT", "INSERT"]),
 ];
 
 /// What a look found.

@@ -80,46 +80,73 @@ pub struct PageRow {
     pub living_square_feet: i32,
 }
 
+/// What came of an upsert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Upsert {
+    /// The listing is as the event says.
+    Written,
+    /// What is there came from a newer event.
+    Older,
+    /// This very event was applied before.
+    Repeated,
+    /// Another event with the same id came first; nothing was written.
+    OtherEvent,
+}
+
 impl Database {
-    /// Writes `listing` unless what is there came from a newer event. Returns whether it was written.
+    /// Writes `listing` unless what is there came from a newer event, and the event's digest with it: one statement, so
+    /// that of several first events with one id exactly one is applied. They wait for each other at their id, which is
+    /// taken before the listing.
     pub async fn upsert_listing(
         &self,
         listing: &Listing,
         event_time: OffsetDateTime,
         event_id: &str,
-    ) -> Result<bool, DbError> {
+        digest: &[u8; 32],
+    ) -> Result<Upsert, DbError> {
         let l = listing;
         let attributes = l.attributes.as_ref().map(Json);
         run!(self, "the upsert of a listing", connection => {
             let done = sqlx::query!(
                 r#"
-                INSERT INTO listings AS present (
-                    listing_id, zip_code, list_price_cents, bedrooms, living_square_feet, listed_on, bathrooms,
-                    lot_square_feet, floors, waterfront, view_rating, condition_rating, grade_rating, year_built,
-                    year_renovated, latitude, longitude, description, attributes, event_time, event_id)
-                VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21)
-                ON CONFLICT (listing_id) DO UPDATE SET
-                    zip_code = excluded.zip_code,
-                    list_price_cents = excluded.list_price_cents,
-                    bedrooms = excluded.bedrooms,
-                    living_square_feet = excluded.living_square_feet,
-                    listed_on = coalesce(excluded.listed_on, present.listed_on),
-                    bathrooms = coalesce(excluded.bathrooms, present.bathrooms),
-                    lot_square_feet = coalesce(excluded.lot_square_feet, present.lot_square_feet),
-                    floors = coalesce(excluded.floors, present.floors),
-                    waterfront = coalesce(excluded.waterfront, present.waterfront),
-                    view_rating = coalesce(excluded.view_rating, present.view_rating),
-                    condition_rating = coalesce(excluded.condition_rating, present.condition_rating),
-                    grade_rating = coalesce(excluded.grade_rating, present.grade_rating),
-                    year_built = coalesce(excluded.year_built, present.year_built),
-                    year_renovated = coalesce(excluded.year_renovated, present.year_renovated),
-                    latitude = coalesce(excluded.latitude, present.latitude),
-                    longitude = coalesce(excluded.longitude, present.longitude),
-                    description = coalesce(excluded.description, present.description),
-                    attributes = coalesce(excluded.attributes, present.attributes),
-                    event_time = excluded.event_time,
-                    event_id = excluded.event_id
-                WHERE (excluded.event_time, excluded.event_id) > (present.event_time, present.event_id)
+                WITH first AS (
+                    INSERT INTO listing_events (event_id, digest) VALUES ($21, $22)
+                    ON CONFLICT (event_id) DO NOTHING
+                    RETURNING event_id
+                ), written AS (
+                    INSERT INTO listings AS present (
+                        listing_id, zip_code, list_price_cents, bedrooms, living_square_feet, listed_on, bathrooms,
+                        lot_square_feet, floors, waterfront, view_rating, condition_rating, grade_rating, year_built,
+                        year_renovated, latitude, longitude, description, attributes, event_time, event_id)
+                    SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20,
+                           first.event_id
+                    FROM first
+                    ON CONFLICT (listing_id) DO UPDATE SET
+                        zip_code = excluded.zip_code,
+                        list_price_cents = excluded.list_price_cents,
+                        bedrooms = excluded.bedrooms,
+                        living_square_feet = excluded.living_square_feet,
+                        listed_on = coalesce(excluded.listed_on, present.listed_on),
+                        bathrooms = coalesce(excluded.bathrooms, present.bathrooms),
+                        lot_square_feet = coalesce(excluded.lot_square_feet, present.lot_square_feet),
+                        floors = coalesce(excluded.floors, present.floors),
+                        waterfront = coalesce(excluded.waterfront, present.waterfront),
+                        view_rating = coalesce(excluded.view_rating, present.view_rating),
+                        condition_rating = coalesce(excluded.condition_rating, present.condition_rating),
+                        grade_rating = coalesce(excluded.grade_rating, present.grade_rating),
+                        year_built = coalesce(excluded.year_built, present.year_built),
+                        year_renovated = coalesce(excluded.year_renovated, present.year_renovated),
+                        latitude = coalesce(excluded.latitude, present.latitude),
+                        longitude = coalesce(excluded.longitude, present.longitude),
+                        description = coalesce(excluded.description, present.description),
+                        attributes = coalesce(excluded.attributes, present.attributes),
+                        event_time = excluded.event_time,
+                        event_id = excluded.event_id
+                    WHERE (excluded.event_time, excluded.event_id) > (present.event_time, present.event_id)
+                    RETURNING listing_id
+                )
+                SELECT EXISTS (SELECT FROM first) AS "first!", EXISTS (SELECT FROM written) AS "written!",
+                       (SELECT digest FROM listing_events WHERE event_id = $21) AS known
                 "#,
                 l.listing_id,
                 l.zip_code,
@@ -142,10 +169,23 @@ impl Database {
                 attributes as _,
                 event_time,
                 event_id,
+                digest,
             )
-            .execute(connection)
+            .fetch_one(&mut *connection)
             .await?;
-            Ok(done.rows_affected() == 1)
+            if done.first {
+                return Ok(if done.written { Upsert::Written } else { Upsert::Older });
+            }
+            let known = match done.known {
+                Some(known) => known,
+                // It was waited for, and is younger than what the statement can see.
+                None => {
+                    sqlx::query_scalar!("SELECT digest FROM listing_events WHERE event_id = $1", event_id)
+                        .fetch_one(connection)
+                        .await?
+                }
+            };
+            Ok(if known == digest { Upsert::Repeated } else { Upsert::OtherEvent })
         })
     }
 

@@ -5,6 +5,7 @@
 //! writes is keyed by event, run or listing, so a repeat after a lost answer changes nothing. That is why
 //! `run!` can retry whatever failed for a reason that passes.
 
+pub mod deliveries;
 pub mod inspection;
 pub mod listings;
 pub mod operations;
@@ -216,8 +217,11 @@ fn class(error: &sqlx::Error) -> Class {
             // Data exceptions, integrity constraint violations.
             Some(code) if code.starts_with("22") || code.starts_with("23") => Class::Refused,
             // Connection exceptions, rollbacks (deadlock, serialization), resources, operator intervention (shutdown,
-            // cancelled statement), a server that became read-only.
-            Some(code) if ["08", "40", "53", "57"].iter().any(|c| code.starts_with(c)) || code == "25006" => {
+            // cancelled statement), a server that became read-only, a lock that was not to be had in time.
+            Some(code)
+                if ["08", "40", "53", "57"].iter().any(|c| code.starts_with(c))
+                    || ["25006", "55P03"].contains(&code) =>
+            {
                 Class::Passing
             }
             _ => Class::Other,

@@ -155,7 +155,7 @@ impl Database {
         })
     }
 
-    /// Lets a cancelled or failed run go on at its cursor and writes its event to the outbox, together or not at all.
+    /// Lets a cancelled or failed run go on at its cursor, with no death to its name, and writes its event to the outbox, together or not at all.
     /// `false`: the run is in another state and nothing was written.
     pub async fn reopen_run(&self, run_id: &str, lane: &str, body: &str) -> Result<bool, DbError> {
         // Made once: if the answer is lost, the repeat finds its own row.
@@ -165,7 +165,8 @@ impl Database {
                 r#"
                 WITH reopened AS (
                     UPDATE runs SET
-                        state = 'running', cancel_requested_at = NULL, cancelled_at = NULL, last_error = NULL
+                        state = 'running', cancel_requested_at = NULL, cancelled_at = NULL, last_error = NULL,
+                        deaths = 0, deaths_since = NULL
                     WHERE run_id = $1 AND state IN ('cancelled', 'failed')
                     RETURNING run_id
                 )

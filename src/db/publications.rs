@@ -6,6 +6,7 @@ use sqlx::Connection;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+use super::deliveries::{Deaths, QUARANTINE, SUSPECT};
 use super::{Database, DbError, run};
 
 /// A publication that this process works on.
@@ -30,6 +31,10 @@ pub enum PublicationClaim {
     Owned(Box<OwnedPublication>),
     /// The run has a publisher, whose lease ends after this time unless it is renewed.
     Busy(Duration),
+    /// Attempts died on it: only whoever works alone may have it. What is known of them is recorded; nothing has begun.
+    Suspect,
+    /// Too many attempts died on it: it has failed.
+    Quarantined(Deaths),
     /// It is complete: the event was delivered again.
     Complete,
     /// Another event with the same id came first.
@@ -41,14 +46,18 @@ pub enum PublicationClaim {
 }
 
 impl Database {
-    /// Takes the publication of a complete run unless the run has a publisher already.
+    /// Takes the publication of a complete run unless the run has a publisher already. Another attempt's token that is
+    /// still in the publication is that of an attempt which nobody ended: a death. Only whoever is `alone` may have a
+    /// publication that is suspect by them.
     pub async fn claim_publication(
         &self,
         event_id: &str,
         digest: &[u8; 32],
         run_id: &str,
         lease: Duration,
+        alone: bool,
     ) -> Result<PublicationClaim, DbError> {
+        // Made once: a repeat after a lost answer finds its own token, and counts neither an attempt nor a death.
         let token = Uuid::new_v4();
         run!(self, "the claim of a publication", connection => {
             let mut transaction = connection.begin().await?;
@@ -74,17 +83,53 @@ impl Database {
             )
             .execute(&mut *transaction)
             .await?;
-            let present = sqlx::query!("SELECT digest, state FROM publications WHERE event_id = $1", event_id)
-                .fetch_one(&mut *transaction)
-                .await?;
+            let present = sqlx::query!(
+                r#"
+                SELECT digest, state, deaths, owner IS NOT NULL AND owner <> $2 AS "died!",
+                       owner IS NOT DISTINCT FROM $2 AS "ours!", coalesce(begun_at, opened_at) AS "begun_at!",
+                       coalesce(deaths_since, begun_at, opened_at) AS "deaths_since!"
+                FROM publications WHERE event_id = $1
+                "#,
+                event_id,
+                token,
+            )
+            .fetch_one(&mut *transaction)
+            .await?;
             if present.digest != digest {
                 return Ok(PublicationClaim::OtherEvent);
             }
-            if present.state == "complete" {
-                return Ok(PublicationClaim::Complete);
+            let quarantined = |count| {
+                PublicationClaim::Quarantined(Deaths { count, since: present.deaths_since, last: present.begun_at })
+            };
+            match present.state.as_str() {
+                "complete" => return Ok(PublicationClaim::Complete),
+                "failed" => return Ok(quarantined(present.deaths)),
+                _ => {}
             }
             if run.published_by_another && run.left > 0.0 {
                 return Ok(PublicationClaim::Busy(Duration::from_secs_f64(run.left)));
+            }
+            let deaths = present.deaths + i32::from(present.died);
+            let is_last = deaths >= QUARANTINE;
+            if !present.ours && (is_last || deaths >= SUSPECT && !alone) {
+                sqlx::query!(
+                    r#"
+                    UPDATE publications SET
+                        owner = NULL, deaths = $2, deaths_since = CASE WHEN $2 > 0 THEN $3::timestamptz END,
+                        state = CASE WHEN $4 THEN 'failed' ELSE state END,
+                        last_error = CASE WHEN $4
+                            THEN 'quarantined: ' || $2 || ' attempts in a row died without progress' ELSE last_error END
+                    WHERE event_id = $1
+                    "#,
+                    event_id,
+                    deaths,
+                    present.deaths_since,
+                    is_last,
+                )
+                .execute(&mut *transaction)
+                .await?;
+                transaction.commit().await?;
+                return Ok(if is_last { quarantined(deaths) } else { PublicationClaim::Suspect });
             }
             sqlx::query!(
                 "UPDATE runs SET publisher = $2, publisher_lease_until = clock_timestamp() + make_interval(secs => $3)
@@ -96,8 +141,18 @@ impl Database {
             .execute(&mut *transaction)
             .await?;
             let publication = sqlx::query!(
-                "UPDATE publications SET attempts = attempts + 1 WHERE event_id = $1 RETURNING cursor, attempts",
+                r#"
+                UPDATE publications SET
+                    owner = $2, deaths = $3, deaths_since = CASE WHEN $3 > 0 THEN $4::timestamptz END,
+                    attempts = attempts + (owner IS DISTINCT FROM $2)::integer,
+                    begun_at = CASE WHEN owner IS DISTINCT FROM $2 THEN clock_timestamp() ELSE begun_at END
+                WHERE event_id = $1
+                RETURNING cursor, attempts
+                "#,
                 event_id,
+                token,
+                deaths,
+                present.deaths_since,
             )
             .fetch_one(&mut *transaction)
             .await?;
@@ -126,7 +181,9 @@ impl Database {
                 r#"
                 UPDATE publications AS p SET
                     published = p.published + CASE WHEN p.cursor < $3 THEN $4::bigint ELSE 0 END,
-                    cursor = greatest(p.cursor, $3), last_error = NULL
+                    cursor = greatest(p.cursor, $3), last_error = NULL,
+                    deaths = CASE WHEN p.cursor < $3 THEN 0 ELSE p.deaths END,
+                    deaths_since = CASE WHEN p.cursor < $3 THEN NULL ELSE p.deaths_since END
                 FROM runs AS r
                 WHERE p.event_id = $1 AND r.run_id = p.run_id AND r.publisher = $2
                 "#,
@@ -149,7 +206,8 @@ impl Database {
                 WITH free AS (
                     UPDATE runs SET publisher = NULL, publisher_lease_until = NULL WHERE publisher = $2 RETURNING run_id
                 )
-                UPDATE publications AS p SET state = 'complete', completed_at = clock_timestamp(), last_error = NULL
+                UPDATE publications AS p SET
+                    state = 'complete', completed_at = clock_timestamp(), last_error = NULL, owner = NULL
                 FROM free WHERE p.event_id = $1 AND p.run_id = free.run_id
                 "#,
                 event_id,
@@ -171,7 +229,8 @@ impl Database {
         })
     }
 
-    /// Gives the run back, so that the next delivery need not wait for the lease. `error` is shown to operators.
+    /// Gives the run back, so that the next delivery need not wait for the lease, and ends the attempt also where the run
+    /// has another publisher by now. `error` is shown to operators.
     pub async fn release_publication(&self, event_id: &str, token: Uuid, error: Option<&str>) -> Result<(), DbError> {
         run!(self, "the release of a publication", connection => {
             sqlx::query!(
@@ -179,12 +238,32 @@ impl Database {
                 WITH free AS (
                     UPDATE runs SET publisher = NULL, publisher_lease_until = NULL WHERE publisher = $2 RETURNING run_id
                 )
-                UPDATE publications AS p SET last_error = coalesce($3, p.last_error)
-                FROM free WHERE p.event_id = $1 AND p.run_id = free.run_id
+                UPDATE publications SET owner = NULL, last_error = coalesce($3, last_error)
+                WHERE event_id = $1 AND owner = $2
                 "#,
                 event_id,
                 token,
                 error,
+            )
+            .execute(connection)
+            .await?;
+            Ok(())
+        })
+    }
+
+    /// Ends the attempt that publishes the run with this token, whichever of its publications that is.
+    pub async fn end_publisher(&self, run_id: &str, token: Uuid) -> Result<(), DbError> {
+        run!(self, "the end of a publisher", connection => {
+            sqlx::query!(
+                r#"
+                WITH free AS (
+                    UPDATE runs SET publisher = NULL, publisher_lease_until = NULL
+                    WHERE run_id = $1 AND publisher = $2
+                )
+                UPDATE publications SET owner = NULL WHERE run_id = $1 AND owner = $2
+                "#,
+                run_id,
+                token,
             )
             .execute(connection)
             .await?;

@@ -10,6 +10,7 @@ use sqlx::postgres::PgConnection;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+use super::deliveries::{Deaths, QUARANTINE, SUSPECT};
 use super::valuations::Answers;
 use super::{Database, DbError, operations, run};
 
@@ -64,6 +65,8 @@ pub struct OwnedRun {
     pub failed: i64,
     /// 1 for the first attempt.
     pub attempts: i32,
+    /// Attempts in a row that died without progress, right before this one.
+    pub deaths: i32,
 }
 
 /// What came of claiming a run.
@@ -75,11 +78,12 @@ pub enum RunClaim {
     Busy(Duration),
     /// It is complete: the event was delivered again.
     Complete,
-    /// An operator cancelled it, or it failed: it goes on only when an operator says so.
-    Stopped {
-        /// The run's state.
-        state: String,
-    },
+    /// Attempts died on it: only whoever works alone may have it. What is known of them is recorded; nothing has begun.
+    Suspect,
+    /// Too many attempts died on it: it has failed, and goes on only when an operator says so.
+    Quarantined(Deaths),
+    /// An operator cancelled it: it goes on only when an operator says so.
+    Cancelled,
     /// Another event with the same id came first.
     OtherEvent,
 }
@@ -107,19 +111,21 @@ pub struct Progress {
 }
 
 impl Database {
-    /// Opens the run if it is new and takes it unless another attempt holds it.
-    pub async fn claim_run(&self, request: &RunRequest<'_>, lease: Duration) -> Result<RunClaim, DbError> {
+    /// Opens the run if it is new and takes it unless another attempt holds it. Another attempt's token whose lease is over
+    /// is that of an attempt which nobody ended: a death. Only whoever is `alone` may have a run that is suspect by them.
+    pub async fn claim_run(&self, request: &RunRequest<'_>, lease: Duration, alone: bool) -> Result<RunClaim, DbError> {
         // Made once: if the answer to the claim is lost, the repeat finds its own token and has the run.
         let token = Uuid::new_v4();
         run!(self, "the claim of a run", connection => {
             // A run can be closed by its owner between two looks; three rounds are more than that needs.
             for _ in 0..3 {
-                if let Some(owned) = take_run(connection, request, token, lease).await? {
-                    return Ok(RunClaim::Owned(Box::new(owned)));
+                if let Some(claim) = take_run(connection, request, token, lease, alone).await? {
+                    return Ok(claim);
                 }
                 let found = sqlx::query!(
                     r#"
-                    SELECT digest, state, cancel_requested_at IS NOT NULL AS "cancel_requested!",
+                    SELECT digest, state, cancel_requested_at IS NOT NULL AS "cancel_requested!", deaths,
+                           coalesce(deaths_since, opened_at) AS "deaths_since!", coalesce(begun_at, opened_at) AS "begun_at!",
                            coalesce(extract(epoch FROM lease_until - clock_timestamp()), 0)::float8 AS "left!"
                     FROM runs WHERE run_id = $1
                     "#,
@@ -131,7 +137,11 @@ impl Database {
                     None => open_run(connection, request).await?,
                     Some(run) if run.digest != request.digest => return Ok(RunClaim::OtherEvent),
                     Some(run) if run.state == "complete" => return Ok(RunClaim::Complete),
-                    Some(run) if run.state != "running" => return Ok(RunClaim::Stopped { state: run.state }),
+                    Some(run) if run.state == "cancelled" => return Ok(RunClaim::Cancelled),
+                    Some(run) if run.state == "failed" => {
+                        let (count, since, last) = (run.deaths, run.deaths_since, run.begun_at);
+                        return Ok(RunClaim::Quarantined(Deaths { count, since, last }));
+                    }
                     Some(run) if run.left > 0.0 => return Ok(RunClaim::Busy(Duration::from_secs_f64(run.left))),
                     // Its owner died before it could obey.
                     Some(run) if run.cancel_requested => {
@@ -204,7 +214,10 @@ impl Database {
                     next_rate_since_rows = CASE WHEN run.rate_moves
                         THEN runs.valued + runs.failed + count.valued + count.failed
                         ELSE runs.next_rate_since_rows END,
-                    last_error = NULL
+                    last_error = NULL,
+                    -- Rows that were not there before are progress: whatever died before got somewhere.
+                    deaths = CASE WHEN count.valued + count.failed > 0 THEN 0 ELSE runs.deaths END,
+                    deaths_since = CASE WHEN count.valued + count.failed > 0 THEN NULL ELSE runs.deaths_since END
                 FROM run CROSS JOIN count
                 WHERE runs.run_id = run.run_id
                 RETURNING runs.valued, runs.failed, (count.valued + count.failed) AS "inserted!"
@@ -341,32 +354,66 @@ impl Database {
     }
 }
 
+/// Takes a run that is free: `Owned`, or `Suspect` where that is not for us. A run that must not be taken again is
+/// closed. `None`: it is not there, or not free, or was closed.
 async fn take_run(
     connection: &mut PgConnection,
     request: &RunRequest<'_>,
     token: Uuid,
     lease: Duration,
-) -> sqlx::Result<Option<OwnedRun>> {
+    alone: bool,
+) -> sqlx::Result<Option<RunClaim>> {
     let taken = sqlx::query!(
         r#"
+        WITH found AS MATERIALIZED (
+            SELECT run_id, owner IS NOT DISTINCT FROM $2 AS ours,
+                   deaths + (owner IS NOT NULL AND owner <> $2)::integer AS deaths,
+                   CASE WHEN owner IS NOT NULL AND owner <> $2 THEN coalesce(deaths_since, begun_at, clock_timestamp())
+                        ELSE deaths_since END AS deaths_since
+            FROM runs
+            WHERE run_id = $1 AND digest = $4 AND state = 'running'
+              AND (owner = $2
+                   OR cancel_requested_at IS NULL AND (lease_until IS NULL OR lease_until < clock_timestamp()))
+            FOR UPDATE
+        ), decided AS (
+            SELECT *, NOT ours AND deaths >= $7::integer AS quarantined,
+                   ours OR deaths < CASE WHEN $5 THEN $7::integer ELSE $6::integer END AS taken
+            FROM found
+        )
         UPDATE runs SET
-            owner = $2, lease_until = clock_timestamp() + make_interval(secs => $3), attempts = attempts + 1,
+            deaths = decided.deaths,
+            deaths_since = decided.deaths_since,
+            state = CASE WHEN decided.quarantined THEN 'failed' ELSE 'running' END,
+            last_error = CASE WHEN decided.quarantined
+                THEN 'quarantined: ' || decided.deaths || ' attempts in a row died without progress'
+                ELSE runs.last_error END,
+            owner = CASE WHEN decided.taken THEN $2 END,
+            lease_until = CASE WHEN decided.taken THEN clock_timestamp() + make_interval(secs => $3) END,
+            attempts = runs.attempts + (decided.taken AND NOT decided.ours)::integer,
+            begun_at = CASE WHEN decided.taken AND NOT decided.ours THEN clock_timestamp() ELSE runs.begun_at END,
             -- What an earlier attempt did, perhaps long ago, says nothing about how fast this one is.
-            rate_since = clock_timestamp(), rate_since_rows = valued + failed,
-            next_rate_since = clock_timestamp(), next_rate_since_rows = valued + failed
-        WHERE run_id = $1 AND digest = $4 AND state = 'running'
-          AND (owner = $2
-               OR cancel_requested_at IS NULL AND (lease_until IS NULL OR lease_until < clock_timestamp()))
-        RETURNING zip_codes, last_listing_id, opened_at, selected, cursor, valued, failed, attempts
+            rate_since = clock_timestamp(), rate_since_rows = runs.valued + runs.failed,
+            next_rate_since = clock_timestamp(), next_rate_since_rows = runs.valued + runs.failed
+        FROM decided
+        WHERE runs.run_id = decided.run_id
+        RETURNING decided.taken AS "taken!", decided.quarantined AS "quarantined!", zip_codes, last_listing_id, opened_at,
+                  selected, cursor, valued, failed, attempts, runs.deaths
         "#,
         request.run_id,
         token,
         lease.as_secs_f64(),
         &request.digest,
+        alone,
+        SUSPECT,
+        QUARANTINE,
     )
     .fetch_optional(connection)
     .await?;
-    Ok(taken.map(|run| OwnedRun {
+    let Some(run) = taken.filter(|run| !run.quarantined) else { return Ok(None) };
+    if !run.taken {
+        return Ok(Some(RunClaim::Suspect));
+    }
+    Ok(Some(RunClaim::Owned(Box::new(OwnedRun {
         set: Set {
             run_id: request.run_id.to_owned(),
             zip_codes: run.zip_codes,
@@ -379,7 +426,8 @@ async fn take_run(
         valued: run.valued,
         failed: run.failed,
         attempts: run.attempts,
-    }))
+        deaths: run.deaths,
+    }))))
 }
 
 /// Fixes the set: how many listings match and which is the last of them; by zip codes, which can change, also each one. An

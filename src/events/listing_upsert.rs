@@ -1,8 +1,10 @@
 //! `listing.upsert`: one listing, one statement, milliseconds.
 
 use super::envelope::Event;
-use crate::db::listings::Listing;
+use super::valuations_refresh::other_event;
+use crate::db::listings::{Listing, Upsert};
 use crate::db::{Database, DbError};
+use crate::fault;
 use crate::queue::{Outcome, Refusal};
 
 /// Reads and checks the data of an upsert event.
@@ -12,11 +14,17 @@ pub(super) fn decode(event: &Event<'_>) -> Result<Listing, Refusal> {
     Ok(listing)
 }
 
-/// Writes the listing unless a newer event has written it already.
+/// Writes the listing unless a newer event has written it already, or an event with this id was applied before.
 pub(super) async fn handle(database: &Database, event: &Event<'_>, listing: &Listing) -> Result<Outcome, Refusal> {
-    Ok(match database.upsert_listing(listing, event.time, &event.id).await {
-        Ok(true) => Outcome::Done { rows: 1, note: "".into() },
-        Ok(false) => Outcome::Done { rows: 0, note: "a newer event, or this one, was there already".into() },
+    let digest = event.digest()?;
+    fault::point("upsert.before_commit", &event.id);
+    let upserted = database.upsert_listing(listing, event.time, &event.id, &digest).await;
+    fault::point("upsert.after_commit", &event.id);
+    Ok(match upserted {
+        Ok(Upsert::Written) => Outcome::Done { rows: 1, note: "".into() },
+        Ok(Upsert::Older) => Outcome::Done { rows: 0, note: "a newer event was there already".into() },
+        Ok(Upsert::Repeated) => Outcome::Done { rows: 0, note: "this event was there already".into() },
+        Ok(Upsert::OtherEvent) => return Err(other_event(&event.id)),
         Err(error @ DbError::Refused { .. }) => {
             return Err(Refusal { code: "invalid_data", reason: error.to_string() });
         }

@@ -3,8 +3,10 @@
 //! [`Events`] is the handler that the consumers are given. It decodes a delivery, sends a slow event that came in on the
 //! common lane to its own, and runs the rest where it is.
 
+mod attempts;
 pub mod cancels;
 pub mod envelope;
+mod gate;
 mod listing_upsert;
 pub mod recorder;
 pub mod relay;
@@ -21,12 +23,16 @@ use tokio::sync::{Notify, OnceCell, Semaphore};
 
 use crate::config::{self, Backoff};
 use crate::db::Database;
+use crate::fault;
 use crate::kafka::Publisher;
 use crate::metrics::Metrics;
 use crate::partner::Partner;
 use crate::queue::sqs::{Queue, Sqs, SqsError};
 use crate::queue::{Delivery, Handler, Outcome, Refusal};
+pub use attempts::Ended;
 use envelope::Event;
+pub use gate::Gate;
+use gate::Pass;
 use recorder::Recorder;
 use request::Request;
 
@@ -88,6 +94,10 @@ pub struct Events {
     pub publish_page_size: usize,
     /// Wakes the relay after a commit.
     pub outbox: Arc<Notify>,
+    /// Lets suspects work alone.
+    pub gate: Gate,
+    /// Ends of attempts that Postgres has not taken yet.
+    pub ended: Ended,
     /// Keeps what was consumed from the common lane, where that was asked for.
     pub recorder: Option<Recorder>,
     /// Counts.
@@ -97,9 +107,12 @@ pub struct Events {
 impl Handler for Events {
     fn handle<'a>(&'a self, delivery: &'a Delivery) -> BoxFuture<'a, Outcome> {
         async move {
-            let outcome = match self.dispatch(delivery).await {
-                Ok(outcome) => outcome,
-                Err(refusal) => Outcome::Refuse(refusal),
+            let outcome = match self.begin(delivery).await {
+                Ok(pass) => match self.dispatch(delivery, pass).await {
+                    Ok(outcome) => outcome,
+                    Err(refusal) => Outcome::Refuse(refusal),
+                },
+                Err(outcome) => outcome,
             };
             if let (Some(recorder), true) = (&self.recorder, delivery.lane == lane::EVENTS)
                 && matches!(outcome, Outcome::Done { .. } | Outcome::Forwarded(_))
@@ -110,25 +123,31 @@ impl Handler for Events {
         }
         .boxed()
     }
+
+    fn conclude<'a>(&'a self, delivery: &'a Delivery) -> BoxFuture<'a, ()> {
+        self.conclude_attempt(delivery).boxed()
+    }
 }
 
 impl Events {
-    async fn dispatch(&self, delivery: &Delivery) -> Result<Outcome, Refusal> {
+    async fn dispatch(&self, delivery: &Delivery, pass: Pass<'_>) -> Result<Outcome, Refusal> {
+        fault::point("events.decode", &delivery.message.id);
         let event = Event::decode(&delivery.message.body)?;
         delivery.identify(request::kind(&event)?, &event.id);
+        fault::point("events.begin", &event.id);
         match Request::decode(&event)? {
             Request::Upsert(listing) => listing_upsert::handle(&self.database, &event, &listing).await,
             Request::Refresh(data) => {
                 if delivery.lane != lane::VALUATIONS {
                     return Ok(self.forward(delivery, lane::VALUATIONS).await);
                 }
-                valuations_refresh::handle(self, &event, &data, delivery).await
+                valuations_refresh::handle(self, &event, &data, delivery, pass).await
             }
             Request::Publish(data) => {
                 if delivery.lane != lane::POST_PROCESSING {
                     return Ok(self.forward(delivery, lane::POST_PROCESSING).await);
                 }
-                valuations_publish::handle(self, &event, &data, delivery).await
+                valuations_publish::handle(self, &event, &data, delivery, pass).await
             }
         }
     }
@@ -138,10 +157,14 @@ impl Events {
     async fn forward(&self, delivery: &Delivery, to: &'static str) -> Outcome {
         let sent = async {
             let queue = self.lanes.queue(to).await?;
+            fault::point("forward.before_send", delivery.fault_key());
             self.sqs.send(queue, &delivery.message.body, None).await
         };
         match sent.await {
-            Ok(()) => Outcome::Forwarded(to),
+            Ok(()) => {
+                fault::point("forward.after_send", delivery.fault_key());
+                Outcome::Forwarded(to)
+            }
             Err(error) => Outcome::Retry(error.into()),
         }
     }

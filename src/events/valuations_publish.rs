@@ -6,11 +6,14 @@ use std::time::Duration;
 use futures::TryFutureExt;
 use serde::Deserialize;
 
+use super::attempts::quarantined;
 use super::envelope::Event;
+use super::gate::Pass;
 use super::valuations_refresh::{AFTER_LEASE, other_event};
 use super::{Events, UNFINISHED_RUN_WAIT};
 use crate::db::publications::{OwnedPublication, PublicationClaim};
 use crate::db::{DbError, valuations};
+use crate::fault;
 use crate::kafka::{Record, Records, Valuation};
 use crate::queue::lease::{Role, StopReason};
 use crate::queue::{Delivery, Outcome, Refusal};
@@ -38,17 +41,39 @@ enum Ended {
 }
 
 /// Claims the publication, publishes, and ends it.
-pub(super) async fn handle(
-    events: &Events,
+pub(super) async fn handle<'a>(
+    events: &'a Events,
     event: &Event<'_>,
     data: &Data,
     delivery: &Delivery,
+    mut pass: Pass<'a>,
 ) -> Result<Outcome, Refusal> {
     let digest = event.digest()?;
     let run_id = data.run_id.as_str();
-    let claim = events.database.claim_publication(&event.id, &digest, run_id, delivery.lease.run_lease()).await;
-    let publication = match claim {
+    let claim = async |alone| {
+        events.database.claim_publication(&event.id, &digest, run_id, delivery.lease.run_lease(), alone).await
+    };
+    let mut claimed = claim(pass.is_alone()).await;
+    if let Ok(PublicationClaim::Suspect) = claimed {
+        // While it waits it is not begun: what dies meanwhile is not its doing.
+        events.forget(delivery).await;
+        drop(pass);
+        pass = match events.begin_alone(delivery).await {
+            Ok(alone) => alone,
+            Err(outcome) => return Ok(outcome),
+        };
+        claimed = claim(true).await;
+    }
+    let publication = match claimed {
         Ok(PublicationClaim::Owned(publication)) => *publication,
+        Ok(PublicationClaim::Suspect) => {
+            return Ok(Outcome::Retry(anyhow::anyhow!("a suspect publication was not let begin alone")));
+        }
+        Ok(PublicationClaim::Quarantined(deaths)) => {
+            let mut refusal = quarantined(&format!("publication {} of run {run_id}", event.id), &deaths);
+            refusal.reason += "; `write-api send publish` publishes the run anew";
+            return Err(refusal);
+        }
         Ok(PublicationClaim::Complete) => {
             return Ok(Outcome::Done { rows: 0, note: "the publication was complete already".into() });
         }
@@ -69,7 +94,12 @@ pub(super) async fn handle(
         Err(error @ DbError::Unavailable { .. }) => return Ok(Outcome::Retry(error.into())),
     };
     delivery.lease.hold_run(Role::Publisher, run_id, publication.token);
-    let ended = publish(events, event, run_id, &publication, delivery).await;
+    fault::point("publication.claimed", &event.id);
+    // From now on the publication's own record says that work has begun.
+    events.forget(delivery).await;
+    // Let go with the first progress, or else at the end of all.
+    let mut pass = Some(pass);
+    let ended = publish(events, event, run_id, &publication, delivery, &mut pass).await;
     Ok(end(events, event, &publication, delivery, ended).await)
 }
 
@@ -79,6 +109,7 @@ async fn publish(
     run_id: &str,
     publication: &OwnedPublication,
     delivery: &Delivery,
+    pass: &mut Option<Pass<'_>>,
 ) -> Ended {
     let records = Records::new(run_id, publication.completed_at, publication.traceparent.as_deref());
     let limit = events.publish_page_size;
@@ -106,8 +137,14 @@ async fn publish(
             () = delivery.lease.nearly_over(HANDOVER) => return Ended::Stopped(StopReason::Shutdown),
         };
         let published = page.len();
-        match events.database.advance_publication(&event.id, publication.token, last, published as i64).await {
-            Ok(true) => rows += published as u64,
+        fault::point("publication.before_advance", &event.id);
+        let advanced = events.database.advance_publication(&event.id, publication.token, last, published as i64).await;
+        fault::point("publication.after_advance", &event.id);
+        match advanced {
+            Ok(true) => {
+                rows += published as u64;
+                *pass = None;
+            }
             Ok(false) => {
                 events.metrics.fenced.inc();
                 return Ended::Stopped(StopReason::Lost);
@@ -145,13 +182,17 @@ async fn end(
     delivery.lease.forget_run();
     let (outcome, error) = match ended {
         Ended::AllPublished { rows } => {
-            match events.database.complete_publication(&event.id, publication.token).await {
+            fault::point("publication.before_complete", &event.id);
+            let completed = events.database.complete_publication(&event.id, publication.token).await;
+            fault::point("publication.after_complete", &event.id);
+            match completed {
                 Ok(true) => return Outcome::Done { rows, note: "".into() },
                 Ok(false) => return Outcome::Lost,
                 Err(error) => (Outcome::Retry(error.into()), None),
             }
         }
-        Ended::Stopped(StopReason::Lost) => return Outcome::Lost,
+        // Given back as well, by our own token: the attempt has ended and did not die.
+        Ended::Stopped(StopReason::Lost) => (Outcome::Lost, None),
         Ended::Stopped(StopReason::Shutdown) => {
             (Outcome::Release("stopped before every page was published".into()), None)
         }

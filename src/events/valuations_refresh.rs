@@ -14,10 +14,13 @@ use serde::Deserialize;
 use time::OffsetDateTime;
 
 use self::work::{Ended, Work};
+use super::attempts::quarantined;
 use super::envelope::{self, Event};
+use super::gate::Pass;
 use super::{Events, lane};
 use crate::db::DbError;
 use crate::db::runs::{Completion, OwnedRun, RunClaim, RunRequest};
+use crate::fault;
 use crate::queue::lease::{Role, StopReason};
 use crate::queue::{Delivery, Outcome, Refusal};
 
@@ -67,17 +70,17 @@ pub(super) fn decode(event: &Event<'_>) -> Result<Data, Refusal> {
 }
 
 /// Claims the run, works on it, and ends it.
-pub(super) async fn handle(
-    events: &Events,
+pub(super) async fn handle<'a>(
+    events: &'a Events,
     event: &Event<'_>,
     data: &Data,
     delivery: &Delivery,
+    pass: Pass<'a>,
 ) -> Result<Outcome, Refusal> {
-    let run = match claim(events, event, data, delivery).await? {
-        Ok(run) => run,
+    let (run, pass) = match claim(events, event, data, delivery, pass).await? {
+        Ok(claimed) => claimed,
         Err(outcome) => return Ok(outcome),
     };
-    delivery.lease.hold_run(Role::Owner, &run.set.run_id, run.token);
     if run.attempts > 1 {
         tracing::info!(
             event_id = run.set.run_id,
@@ -85,19 +88,23 @@ pub(super) async fn handle(
             done = run.valued + run.failed,
             selected = run.selected,
             attempt = run.attempts,
+            deaths = run.deaths,
             "run resumed"
         );
     }
-    let (ended, unanswered) = Work::new(events, &run, delivery).run().await;
+    // Let go with the first progress, or else at the end of all.
+    let mut pass = Some(pass);
+    let (ended, unanswered) = Work::new(events, &run, delivery, &mut pass).run().await;
     Ok(end(events, event, &run, delivery, ended, unanswered).await)
 }
 
-async fn claim(
-    events: &Events,
+async fn claim<'a>(
+    events: &'a Events,
     event: &Event<'_>,
     data: &Data,
     delivery: &Delivery,
-) -> Result<Result<OwnedRun, Outcome>, Refusal> {
+    mut pass: Pass<'a>,
+) -> Result<Result<(OwnedRun, Pass<'a>), Outcome>, Refusal> {
     let request = RunRequest {
         run_id: &event.id,
         digest: event.digest()?,
@@ -108,12 +115,35 @@ async fn claim(
         limit: data.limit,
         data: event.data_text(),
     };
-    Ok(match events.database.claim_run(&request, delivery.lease.run_lease()).await {
-        Ok(RunClaim::Owned(run)) => Ok(*run),
+    let mut claim = events.database.claim_run(&request, delivery.lease.run_lease(), pass.is_alone()).await;
+    if let Ok(RunClaim::Suspect) = claim {
+        // While it waits it is not begun: what dies meanwhile is not its doing.
+        events.forget(delivery).await;
+        drop(pass);
+        pass = match events.begin_alone(delivery).await {
+            Ok(alone) => alone,
+            Err(outcome) => return Ok(Err(outcome)),
+        };
+        claim = events.database.claim_run(&request, delivery.lease.run_lease(), true).await;
+    }
+    Ok(match claim {
+        Ok(RunClaim::Owned(run)) => {
+            delivery.lease.hold_run(Role::Owner, &run.set.run_id, run.token);
+            fault::point("run.claimed", &event.id);
+            // From now on the run's own record says that work has begun.
+            events.forget(delivery).await;
+            Ok((*run, pass))
+        }
         Ok(RunClaim::Busy(left)) => Err(Outcome::Defer(left + AFTER_LEASE, "another attempt works on the run".into())),
+        Ok(RunClaim::Suspect) => Err(Outcome::Retry(anyhow::anyhow!("a suspect run was not let begin alone"))),
+        Ok(RunClaim::Quarantined(deaths)) => {
+            let mut refusal = quarantined(&format!("run {}", event.id), &deaths);
+            refusal.reason += "; `write-api retry` lets it go on";
+            return Err(refusal);
+        }
         Ok(RunClaim::Complete) => Err(Outcome::Done { rows: 0, note: "the run was complete already".into() }),
-        Ok(RunClaim::Stopped { state }) => {
-            let note = format!("the run is {state} and is left as it is; `write-api retry` lets it go on");
+        Ok(RunClaim::Cancelled) => {
+            let note = "the run is cancelled and is left as it is; `write-api retry` lets it go on";
             Err(Outcome::Done { rows: 0, note: note.into() })
         }
         Ok(RunClaim::OtherEvent) => return Err(other_event(&event.id)),
@@ -169,7 +199,9 @@ async fn end(
                 Err(error) => (None, Some(error.into())),
             }
         }
-        Ended::Stopped { reason: StopReason::Lost, .. } => return Outcome::Lost,
+        // Given back as well, by our own token: the attempt has ended and did not die. If somebody else has the run, that
+        // changes nothing.
+        Ended::Stopped { reason: StopReason::Lost, .. } => (Some(Outcome::Lost), None),
         Ended::Stopped { reason: StopReason::Shutdown, .. } => {
             (Some(Outcome::Release(format!("stopped with {unanswered} listings begun and unanswered").into())), None)
         }
@@ -200,7 +232,9 @@ async fn complete(
     let (publish_id, body) = envelope::publish_event(run_id, OffsetDateTime::now_utc(), event.traceparent.as_deref());
     // A completed run has no owner: renewing it meanwhile would look like having lost it.
     delivery.lease.forget_run();
+    fault::point("run.before_complete", run_id);
     let done = events.database.complete_run(run_id, run.token, lane::POST_PROCESSING, publish_id, &body).await?;
+    fault::point("run.after_complete", run_id);
     match done {
         Completion::Complete => events.outbox.notify_one(),
         Completion::CancelRequested => {}

@@ -20,6 +20,7 @@ use super::lease::Keeper;
 use super::sqs::{self, BATCH, Queue, Sqs};
 use super::{Delivery, Handler, Message, Outcome};
 use crate::config::{self, Backoff};
+use crate::fault;
 use crate::health::{Beat, Dependency};
 use crate::lifecycle::{Company, Stop};
 use crate::metrics::Metrics;
@@ -271,6 +272,7 @@ impl Consumer {
                 self.parts.dependency.up();
                 let outcome = Poll::Received { full: messages.len() == asked, any: !messages.is_empty() };
                 for message in messages {
+                    fault::point("queue.received", &message.id);
                     let permit = permits.pop().expect("SQS never delivers more than was asked for");
                     let lease = self.parts.keeper.hold(
                         &self.source,
@@ -309,14 +311,20 @@ impl Consumer {
         in_flight.inc();
         let started = Instant::now();
         let handling = AssertUnwindSafe(self.parts.handler.handle(&delivery)).catch_unwind();
-        let outcome = tokio::select! {
+        let (outcome, in_order) = tokio::select! {
             biased;
             outcome = handling => match outcome {
-                Ok(outcome) => outcome,
-                Err(panic) => Outcome::Retry(anyhow::anyhow!("the handler panicked: {}", panic_message(&*panic))),
+                Ok(outcome) => (outcome, true),
+                Err(panic) => {
+                    let error = anyhow::anyhow!("the handler panicked: {}", panic_message(&*panic));
+                    (Outcome::Retry(error), false)
+                }
             },
-            () = self.parts.stop.ended() => Outcome::Release("the time to stop ran out".into()),
+            () = self.parts.stop.ended() => (Outcome::Release("the time to stop ran out".into()), true),
         };
+        if in_order {
+            self.parts.handler.conclude(&delivery).await;
+        }
         self.report(&delivery, &outcome, started.elapsed());
         self.settle(delivery, outcome).await;
         in_flight.dec();
@@ -381,15 +389,15 @@ impl Consumer {
         let backoff = self.parts.queue.retry;
         let visible_in = match outcome {
             Outcome::Done { .. } | Outcome::Cancelled { .. } | Outcome::Forwarded(_) => {
-                self.deleter.delete(delivery.message.receipt, delivery.lease).await;
-                return;
+                return self.delete(delivery).await;
             }
             Outcome::Lost => return,
             Outcome::Refuse(refusal) => {
+                fault::point("refuse.before_send", delivery.fault_key());
                 match self.parts.sqs.send_refused(&self.dead, &refusal, &delivery.message, &self.source).await {
                     Ok(()) => {
-                        self.deleter.delete(delivery.message.receipt, delivery.lease).await;
-                        return;
+                        fault::point("refuse.after_send", delivery.fault_key());
+                        return self.delete(delivery).await;
                     }
                     Err(error) => {
                         tracing::error!(%error, "a refused event did not reach its dead-letter queue; trying again later");
@@ -401,6 +409,50 @@ impl Consumer {
             Outcome::Defer(after, _) => after,
             Outcome::Release(_) => Duration::ZERO,
         };
+        if self.is_worn(&delivery) && self.send_anew(&delivery, visible_in).await {
+            return self.delete(delivery).await;
+        }
+        self.give_back_in(delivery, visible_in).await;
+    }
+
+    async fn delete(&self, delivery: Delivery) {
+        let Message { id, receipt, .. } = delivery.message;
+        self.deleter.delete(id, receipt, delivery.lease).await;
+    }
+
+    /// Whether the message nears the number of receives after which SQS would take it for dead. A stop gives it back all
+    /// the same: that costs one receive, and a send could cost the time that is left.
+    fn is_worn(&self, delivery: &Delivery) -> bool {
+        delivery.message.receive_count >= self.parts.queue.most_receives && !self.parts.stop.is_draining()
+    }
+
+    /// Sends the body as a new message, whose receives count from 0, to the same queue. Until the old one is deleted there
+    /// are two of them, which the event's id absorbs.
+    async fn send_anew(&self, delivery: &Delivery, visible_in: Duration) -> bool {
+        let Message { id, body, receive_count, .. } = &delivery.message;
+        fault::point("resend.before_send", delivery.fault_key());
+        match self.parts.sqs.send_delayed(&self.source, body, None, visible_in).await {
+            Ok(()) => {
+                fault::point("resend.after_send", delivery.fault_key());
+                self.parts.metrics.resent.with_label_values(&[self.parts.lane]).inc();
+                let event_id = delivery.identity().map_or("", |identity| identity.event_id.as_str());
+                tracing::info!(
+                    event_id,
+                    message_id = id,
+                    receive_count,
+                    lane = self.parts.lane,
+                    "an event that was received very often was sent anew"
+                );
+                true
+            }
+            Err(error) => {
+                tracing::warn!(message_id = id, receive_count, %error, "an event was not sent anew and is given back");
+                false
+            }
+        }
+    }
+
+    async fn give_back_in(&self, delivery: Delivery, visible_in: Duration) {
         let entry = [(delivery.message.receipt, visible_in)];
         delivery.lease.let_go().await;
         match self.parts.sqs.change_visibility(&self.source, &entry).await.map(|mut results| results.pop()) {

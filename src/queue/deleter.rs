@@ -9,12 +9,18 @@ use tokio::time::{Instant, timeout_at};
 
 use super::lease::Lease;
 use super::sqs::{BATCH, Queue, Sqs};
+use crate::fault;
 
 /// Delete calls in flight a lane.
 const CALLS: usize = 4;
 
-/// A finished message; its lease lasts until SQS has been told, so that it is not delivered again meanwhile.
-type Finished = (String, Lease);
+/// A finished message.
+struct Finished {
+    message_id: String,
+    receipt: String,
+    /// Lasts until SQS has been told, so that the message is not delivered again meanwhile.
+    lease: Lease,
+}
 
 /// Takes finished messages and deletes them in batches.
 pub struct Deleter {
@@ -31,8 +37,8 @@ impl Deleter {
     }
 
     /// Hands over a finished message.
-    pub async fn delete(&self, receipt: String, lease: Lease) {
-        if self.sender.send((receipt, lease)).await.is_err() {
+    pub async fn delete(&self, message_id: String, receipt: String, lease: Lease) {
+        if self.sender.send(Finished { message_id, receipt, lease }).await.is_err() {
             tracing::error!("the deleter has ended early; the message will be delivered again and recognised");
         }
     }
@@ -67,11 +73,20 @@ async fn collect(sqs: Sqs, queue: Queue, linger: Duration, mut receiver: mpsc::R
 
 /// Not retried: a message that stays is delivered again after its visibility timeout and found to be done.
 async fn delete(sqs: &Sqs, queue: &Queue, batch: Vec<Finished>) {
-    let (receipts, leases): (Vec<String>, Vec<Lease>) = batch.into_iter().unzip();
+    let mut receipts = Vec::with_capacity(batch.len());
+    let mut leases = Vec::with_capacity(batch.len());
+    let mut message_ids = Vec::with_capacity(batch.len());
+    for Finished { message_id, receipt, lease } in batch {
+        receipts.push(receipt);
+        leases.push(lease);
+        message_ids.push(message_id);
+    }
+    message_ids.iter().for_each(|message_id| fault::point("queue.before_delete", message_id));
     match sqs.delete(queue, &receipts).await {
         Ok(0) => {}
         Ok(left) => tracing::warn!(queue = %queue.name, left, "SQS did not delete some messages; they will come again"),
         Err(error) => tracing::warn!(%error, messages = receipts.len(), "delete failed; the messages will come again"),
     }
+    message_ids.iter().for_each(|message_id| fault::point("queue.after_delete", message_id));
     drop(leases);
 }

@@ -268,6 +268,12 @@ impl Lease {
         }
     }
 
+    /// The run that is held: in which role, its id and the token.
+    pub fn held_run(&self) -> Option<(Role, String, Uuid)> {
+        let held = self.shared.held();
+        held.get(&self.id)?.run.as_ref().map(|run| (run.role, run.run_id.clone(), run.token))
+    }
+
     /// Waits until the work must stop, and says why.
     pub async fn stopped(&self) -> StopReason {
         let mut stopped = self.stopped.clone();

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use lease::Lease;
 
@@ -42,6 +43,8 @@ pub struct Delivery {
     pub lane: &'static str,
     /// Keeps the message hidden; says when the work must stop.
     pub lease: Lease,
+    /// Tells this handling of the message from all others.
+    pub attempt: Uuid,
     identity: OnceLock<Identity>,
 }
 
@@ -55,9 +58,14 @@ pub struct Identity {
 }
 
 impl Delivery {
+    /// What faults are ordered for: the event's id, or the message's where that is not known.
+    pub fn fault_key(&self) -> &str {
+        self.identity().map_or(&self.message.id, |identity| &identity.event_id)
+    }
+
     /// A delivery of `message` on `lane`.
     pub fn new(message: Message, lane: &'static str, lease: Lease) -> Self {
-        Delivery { message, lane, lease, identity: OnceLock::new() }
+        Delivery { message, lane, lease, attempt: Uuid::new_v4(), identity: OnceLock::new() }
     }
 
     /// Tells what the delivery is, as soon as that is known; a panic later on is then reported with it.
@@ -131,4 +139,8 @@ pub struct Refusal {
 pub trait Handler: Send + Sync + 'static {
     /// Handles one delivery. A panic costs this delivery a retry and nothing else.
     fn handle<'a>(&'a self, delivery: &'a Delivery) -> BoxFuture<'a, Outcome>;
+
+    /// Called after each handling that ended in order, cut short by a stop included, and before its message is ended. Not
+    /// after a panic: that counts as the death of the work.
+    fn conclude<'a>(&'a self, delivery: &'a Delivery) -> BoxFuture<'a, ()>;
 }

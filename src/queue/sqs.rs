@@ -48,6 +48,9 @@ pub fn batch_length(bodies: &[&str]) -> usize {
     fits.count()
 }
 
+/// The longest that SQS holds a message back when it is sent.
+pub const MOST_DELAY: Duration = Duration::from_secs(900);
+
 /// Name of the message attribute that carries the reason of a refused message, a JSON object of at most 1 KiB.
 pub const REASON_ATTRIBUTE: &str = "reason";
 
@@ -286,9 +289,23 @@ impl Sqs {
 
     /// Sends one message, retrying what passes.
     pub async fn send(&self, queue: &Queue, body: &str, refusal: Option<&str>) -> Result<(), SqsError> {
+        self.send_delayed(queue, body, refusal, Duration::ZERO).await
+    }
+
+    /// As [`send`](Self::send); nobody receives the message before `delay` is over, at most [`MOST_DELAY`].
+    pub async fn send_delayed(
+        &self,
+        queue: &Queue,
+        body: &str,
+        refusal: Option<&str>,
+        delay: Duration,
+    ) -> Result<(), SqsError> {
         let action = "SendMessage";
         let call = async {
             let mut request = self.client.send_message().queue_url(&*queue.url).message_body(body);
+            if !delay.is_zero() {
+                request = request.delay_seconds(whole_seconds(delay.min(MOST_DELAY)));
+            }
             if let Some(reason) = refusal {
                 let attribute = MessageAttributeValue::builder().data_type("String").string_value(reason).build();
                 request = request.message_attributes(REASON_ATTRIBUTE, attribute.expect("the data type is set"));

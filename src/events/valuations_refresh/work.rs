@@ -17,6 +17,8 @@ use crate::db::listings::PageRow;
 use crate::db::runs::{self, OwnedRun};
 use crate::db::valuations::Answers;
 use crate::events::Events;
+use crate::events::gate::Pass;
+use crate::fault;
 use crate::partner::{Permit, Request, RunKey, Verdict};
 use crate::queue::Delivery;
 use crate::queue::lease::StopReason;
@@ -67,10 +69,12 @@ struct Answer {
     verdict: Verdict,
 }
 
-pub(super) struct Work<'a> {
+pub(super) struct Work<'a, 'p> {
     events: &'a Events,
     run: &'a OwnedRun,
     delivery: &'a Delivery,
+    /// Let go with the first progress.
+    pass: &'a mut Option<Pass<'p>>,
     key: RunKey,
     /// Where the next page begins.
     read_to: i64,
@@ -84,12 +88,18 @@ pub(super) struct Work<'a> {
     counted: (i64, i64),
 }
 
-impl<'a> Work<'a> {
-    pub(super) fn new(events: &'a Events, run: &'a OwnedRun, delivery: &'a Delivery) -> Self {
+impl<'a, 'p> Work<'a, 'p> {
+    pub(super) fn new(
+        events: &'a Events,
+        run: &'a OwnedRun,
+        delivery: &'a Delivery,
+        pass: &'a mut Option<Pass<'p>>,
+    ) -> Self {
         Work {
             events,
             run,
             delivery,
+            pass,
             key: RunKey::new(&run.set.run_id),
             read_to: run.cursor,
             exhausted: false,
@@ -173,7 +183,9 @@ impl<'a> Work<'a> {
     fn batch_is_due(&self, linger: &Pin<&mut Sleep>, no_calls: bool) -> bool {
         let rows = self.batch.listing_ids.len();
         let no_more = no_calls && self.exhausted && self.pages.is_empty();
-        rows > 0 && (rows >= self.events.refresh.page_size || linger.is_elapsed() || no_more)
+        // After a death the first answer counts: progress that waited for others would be lost with the next one.
+        let is_urgent = self.run.deaths > 0 && self.rows_committed == 0;
+        rows > 0 && (rows >= self.events.refresh.page_size || linger.is_elapsed() || no_more || is_urgent)
     }
 
     fn read_page(&self) -> BoxFuture<'a, ReadPage> {
@@ -254,7 +266,13 @@ impl<'a> Work<'a> {
         let answers = std::mem::take(&mut self.batch);
         let cursor = self.progress.cursor();
         let (events, run) = (self.events, self.run);
-        async move { events.database.commit_answers(&run.set.run_id, run.token, &answers, cursor).await }.boxed()
+        async move {
+            fault::point("run.before_commit", &run.set.run_id);
+            let done = events.database.commit_answers(&run.set.run_id, run.token, &answers, cursor).await;
+            fault::point("run.after_commit", &run.set.run_id);
+            done
+        }
+        .boxed()
     }
 
     fn committed(&mut self, done: Result<Option<runs::Progress>, DbError>) -> Result<(), Ended> {
@@ -268,6 +286,9 @@ impl<'a> Work<'a> {
                     self.events.metrics.rows.with_label_values(&[state]).inc_by(rows.max(0) as u64);
                 }
                 let terminal = progress.valued + progress.failed;
+                if terminal > valued + failed {
+                    *self.pass = None;
+                }
                 tracing::debug!(
                     event_id = self.run.set.run_id,
                     terminal,
