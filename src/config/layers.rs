@@ -17,6 +17,13 @@ pub const DEFAULTS: &str = include_str!("../../config/default.toml");
 /// What every environment variable of the service starts with.
 pub const ENV_PREFIX: &str = "WRITE_API_";
 
+/// Variables with the prefix that are no settings. The orders for fault points are known to builds that have such points;
+/// to a release they are a mistake like any other unknown name.
+#[cfg(not(feature = "fault-injection"))]
+const OTHERS: &[&str] = &["WRITE_API_CONFIG"];
+#[cfg(feature = "fault-injection")]
+const OTHERS: &[&str] = &["WRITE_API_CONFIG", "WRITE_API_FAULTS", "WRITE_API_PLANTED_BUG"];
+
 /// Where a value came from, as the operator would look for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
@@ -137,7 +144,7 @@ impl Layers {
     fn lay_environment(&mut self, environment: impl Iterator<Item = (String, String)>) {
         let names: BTreeMap<String, String> = self.entries.keys().map(|key| (variable(key), key.clone())).collect();
         for (name, value) in environment {
-            if !name.starts_with(ENV_PREFIX) || name == "WRITE_API_CONFIG" {
+            if !name.starts_with(ENV_PREFIX) || OTHERS.contains(&name.as_str()) {
                 continue;
             }
             let source = Source::Environment(name.clone());

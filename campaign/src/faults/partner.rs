@@ -1,0 +1,108 @@
+//! The partner at its worst.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use local_stack::Behaviour;
+use local_stack::partner::{RetryAfter, Stats};
+
+use super::{Injection, Scene};
+use crate::replica::LOOK;
+
+/// Until there is work to be met.
+const BUSY_LIMIT: Duration = Duration::from_secs(60);
+
+/// What the partner does for some seconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Schedule {
+    /// 429, with all forms of Retry-After.
+    TooMany,
+    /// 500, 502 and 503 among good answers.
+    Errors,
+    /// 503 for everybody.
+    Outage,
+    /// No answer.
+    Hang,
+    /// Status 200 and nonsense.
+    Garbage,
+    /// The valuation is made and the connection closed.
+    AnswerLost,
+    /// Ten times slower, step by step.
+    Latency,
+}
+
+pub(super) async fn inject(scene: &mut Scene<'_>, schedule: Schedule) -> Result<Injection> {
+    scene.world.busy(BUSY_LIMIT).await?;
+    let good = current(scene)?;
+    let before = scene.world.partner.stats();
+    let time = Duration::from_millis(match schedule {
+        Schedule::Outage => scene.rng.u64(2_000..6_000),
+        _ => scene.rng.u64(1_500..3_500),
+    });
+    let forms = [RetryAfter::None, RetryAfter::Seconds(0), RetryAfter::Seconds(1), RetryAfter::Date(2)];
+    let retry_after = scene.rng.choice(forms).unwrap_or_default();
+    let mut late = 0;
+    let begun = Instant::now();
+    while begun.elapsed() < time {
+        let elapsed = begun.elapsed().as_secs_f64() / time.as_secs_f64();
+        scene.world.partner.control(|behaviour| {
+            change(behaviour, schedule, elapsed);
+            behaviour.retry_after = retry_after;
+        })?;
+        scene.world.check_alive()?;
+        if schedule == Schedule::Latency {
+            late = late.max(scene.world.partner.stats().in_flight);
+        }
+        // The work must not end before the fault does.
+        if scene.world.idle().await? {
+            scene.world.more(1).await?;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    scene.world.partner.control(|behaviour| *behaviour = good)?;
+    let hits = match schedule {
+        Schedule::Latency => late,
+        _ => count(schedule, &scene.world.partner.stats()) - count(schedule, &before),
+    };
+    let proof = format!("{hits} calls in {time:?}, Retry-After {retry_after:?}");
+    // The partner's client gives up late calls, whose connections are then lost.
+    Ok(Injection {
+        hits,
+        hits_at_work: hits,
+        proof,
+        interruptions: u64::from(schedule == Schedule::Latency),
+        ..Injection::new("partner")
+    })
+}
+
+fn current(scene: &Scene<'_>) -> Result<Behaviour> {
+    let mut now = Behaviour::default();
+    scene.world.partner.control(|behaviour| now = behaviour.clone())?;
+    Ok(now)
+}
+
+fn change(behaviour: &mut Behaviour, schedule: Schedule, elapsed: f64) {
+    match schedule {
+        Schedule::TooMany => behaviour.errors = BTreeMap::from([(429, 0.3)]),
+        Schedule::Errors => behaviour.errors = BTreeMap::from([(500, 0.1), (502, 0.1), (503, 0.1)]),
+        Schedule::Outage => behaviour.errors = BTreeMap::from([(503, 1.0)]),
+        Schedule::Hang => behaviour.hang_ratio = 0.2,
+        Schedule::Garbage => behaviour.garbage_ratio = 0.3,
+        Schedule::AnswerLost => behaviour.drop_ratio = 0.3,
+        // 60 ms to 600 ms.
+        Schedule::Latency => behaviour.latency_ms = 60 + (540.0 * elapsed) as u64,
+    }
+}
+
+fn count(schedule: Schedule, stats: &Stats) -> u64 {
+    let of = |statuses: &[u16]| statuses.iter().filter_map(|status| stats.by_status.get(status)).sum();
+    match schedule {
+        Schedule::TooMany => of(&[429]),
+        Schedule::Errors | Schedule::Outage => of(&[500, 502, 503]),
+        Schedule::Hang => stats.hung,
+        Schedule::Garbage => stats.garbage,
+        Schedule::AnswerLost => stats.dropped,
+        Schedule::Latency => 0,
+    }
+}

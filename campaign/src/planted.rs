@@ -1,0 +1,48 @@
+//! The test of the tests: mistakes that are made on purpose in the service, and the faults that must find them out.
+
+use crate::faults::Kind;
+
+/// A mistake, by its name in the service, and the kinds of faults that it cannot survive.
+#[derive(Clone, Copy, Debug)]
+pub struct Planted {
+    /// The value of `WRITE_API_PLANTED_BUG`.
+    pub name: &'static str,
+    /// Names of the kinds that are injected, in turn.
+    pub faults: &'static [&'static str],
+}
+
+/// All mistakes.
+pub const PLANTED: &[Planted] = &[
+    Planted { name: "delete-before-commit", faults: &["kill", "postgres-backend"] },
+    Planted { name: "no-unique-key", faults: &["kill"] },
+    Planted { name: "no-owner-check", faults: &["stop"] },
+    Planted { name: "cursor-ahead", faults: &["kill"] },
+    Planted { name: "outbox-by-sequence", faults: &["kill", "postgres-backend"] },
+    Planted { name: "no-kafka-flush", faults: &["kafka-down", "kill"] },
+    Planted { name: "retry-commit-as-new", faults: &["postgres-backend", "kill"] },
+    Planted { name: "no-receive-timeout", faults: &["kill"] },
+    Planted { name: "permit-leak", faults: &["term"] },
+    Planted { name: "attempt-by-receive", faults: &["term"] },
+    Planted { name: "visibility-never-extended", faults: &["partner-outage", "partner-latency"] },
+    Planted { name: "retry-after-ignored", faults: &["partner-429"] },
+];
+
+impl Planted {
+    /// The kinds.
+    #[must_use]
+    pub fn kinds(&self) -> Vec<Kind> {
+        self.faults.iter().filter_map(|name| Kind::named(name)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_mistake_has_faults_that_exist() {
+        for planted in PLANTED {
+            assert_eq!(planted.kinds().len(), planted.faults.len(), "{planted:?}");
+        }
+    }
+}

@@ -1,0 +1,452 @@
+//! One service and everything around it: a database, queues, a topic and a partner that nobody else uses.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use aws_sdk_sqs::types::{MessageSystemAttributeName, QueueAttributeName};
+use local_stack::{Behaviour, Environment, KafkaTap, PartnerStub, Stack};
+use sqlx::postgres::{PgPool, PgPoolOptions};
+use sqlx::{AssertSqlSafe, FromRow};
+
+use crate::checker::{Letter, Observed};
+use crate::replica::{LOOK, Replica};
+use crate::workload::{LANES, Lane, Message, SEEDED_AT, SEEDED_BY, Workload};
+
+/// Partner calls in flight, for each replica.
+pub const IN_FLIGHT: u64 = 40;
+/// Partner calls a second, for each replica.
+pub const RATE: u64 = 300;
+/// The partner's latency.
+const LATENCY_MS: u64 = 60;
+/// How long a message stays hidden from others without its keeper.
+pub const VISIBILITY: Duration = Duration::from_secs(4);
+/// From SIGTERM to the end.
+pub const GRACE: Duration = Duration::from_secs(8);
+/// Connections to the database, for each replica.
+pub const CONNECTIONS: i64 = 6;
+/// Work must be done this long after the last fault.
+pub const RECOVERY: Duration = Duration::from_secs(60);
+
+/// How large a world is.
+#[derive(Clone, Copy, Debug)]
+pub struct Size {
+    /// Listings of the beginning.
+    pub listings: i64,
+    /// Listings a page, answers a batch, records a page.
+    pub page: u64,
+    /// Processes.
+    pub replicas: usize,
+}
+
+/// A world.
+#[derive(Debug)]
+pub struct World {
+    /// The partner.
+    pub partner: PartnerStub,
+    /// The database, past all proxies.
+    pub database: PgPool,
+    /// The topic, read as it is written.
+    tap: KafkaTap,
+    /// The queues, past all proxies.
+    sqs: aws_sdk_sqs::Client,
+    urls: BTreeMap<Lane, [String; 2]>,
+    /// Settings of the service.
+    pub environment: Environment,
+    /// The processes.
+    pub replicas: Vec<Replica>,
+    /// What was put in.
+    pub workload: Workload,
+    /// More variables of every process.
+    pub variables: Vec<(String, String)>,
+    /// Where logs go.
+    pub directory: PathBuf,
+    /// Its size.
+    pub size: Size,
+}
+
+/// Who works on what at a moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq, FromRow)]
+pub struct AtWork {
+    /// Runs with an owner.
+    pub runs: i64,
+    /// Runs with a publisher.
+    pub publishers: i64,
+    /// Listings with a state, records published: grows with all progress.
+    pub progress: i64,
+}
+
+impl World {
+    /// A world in which nothing runs yet. `program` is the service, built with the feature `fault-injection`.
+    pub async fn create(stack: &Stack, program: &Path, size: Size, seed: u64, directory: &Path) -> Result<Self> {
+        let workload = Workload::new(seed, size.listings);
+        let unwanted = workload.inputs.unwanted.clone();
+        let partner =
+            PartnerStub::start(Behaviour { latency_ms: LATENCY_MS, forced: unwanted, ..Behaviour::default() })?;
+        let mut environment = stack.environment(&partner).await?;
+        settings(&mut environment, size);
+        let setup = Command::new(program).arg("setup").envs(environment.variables()).output();
+        let setup = setup.with_context(|| format!("cannot run {}", program.display()))?;
+        ensure!(setup.status.success(), "setup failed: {}", String::from_utf8_lossy(&setup.stderr));
+
+        let database = PgPoolOptions::new()
+            .max_connections(2)
+            .acquire_timeout(Duration::from_secs(30))
+            .connect_lazy(&format!("{}?application_name=campaign", environment.database_url()))?;
+        let sqs = stack.sqs().client().await;
+        let names = environment.names();
+        let mut urls = BTreeMap::new();
+        for lane in LANES {
+            let name = match lane {
+                Lane::Events => &names.events_queue,
+                Lane::Valuations => &names.valuations_queue,
+                Lane::PostProcessing => &names.post_processing_queue,
+            };
+            let mut pair = [String::new(), String::new()];
+            for (url, name) in pair.iter_mut().zip([name.clone(), format!("{name}-dlq")]) {
+                let found = sqs.get_queue_url().queue_name(&name).send().await;
+                *url = found.with_context(|| format!("no queue {name}"))?.queue_url.unwrap_or_default();
+            }
+            urls.insert(lane, pair);
+        }
+        let tap = environment.tap()?;
+        let replicas = (1..=size.replicas).map(|number| Replica::new(number, program, directory)).collect();
+        let directory = directory.to_owned();
+        let world = Self {
+            partner,
+            database,
+            tap,
+            sqs,
+            urls,
+            environment,
+            replicas,
+            workload,
+            variables: Vec::new(),
+            directory,
+            size,
+        };
+        world.write_listings().await?;
+        Ok(world)
+    }
+
+    async fn write_listings(&self) -> Result<()> {
+        let homes = &self.workload.inputs.listings;
+        let ids: Vec<i64> = homes.iter().map(|home| home.id).collect();
+        let zip_codes: Vec<i32> = homes.iter().map(|home| home.zip_code).collect();
+        let prices: Vec<i64> = homes.iter().map(|home| home.price_cents).collect();
+        sqlx::query(
+            "INSERT INTO listings
+                (listing_id, zip_code, list_price_cents, bedrooms, living_square_feet, event_time, event_id)
+             SELECT *, 3, 1500, $4, $5 FROM unnest($1::bigint[], $2::integer[], $3::bigint[])",
+        )
+        .bind(ids)
+        .bind(zip_codes)
+        .bind(prices)
+        .bind(SEEDED_AT)
+        .bind(SEEDED_BY)
+        .execute(&self.database)
+        .await
+        .context("cannot write the first listings")?;
+        Ok(())
+    }
+
+    /// Starts every replica and waits until all are ready.
+    pub async fn start(&mut self) -> Result<()> {
+        for replica in 0..self.replicas.len() {
+            self.spawn(replica, "")?;
+        }
+        for replica in &mut self.replicas {
+            replica.ready().await?;
+        }
+        Ok(())
+    }
+
+    /// Starts a replica with orders for its fault points, none if empty, and waits for nothing.
+    pub fn spawn(&mut self, replica: usize, orders: &str) -> Result<()> {
+        let mut variables = self.variables.clone();
+        variables.push(("WRITE_API_FAULTS".to_owned(), orders.to_owned()));
+        self.replicas[replica].spawn(&self.environment, &variables)
+    }
+
+    /// Starts a replica without orders and waits until it is ready.
+    pub async fn restart(&mut self, replica: usize) -> Result<()> {
+        self.spawn(replica, "")?;
+        self.replicas[replica].ready().await
+    }
+
+    /// A replica that died without an order to. Called often: what nobody killed must not die.
+    pub fn check_alive(&self) -> Result<()> {
+        for replica in &self.replicas {
+            if let Some(status) = replica.exited()? {
+                bail!("{} ended by itself: {status}", replica.name);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends messages.
+    pub async fn send(&self, messages: Vec<Message>) -> Result<()> {
+        for message in messages {
+            let url = &self.urls[&message.lane][0];
+            self.sqs.send_message().queue_url(url).message_body(message.body).send().await?;
+        }
+        Ok(())
+    }
+
+    /// Some more of everything.
+    pub async fn more(&mut self, refreshes: usize) -> Result<()> {
+        let complete = self.complete_runs().await?;
+        let burst = self.workload.burst(refreshes, &complete);
+        self.send(burst).await
+    }
+
+    /// Runs that are complete.
+    pub async fn complete_runs(&self) -> Result<Vec<String>> {
+        let statement = "SELECT run_id FROM runs WHERE state = 'complete' ORDER BY run_id";
+        Ok(sqlx::query_scalar(statement).fetch_all(&self.database).await?)
+    }
+
+    /// Who works on what.
+    pub async fn at_work(&self) -> Result<AtWork> {
+        Ok(sqlx::query_as(
+            "SELECT count(owner) AS runs, count(publisher) AS publishers,
+                    (coalesce(sum(valued + failed), 0)
+                     + (SELECT coalesce(sum(published), 0) FROM publications))::bigint AS progress
+             FROM runs",
+        )
+        .fetch_one(&self.database)
+        .await?)
+    }
+
+    /// Waits until somebody works on a run, sending more work if there is none left.
+    pub async fn busy(&mut self, limit: Duration) -> Result<AtWork> {
+        let deadline = Instant::now() + limit;
+        loop {
+            self.check_alive()?;
+            let at_work = self.at_work().await?;
+            if at_work.runs > 0 && self.partner.stats().in_flight > 0 {
+                return Ok(at_work);
+            }
+            if self.idle().await? {
+                self.more(2).await?;
+            }
+            ensure!(Instant::now() < deadline, "nobody works on a run after {limit:?}: {at_work:?}");
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// A single value from the database.
+    pub async fn number(&self, statement: &str) -> Result<i64> {
+        Ok(sqlx::query_scalar(AssertSqlSafe(statement.to_owned())).fetch_one(&self.database).await?)
+    }
+
+    /// Visible and hidden messages of a lane's queue.
+    pub async fn depth(&self, lane: Lane) -> Result<(u64, u64)> {
+        let names = [
+            QueueAttributeName::ApproximateNumberOfMessages,
+            QueueAttributeName::ApproximateNumberOfMessagesNotVisible,
+        ];
+        let asked = self.sqs.get_queue_attributes().queue_url(&self.urls[&lane][0]);
+        let attributes = asked.set_attribute_names(Some(names.to_vec())).send().await?.attributes.unwrap_or_default();
+        let number = |name| attributes.get(name).and_then(|text| text.parse().ok()).unwrap_or(0);
+        Ok((number(&names[0]), number(&names[1])))
+    }
+
+    /// Whether there is nothing to do: no message, nothing to be sent, nothing half done.
+    pub async fn idle(&self) -> Result<bool> {
+        for lane in LANES {
+            if self.depth(lane).await? != (0, 0) {
+                return Ok(false);
+            }
+        }
+        let left = "SELECT (SELECT count(*) FROM outbox WHERE sent_at IS NULL)
+                         + (SELECT count(*) FROM runs WHERE state = 'running' OR owner IS NOT NULL OR publisher IS NOT NULL)
+                         + (SELECT count(*) FROM publications WHERE state = 'running')";
+        Ok(self.number(left).await? == 0)
+    }
+
+    /// Waits until there is nothing to do; what is left, if that does not happen.
+    pub async fn rest(&self, limit: Duration) -> Result<Option<String>> {
+        let deadline = Instant::now() + limit;
+        loop {
+            self.check_alive()?;
+            if self.idle().await? {
+                return Ok(None);
+            }
+            if Instant::now() >= deadline {
+                return Ok(Some(self.left().await?));
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// A text of what is left to do.
+    pub async fn left(&self) -> Result<String> {
+        let mut left = Vec::new();
+        for lane in LANES {
+            left.push(format!("{lane:?} {:?}", self.depth(lane).await?));
+        }
+        let runs =
+            "SELECT concat_ws(' ', run_id, state, valued, failed, selected, 'attempts', attempts, 'owner', owner,
+                        'lease', lease_until, 'publisher', publisher, 'now', clock_timestamp(), last_error)
+                    FROM runs WHERE state <> 'complete' OR owner IS NOT NULL OR publisher IS NOT NULL";
+        left.extend(sqlx::query_scalar(runs).fetch_all(&self.database).await?);
+        let publications =
+            "SELECT concat_ws(' ', 'publication', event_id, run_id, state, published, attempts, last_error)
+                            FROM publications WHERE state <> 'complete'";
+        left.extend(sqlx::query_scalar(publications).fetch_all(&self.database).await?);
+        left.extend(
+            sqlx::query_scalar("SELECT concat_ws(' ', 'outbox', event_id, lane) FROM outbox WHERE sent_at IS NULL")
+                .fetch_all(&self.database)
+                .await?,
+        );
+        Ok(left.join("; "))
+    }
+
+    /// Looks at everything. The dead-letter queues are emptied by it.
+    pub async fn observe(&self) -> Result<Observed> {
+        let database = &self.database;
+        let valuations: Vec<crate::checker::Valuation> = sqlx::query_as(
+            "SELECT run_id, listing_id, zip_code, list_price_cents, valuation_cents, confidence, failure FROM valuations",
+        )
+        .fetch_all(database)
+        .await?;
+        let records = self.records(valuations.iter().filter(|row| row.failure.is_none()).count() as u64).await;
+        let mut replicas = Vec::new();
+        for replica in &self.replicas {
+            replicas.push(replica.figures().await?);
+        }
+        let mut left = Vec::new();
+        for lane in LANES {
+            let (visible, hidden) = self.depth(lane).await?;
+            left.push((lane, visible, hidden));
+        }
+        Ok(Observed {
+            runs: sqlx::query_as(
+                "SELECT run_id, state, selected, valued, failed, attempts, event_time, event_data, completed_at,
+                        (owner IS NOT NULL OR publisher IS NOT NULL OR lease_until IS NOT NULL) AS held,
+                        (to_jsonb(runs) ->> 'deaths')::integer AS deaths
+                 FROM runs",
+            )
+            .fetch_all(database)
+            .await?,
+            valuations,
+            current: sqlx::query_as("SELECT listing_id, run_id, valuation_cents, confidence FROM listing_valuations")
+                .fetch_all(database)
+                .await?,
+            listings: sqlx::query_as(
+                "SELECT listing_id, zip_code, list_price_cents, event_id, event_time FROM listings",
+            )
+            .fetch_all(database)
+            .await?,
+            outbox: sqlx::query_as("SELECT event_id::text, lane, sent_at IS NOT NULL AS sent FROM outbox")
+                .fetch_all(database)
+                .await?,
+            publications: sqlx::query_as("SELECT event_id, run_id, state, published, attempts FROM publications")
+                .fetch_all(database)
+                .await?,
+            records,
+            records_missed: self.tap.missed(),
+            letters: self.letters().await?,
+            left,
+            partner: self.partner.stats(),
+            replicas,
+            connections: self
+                .number(
+                    "SELECT count(*) FROM pg_stat_activity
+                     WHERE datname = current_database() AND application_name <> 'campaign' AND pid <> pg_backend_pid()",
+                )
+                .await?,
+        })
+    }
+
+    /// The topic's records, once `distinct` different ones are there or no more come.
+    async fn records(&self, distinct: u64) -> Vec<local_stack::TapRecord> {
+        let mut last = (self.tap.count(), Instant::now());
+        while self.tap.distinct_ids() < distinct && last.1.elapsed() < Duration::from_secs(5) {
+            tokio::time::sleep(LOOK).await;
+            if self.tap.count() != last.0 {
+                last = (self.tap.count(), Instant::now());
+            }
+        }
+        self.tap.records()
+    }
+
+    async fn letters(&self) -> Result<Vec<Letter>> {
+        let mut letters = Vec::new();
+        for lane in LANES {
+            let url = &self.urls[&lane][1];
+            loop {
+                let request = self.sqs.receive_message().queue_url(url).max_number_of_messages(10);
+                let request = request
+                    .message_attribute_names("All")
+                    .message_system_attribute_names(MessageSystemAttributeName::ApproximateReceiveCount);
+                let messages = request.send().await?.messages.unwrap_or_default();
+                if messages.is_empty() {
+                    break;
+                }
+                for message in messages {
+                    let receipt = message.receipt_handle.unwrap_or_default();
+                    self.sqs.delete_message().queue_url(url).receipt_handle(receipt).send().await?;
+                    let attributes = message.message_attributes.unwrap_or_default();
+                    let reason = attributes.get("reason").and_then(|value| value.string_value.clone());
+                    let (body, reason) = (message.body.unwrap_or_default(), reason.unwrap_or_default());
+                    letters.push(Letter { lane, body, reason });
+                }
+            }
+        }
+        Ok(letters)
+    }
+
+    /// Removes what the servers would keep of it.
+    pub async fn remove(self, stack: &Stack) -> Result<()> {
+        drop(self.replicas);
+        self.database.close().await;
+        for url in self.urls.values().flatten() {
+            self.sqs.delete_queue().queue_url(url).send().await?;
+        }
+        let admin = PgPoolOptions::new().max_connections(1).connect(&stack.postgres().admin_url()).await?;
+        let drop = format!("DROP DATABASE {} WITH (FORCE)", self.environment.names().database);
+        sqlx::raw_sql(AssertSqlSafe(drop)).execute(&admin).await?;
+        admin.close().await;
+        Ok(())
+    }
+}
+
+/// Everything smaller and shorter than in production, so that faults meet work in all its parts within seconds.
+fn settings(environment: &mut Environment, size: Size) {
+    let seconds = |time: Duration| format!("{}s", time.as_secs());
+    for (key, value) in [
+        ("queue.visibility_timeout", seconds(VISIBILITY)),
+        ("queue.wait_time", "1s".to_owned()),
+        ("queue.request_timeout", "2s".to_owned()),
+        ("queue.retry_base", "100ms".to_owned()),
+        ("queue.retry_cap", "1s".to_owned()),
+        // Fewer than a burst has bad bodies: a permit that is not given back is soon missed.
+        ("lanes.events.in_flight", "8".to_owned()),
+        ("lanes.valuations.in_flight", "4".to_owned()),
+        ("lanes.post_processing.in_flight", "2".to_owned()),
+        ("database.max_connections", (CONNECTIONS - 1).to_string()),
+        ("database.acquire_timeout", "3s".to_owned()),
+        ("database.statement_timeout", "3s".to_owned()),
+        ("partner.in_flight", IN_FLIGHT.to_string()),
+        ("partner.rate_per_second", RATE.to_string()),
+        ("partner.connect_timeout", "2s".to_owned()),
+        ("partner.request_timeout", "3s".to_owned()),
+        ("partner.retry_cap", "1s".to_owned()),
+        // No listing may fail because the partner was unwell for some time.
+        ("partner.max_attempts", "100".to_owned()),
+        ("partner.total_timeout", "30m".to_owned()),
+        ("refresh.page_size", size.page.to_string()),
+        ("kafka.page_size", size.page.to_string()),
+        ("kafka.delivery_timeout", "5s".to_owned()),
+        ("outbox.poll_interval", "500ms".to_owned()),
+        ("outbox.claim_timeout", "5s".to_owned()),
+        ("shutdown.grace", seconds(GRACE)),
+        ("log.format", "json".to_owned()),
+    ] {
+        environment.set(key, &value);
+    }
+}
