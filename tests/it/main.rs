@@ -26,3 +26,4 @@ mod resume;
 mod secrets;
 mod shutdown;
 mod sqs_stub;
+mod state_machine;
