@@ -18,6 +18,8 @@ mod budget;
 mod client;
 mod connection;
 mod credential;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod http1;
 mod retry;
 mod retry_budget;

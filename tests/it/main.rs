@@ -31,3 +31,4 @@ mod retention;
 mod secrets;
 mod shutdown;
 mod sqs_stub;
+mod state_machine;
