@@ -342,6 +342,8 @@ async fn the_rights_that_check_asks_for_are_enough_and_needed() -> Result<()> {
         ("listing_valuations", &["SELECT", "INSERT", "UPDATE"]),
         ("publications", &["SELECT", "INSERT", "UPDATE"]),
         ("outbox", &["SELECT", "INSERT", "UPDATE"]),
+        ("deliveries", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
+        ("listing_events", &["SELECT", "INSERT"]),
     ];
     let (_, findings) = check(world.command(), &[])?;
     for (table, rights) in rights {
