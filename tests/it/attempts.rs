@@ -37,8 +37,8 @@ async fn a_run_on_which_three_processes_die_is_quarantined_and_its_neighbours_ar
     // The first listing is asked about again and again, and the run that it belongs to never gets on.
     let forced = [(1, 409)].into();
     let mut world = World::new(Behaviour { latency_ms: 500, forced, ..Behaviour::default() }).await?;
-    world.set("partner.in_flight", 10).set("partner.retry_base", "1m").set("partner.retry_cap", "10m");
-    world.set("partner.total_timeout", "2h");
+    world.set("partner.in_flight", 10).set("partner.retry_base", "1m").set("partner.retry_cap", "5m");
+    world.set("partner.total_timeout", "1h");
     world.listings_between(1, 1).await?;
     world.sql("UPDATE listings SET zip_code = 10001").await?;
     world.listings_between(2, NEIGHBOURS + 1).await?;
@@ -180,7 +180,7 @@ async fn progress_between_deaths_starts_the_count_anew() -> Result<()> {
 #[tokio::test]
 async fn stops_are_no_deaths() -> Result<()> {
     let mut world = World::new(Behaviour { latency_ms: 600_000, ..Behaviour::default() }).await?;
-    world.set("partner.request_timeout", "20m").set("partner.total_timeout", "12h").set("shutdown.grace", "3s");
+    world.set("partner.request_timeout", "7m").set("partner.total_timeout", "1h").set("shutdown.grace", "3s");
     world.set("queue.wait_time", "1s");
     world.listings(10).await?;
     let mut lock = world.database.begin().await?;
@@ -193,9 +193,9 @@ async fn stops_are_no_deaths() -> Result<()> {
             world.put(Lane::Events, &stuck).await?;
         }
         world.run_until("patient", SOON, |run| run.owned && run.attempts == stop + 1).await?;
-        let recorded = format!("SELECT count(*) FROM deliveries WHERE lane = 'events'");
+        let recorded = "SELECT count(*) FROM deliveries WHERE lane = 'events'";
         let wanted = i64::from(stop > 0);
-        until("the upsert", SOON, async || Ok((world.number(&recorded).await? == wanted).then_some(()))).await?;
+        until("the upsert", SOON, async || Ok((world.number(recorded).await? == wanted).then_some(()))).await?;
         let in_flight = r#"write_api_events_in_flight{lane="events"}"#;
         until("the upsert at work", SOON, async || Ok((service.metric(in_flight).await? == 1.0).then_some(()))).await?;
         service.signal(libc::SIGTERM);
