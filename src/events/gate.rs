@@ -71,7 +71,8 @@ impl Gate {
             // Nobody waits for there to be more passes.
             false
         });
-        entered.then_some(Pass { gate: self, suspect: None })
+        // Made only where it was let in: a pass that is dropped is given back.
+        entered.then(|| Pass { gate: self, suspect: None })
     }
 
     /// Lets a suspect in when nobody else is; `None` if that did not come about in 2 s.

@@ -343,6 +343,8 @@ async fn the_rights_that_check_asks_for_are_enough_and_needed() -> Result<()> {
         ("publications", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
         ("quarantined_records", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
         ("outbox", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
+        ("deliveries", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
+        ("listing_events", &["SELECT", "INSERT", "UPDATE", "DELETE"]),
     ];
     let (_, findings) = check(world.command(), &[])?;
     for (table, rights) in rights {

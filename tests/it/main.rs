@@ -3,6 +3,7 @@
 //! Each test has a [`harness::World`] of its own: a database, queues, a topic and a partner that nobody else uses. The
 //! program is a child process, as in production, so that it can be stopped, killed and suspended.
 
+mod attempts;
 mod audit;
 mod aws_credentials;
 mod bad_input;

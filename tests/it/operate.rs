@@ -287,7 +287,7 @@ async fn a_run_that_waits_is_cancelled_at_once_and_what_failed_stays_so() -> Res
     ensure!(begin.elapsed() <= 2 * SECOND, "it took {:?}", begin.elapsed());
     check_cancelled(&world, &id).await?;
 
-    // A failed run, which nothing makes yet, is treated alike.
+    // A failed run is treated alike.
     world.sql("UPDATE runs SET state = 'failed', cancelled_at = NULL, cancel_requested_at = NULL").await?;
     ensure!(refused(&world, &["cancel", &id])?.contains("is failed already"));
     ensure!(shown(&world, &["status", &id])?.contains("failed: `write-api retry`"));
