@@ -227,10 +227,8 @@ mod tests {
         assert_eq!(wrong(value("undervalued", "fair")), "assessment \"fair\" instead of \"undervalued\"");
         assert_eq!(wrong(value("0.87", "8.7e-1")), "");
         assert_eq!(wrong(value("0.87", "0.88")), "confidence 0.88 instead of 0.87");
-        assert_eq!(
-            wrong(value("\"zip_code\":98178,", "")),
-            "the value cannot be read: missing field `zip_code` at line 1 column 176"
-        );
+        let unread = wrong(value("\"zip_code\":98178,", ""));
+        assert!(unread.starts_with("the value cannot be read: missing field `zip_code`"), "{unread}");
         assert_eq!(wrong(value(",\"zip", ", \"zip")), "the fields of the value are right, its bytes are not");
         assert_eq!(wrong(|record| record.key = Some(b"8".to_vec())), "key \"8\" instead of \"7\"");
         assert_eq!(wrong(|record| drop(record.headers.remove(2))), "no header ce_source");
