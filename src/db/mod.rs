@@ -28,6 +28,8 @@ pub mod inspection;
 pub mod listings;
 pub mod operations;
 pub mod outbox;
+#[cfg(feature = "fault-injection")]
+mod planted;
 mod pooled;
 pub mod publications;
 pub mod retention;

@@ -36,6 +36,10 @@ impl Database {
         claim: Duration,
         without: &[String],
     ) -> Result<Vec<OutboxRow>, DbError> {
+        #[cfg(feature = "fault-injection")]
+        if crate::fault::planted("outbox-by-sequence") {
+            return super::planted::claim_outbox(self, limit).await;
+        }
         run!(self, "a claim of outbox rows", connection => {
             // SKIP LOCKED: two relays take different rows. Never a cursor over a sequence: that skips late commits.
             sqlx::query_as!(

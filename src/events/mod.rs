@@ -133,6 +133,10 @@ impl Handler for Events {
 impl Events {
     async fn dispatch(&self, delivery: &Delivery, pass: Pass<'_>) -> Result<Outcome, Refusal> {
         fault::point("events.decode", &delivery.message.id);
+        if fault::planted("attempt-by-receive") && delivery.message.receive_count > 3 {
+            let reason = format!("received {} times", delivery.message.receive_count);
+            return Err(Refusal { code: "too_many_attempts", reason });
+        }
         let event = Event::decode(&delivery.message.body)?;
         delivery.identify(request::kind(&event)?, &event.id);
         fault::point("events.begin", &event.id);

@@ -45,6 +45,7 @@ use retry::{Failure, Outcome, Patience};
 use retry_budget::RetryBudget;
 
 use crate::config;
+use crate::fault;
 use crate::metrics::Metrics;
 
 /// The most of a [`Verdict::Failed`]'s reason, in bytes.
@@ -185,6 +186,9 @@ impl Partner {
 
     /// Honours what an answer asks of everyone: the pause of its `Retry-After`, and a backoff after a 429 without one.
     fn pause_everyone(&self, failure: &Failure, attempt: u32) {
+        if fault::planted("retry-after-ignored") {
+            return;
+        }
         let wait = match failure {
             Failure::Status(_, Some(wait)) => *wait,
             Failure::Status(StatusCode::TOO_MANY_REQUESTS, None) => self.shared.settings.retry.wait(attempt),

@@ -310,6 +310,9 @@ impl Consumer {
         let in_flight = self.parts.metrics.events_in_flight.with_label_values(&[self.parts.lane]);
         in_flight.inc();
         let started = Instant::now();
+        if fault::planted("delete-before-commit") {
+            let _ = self.parts.sqs.delete(&self.source, std::slice::from_ref(&delivery.message.receipt)).await;
+        }
         let handling = AssertUnwindSafe(self.parts.handler.handle(&delivery)).catch_unwind();
         let (outcome, in_order) = tokio::select! {
             biased;
@@ -326,6 +329,9 @@ impl Consumer {
             self.parts.handler.conclude(&delivery).await;
         }
         self.report(&delivery, &outcome, started.elapsed());
+        if fault::planted("permit-leak") && matches!(outcome, Outcome::Refuse(_)) {
+            self.permits.forget_permits(1);
+        }
         self.settle(delivery, outcome).await;
         in_flight.dec();
         self.at_work.fetch_sub(1, Ordering::Relaxed);

@@ -24,6 +24,7 @@ use uuid::Uuid;
 
 use super::sqs::{BATCH, Extension, Queue, Sqs};
 use crate::config;
+use crate::fault;
 use crate::health::Beat;
 use crate::lifecycle::Stop;
 use crate::metrics::Metrics;
@@ -515,6 +516,9 @@ impl Keeping<'_> {
     }
 
     async fn extend(&self, due: Vec<Due>) {
+        if fault::planted("visibility-never-extended") {
+            return;
+        }
         let mut by_queue: HashMap<Arc<str>, Vec<Due>> = HashMap::new();
         for entry in due {
             by_queue.entry(entry.queue.name.clone()).or_default().push(entry);

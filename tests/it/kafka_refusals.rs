@@ -90,7 +90,7 @@ async fn a_cursor_that_is_moved_twice_counts_once() -> Result<()> {
     let config = Config::load(None, variables, &[]).map_err(|errors| anyhow::anyhow!("{errors:?}"))?;
     let database = Database::new(&config.database)?;
     let claim = async |event: &'static str| match database
-        .claim_publication(event, &[0; 32], &id, Duration::from_secs(60))
+        .claim_publication(event, &[0; 32], &id, Duration::from_secs(60), false)
         .await
     {
         Ok(PublicationClaim::Owned(publication)) => Ok(publication.token),

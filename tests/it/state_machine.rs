@@ -29,8 +29,11 @@ const RELAYS: usize = 2;
 /// What can happen next. Workers and relays are numbered.
 #[derive(Clone, Debug)]
 enum Step {
-    /// A delivery of the event reaches a worker.
-    Claim(usize),
+    /// A delivery of the event reaches a worker, which may be alone in its process.
+    Claim {
+        worker: usize,
+        alone: bool,
+    },
     /// A worker commits the listings from..from + count.
     Commit {
         worker: usize,
@@ -60,7 +63,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let worker = 0..WORKERS;
     let relay = 0..RELAYS;
     let step = prop_oneof![
-        5 => worker.clone().prop_map(Step::Claim),
+        5 => (worker.clone(), any::<bool>()).prop_map(|(worker, alone)| Step::Claim { worker, alone }),
         9 => (worker.clone(), 1..=LISTINGS, 1..=6i64).prop_map(|(worker, from, count)| Step::Commit { worker, from, count }),
         3 => worker.clone().prop_map(Step::CommitAgain),
         1 => worker.clone().prop_map(Step::Renew),
@@ -83,6 +86,7 @@ enum State {
     Running,
     Complete,
     Cancelled,
+    Failed,
 }
 
 /// What must be true of the run.
@@ -95,6 +99,9 @@ struct Model {
     cancel_requested: bool,
     terminal: BTreeSet<i64>,
     cursor: i64,
+    /// Attempts in a row that nobody ended and that committed nothing.
+    deaths: i32,
+    attempts: i32,
 }
 
 /// What must be true of an outbox row: who has it, and how often it went out.
@@ -135,7 +142,7 @@ fn answers(listings: &[i64]) -> Answers {
 impl Play {
     async fn play(&mut self, step: &Step) -> Result<()> {
         match *step {
-            Step::Claim(worker) => self.claim(worker).await,
+            Step::Claim { worker, alone } => self.claim(worker, alone).await,
             Step::Commit { worker, from, count } => {
                 let listings: Vec<i64> = (from..=LISTINGS.min(from + count - 1)).collect();
                 let mut terminal = self.model.as_ref().map(|model| model.terminal.clone()).unwrap_or_default();
@@ -165,7 +172,7 @@ impl Play {
         self.model.as_ref().is_some_and(|model| model.state == State::Running && model.owner == Some(worker))
     }
 
-    async fn claim(&mut self, worker: usize) -> Result<()> {
+    async fn claim(&mut self, worker: usize, alone: bool) -> Result<()> {
         let request = RunRequest {
             run_id: &self.run_id,
             digest: [7; 32],
@@ -176,7 +183,7 @@ impl Play {
             limit: None,
             data: "{}",
         };
-        let claim = self.database.claim_run(&request, LEASE).await?;
+        let claim = self.database.claim_run(&request, LEASE, alone).await?;
         let model = self.model.get_or_insert_with(|| Model {
             state: State::Running,
             owner: None,
@@ -184,17 +191,31 @@ impl Play {
             cancel_requested: false,
             terminal: BTreeSet::new(),
             cursor: i64::MIN,
+            deaths: 0,
+            attempts: 0,
         });
+        // Whoever is still in the row, and not in time, has died.
+        if model.state == State::Running && !model.lease && !model.cancel_requested && model.owner.take().is_some() {
+            model.deaths += 1;
+        }
         match (model.state, claim) {
             (State::Complete, RunClaim::Complete) => {}
-            (State::Cancelled, RunClaim::Stopped { state }) => ensure!(state == "cancelled", "{state}"),
+            (State::Cancelled, RunClaim::Cancelled) | (State::Failed, RunClaim::Quarantined(_)) => {}
             (State::Running, RunClaim::Busy(_)) => ensure!(model.owner.is_some() && model.lease, "busy: {model:?}"),
-            (State::Running, RunClaim::Stopped { .. }) => {
-                ensure!(model.cancel_requested && !model.lease, "stopped: {model:?}");
+            (State::Running, RunClaim::Suspect) => ensure!(model.deaths == 2 && !alone, "suspect: {model:?}"),
+            (State::Running, RunClaim::Quarantined(deaths)) => {
+                ensure!(model.deaths == 3 && deaths.count == 3, "{deaths:?}: {model:?}");
+                model.state = State::Failed;
+            }
+            (State::Running, RunClaim::Cancelled) => {
+                ensure!(model.cancel_requested && !model.lease, "cancelled: {model:?}");
                 (model.state, model.owner) = (State::Cancelled, None);
             }
             (State::Running, RunClaim::Owned(run)) => {
                 ensure!(!model.lease && !model.cancel_requested, "owned: {model:?}");
+                ensure!(model.deaths < if alone { 3 } else { 2 }, "owned: {model:?}");
+                model.attempts += 1;
+                ensure!(run.attempts == model.attempts, "{run:?} {model:?}");
                 ensure!(run.selected == LISTINGS && run.cursor == model.cursor, "{run:?} {model:?}");
                 ensure!(run.valued + run.failed == model.terminal.len() as i64, "{run:?} {model:?}");
                 // Who had it before knows nothing of this; its token is no longer in the row.
@@ -223,6 +244,9 @@ impl Play {
         model.terminal.extend(listings);
         model.cursor = model.cursor.max(*cursor);
         ensure!(progress.inserted == (model.terminal.len() - before) as i64, "{progress:?}");
+        if progress.inserted > 0 {
+            model.deaths = 0;
+        }
         ensure!(progress.valued + progress.failed == model.terminal.len() as i64, "{progress:?} {model:?}");
         Ok(())
     }
@@ -311,6 +335,7 @@ impl Play {
             }
             (State::Cancelled, CancelClaim::Cancelled) => {}
             (State::Complete, CancelClaim::Ended(state)) => ensure!(state == "complete", "{state}"),
+            (State::Failed, CancelClaim::Ended(state)) => ensure!(state == "failed", "{state}"),
             (_, claim) => anyhow::bail!("{claim:?} of {model:?}"),
         }
         Ok(())
@@ -320,10 +345,10 @@ impl Play {
         let before = self.waiting_ids().await?;
         let reopened = self.database.reopen_run(&self.run_id, LANE, "{}").await?;
         let model = self.model.as_mut();
-        let cancelled = model.as_ref().is_some_and(|model| model.state == State::Cancelled);
-        ensure!(reopened == cancelled, "reopened: {reopened}, {model:?}");
+        let stopped = model.as_ref().is_some_and(|model| [State::Cancelled, State::Failed].contains(&model.state));
+        ensure!(reopened == stopped, "reopened: {reopened}, {model:?}");
         if let Some(model) = model.filter(|_| reopened) {
-            (model.state, model.cancel_requested) = (State::Running, false);
+            (model.state, model.cancel_requested, model.deaths) = (State::Running, false, 0);
             let new: Vec<Uuid> = self.waiting_ids().await?.difference(&before).copied().collect();
             ensure!(new.len() == 1, "{new:?}");
             self.outbox.insert(new[0], Row::default());
@@ -392,10 +417,10 @@ impl Play {
 
     /// The database is as the model says.
     async fn agree(&mut self) -> Result<()> {
-        type Found = (String, Option<Uuid>, bool, bool, i64, i64, i64);
+        type Found = (String, Option<Uuid>, bool, bool, i64, i64, i64, i32, i32);
         let found: Option<Found> = sqlx::query_as(
             "SELECT state, owner, coalesce(lease_until > clock_timestamp(), false), cancel_requested_at IS NOT NULL,
-                    cursor, valued, failed
+                    cursor, valued, failed, deaths, attempts
              FROM runs WHERE run_id = $1",
         )
         .bind(&self.run_id)
@@ -405,8 +430,14 @@ impl Play {
             ensure!(found.is_none(), "a run out of nothing");
             return Ok(());
         };
-        let (state, owner, lease, cancel_requested, cursor, valued, failed) = found.context("the run is gone")?;
-        let names = [(State::Running, "running"), (State::Complete, "complete"), (State::Cancelled, "cancelled")];
+        let (state, owner, lease, cancel_requested, cursor, valued, failed, deaths, attempts) =
+            found.context("the run is gone")?;
+        let names = [
+            (State::Running, "running"),
+            (State::Complete, "complete"),
+            (State::Cancelled, "cancelled"),
+            (State::Failed, "failed"),
+        ];
         ensure!(names.contains(&(model.state, state.as_str())), "{state}, {model:?}");
         ensure!(
             lease == model.lease && cancel_requested == model.cancel_requested,
@@ -414,6 +445,10 @@ impl Play {
         );
         let token = model.owner.and_then(|worker| self.workers[worker].as_ref()).map(|run| run.token);
         ensure!(owner == token, "owner {owner:?}, {model:?}");
+        ensure!(
+            deaths == model.deaths && attempts == model.attempts,
+            "{deaths} deaths, {attempts} attempts, {model:?}"
+        );
         ensure!(cursor == model.cursor, "cursor {cursor}, {model:?}");
         let failures = model.terminal.iter().filter(|id| *id % 4 == 0).count() as i64;
         ensure!((valued, failed) == (model.terminal.len() as i64 - failures, failures), "{valued} {failed} {model:?}");
