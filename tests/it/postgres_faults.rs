@@ -123,7 +123,9 @@ async fn a_table_locked_for_longer_than_a_statement_may_take_is_waited_for() -> 
 
 #[tokio::test]
 async fn a_deadlock_is_retried() -> Result<()> {
-    let world = slow_world().await?;
+    let mut world = slow_world().await?;
+    // Longer than the second after which the server looks for deadlocks.
+    world.set("database.statement_timeout", "5s");
     let service = world.serve().await?;
     let id = world.refresh(&[])?;
     world.run_until(&id, SOON, |run| run.valued >= 300).await?;
