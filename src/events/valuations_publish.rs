@@ -13,7 +13,7 @@ use super::{Events, UNFINISHED_RUN_WAIT};
 use crate::db::publications::{OwnedPublication, PublicationClaim, PublishedPage, Quarantined};
 use crate::db::{DbError, valuations};
 use crate::fault;
-use crate::kafka::{PublishError, Published, Record, Records, Valuation};
+use crate::kafka::{Published, Record, Records, Valuation};
 use crate::queue::lease::{Role, StopReason};
 use crate::queue::{Delivery, Outcome, Refusal};
 
@@ -99,7 +99,7 @@ async fn publish(
             fault::point("publish.before_send", &event.id);
             let published = events.publisher.publish_page(&batch).await;
             fault::point("publish.after_reports", &event.id);
-            Ok::<Published, PublishError>(published?)
+            published
         };
         let both = async { tokio::try_join!(sent.map_err(anyhow::Error::from), next.map_err(anyhow::Error::from)) };
         let (published, next_page) = tokio::select! {
