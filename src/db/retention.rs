@@ -3,7 +3,8 @@
 //! A run is marked first, and its own row goes last: whoever is killed in between leaves a marked run, which the next
 //! round finds again and which nobody can retry or publish meanwhile. Rows locked by another process are skipped, so
 //! several may remove at once. All ages are by the clock of the database, and `now()` rather than `clock_timestamp()`
-//! because only what is stable within a statement can be looked up in an index.
+//! because only what is stable within a statement can be looked up in an index. The rows to be removed are collected into
+//! an array first, which is looked up in the primary key; a join may read the whole run for each batch.
 
 use std::time::Duration;
 
@@ -69,6 +70,7 @@ impl Database {
     /// earlier are among them. A complete run is left alone until it was published and its publications are as old.
     pub async fn mark_old_runs(&self, age: Duration, limit: i64) -> Result<Vec<String>, DbError> {
         run!(self, "the marking of old runs", connection => {
+            // OFFSET 0 keeps the planner from reading all publications to look up those of few runs.
             sqlx::query_scalar!(
                 r#"
                 UPDATE runs SET pruned_since = coalesce(pruned_since, clock_timestamp())
@@ -81,12 +83,13 @@ impl Database {
                       AND (r.pruned_since IS NOT NULL
                            OR r.publisher IS NULL
                               AND (r.state <> 'complete' OR EXISTS (
-                                  SELECT FROM publications AS p WHERE p.run_id = r.run_id))
+                                  SELECT FROM publications AS p WHERE p.run_id = r.run_id OFFSET 0))
                               AND NOT EXISTS (
                                   SELECT FROM publications AS p
                                   WHERE p.run_id = r.run_id
                                     AND (p.state = 'running'
-                                         OR coalesce(p.completed_at, p.opened_at) >= now() - make_interval(secs => $1))))
+                                         OR coalesce(p.completed_at, p.opened_at) >= now() - make_interval(secs => $1))
+                                  OFFSET 0))
                     ORDER BY coalesce(r.completed_at, r.cancelled_at,
                                       greatest(r.opened_at, r.progressed_at, r.next_rate_since))
                     LIMIT $2
@@ -108,35 +111,35 @@ impl Database {
         run!(self, "the removal of old rows of a run", connection => {
             let done = match table {
                 RunTable::Valuations => sqlx::query!(
-                    "DELETE FROM valuations WHERE run_id = $1 AND listing_id IN (
+                    "DELETE FROM valuations WHERE run_id = $1 AND listing_id = ANY (ARRAY(
                          SELECT listing_id FROM valuations WHERE run_id = $1
-                         ORDER BY listing_id LIMIT $2 FOR UPDATE SKIP LOCKED)",
+                         ORDER BY listing_id LIMIT $2 FOR UPDATE SKIP LOCKED))",
                     run_id,
                     limit,
                 )
                 .execute(connection)
                 .await?,
                 RunTable::RunListings => sqlx::query!(
-                    "DELETE FROM run_listings WHERE run_id = $1 AND listing_id IN (
+                    "DELETE FROM run_listings WHERE run_id = $1 AND listing_id = ANY (ARRAY(
                          SELECT listing_id FROM run_listings WHERE run_id = $1
-                         ORDER BY listing_id LIMIT $2 FOR UPDATE SKIP LOCKED)",
+                         ORDER BY listing_id LIMIT $2 FOR UPDATE SKIP LOCKED))",
                     run_id,
                     limit,
                 )
                 .execute(connection)
                 .await?,
                 RunTable::QuarantinedRecords => sqlx::query!(
-                    "DELETE FROM quarantined_records WHERE run_id = $1 AND listing_id IN (
+                    "DELETE FROM quarantined_records WHERE run_id = $1 AND listing_id = ANY (ARRAY(
                          SELECT listing_id FROM quarantined_records WHERE run_id = $1
-                         ORDER BY listing_id LIMIT $2 FOR UPDATE SKIP LOCKED)",
+                         ORDER BY listing_id LIMIT $2 FOR UPDATE SKIP LOCKED))",
                     run_id,
                     limit,
                 )
                 .execute(connection)
                 .await?,
                 RunTable::Publications => sqlx::query!(
-                    "DELETE FROM publications WHERE event_id IN (
-                         SELECT event_id FROM publications WHERE run_id = $1 LIMIT $2 FOR UPDATE SKIP LOCKED)",
+                    "DELETE FROM publications WHERE event_id = ANY (ARRAY(
+                         SELECT event_id FROM publications WHERE run_id = $1 LIMIT $2 FOR UPDATE SKIP LOCKED))",
                     run_id,
                     limit,
                 )
@@ -151,10 +154,11 @@ impl Database {
     pub async fn prune_run(&self, run_id: &str) -> Result<bool, DbError> {
         run!(self, "the removal of an old run", connection => {
             // Rows that another process has removed and not committed are still seen, so none can be left behind.
+            // min, because for EXISTS the planner would read a table from its start that it takes to be full of such rows.
             let done = sqlx::query!(
                 "DELETE FROM runs WHERE run_id = $1 AND pruned_since IS NOT NULL
-                   AND NOT EXISTS (SELECT FROM valuations WHERE run_id = $1)
-                   AND NOT EXISTS (SELECT FROM run_listings WHERE run_id = $1)
+                   AND (SELECT min(listing_id) FROM valuations WHERE run_id = $1) IS NULL
+                   AND (SELECT min(listing_id) FROM run_listings WHERE run_id = $1) IS NULL
                    AND NOT EXISTS (SELECT FROM quarantined_records WHERE run_id = $1)
                    AND NOT EXISTS (SELECT FROM publications WHERE run_id = $1)",
                 run_id,
@@ -170,9 +174,9 @@ impl Database {
         run!(self, "the removal of old rows", connection => {
             let done = match table {
                 TimedTable::Outbox => sqlx::query!(
-                    "DELETE FROM outbox WHERE event_id IN (
+                    "DELETE FROM outbox WHERE event_id = ANY (ARRAY(
                          SELECT event_id FROM outbox WHERE sent_at < now() - make_interval(secs => $1)
-                         ORDER BY sent_at LIMIT $2 FOR UPDATE SKIP LOCKED)",
+                         ORDER BY sent_at LIMIT $2 FOR UPDATE SKIP LOCKED))",
                     age.as_secs_f64(),
                     limit,
                 )

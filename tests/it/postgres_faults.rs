@@ -7,6 +7,8 @@ use local_stack::Behaviour;
 use local_stack::wire::Wire;
 use serde_json::json;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use write_api::config::Config;
+use write_api::db::Database;
 
 use crate::bad_input::{REFRESH, UPSERT, event, listing};
 use crate::harness::{LONG, Lane, SOON, Service, World, until};
@@ -71,6 +73,25 @@ async fn half_open_connections_are_noticed_and_their_slots_are_free_again() -> R
     world.finish(service).await
 }
 
+/// What is given up in the middle of a statement goes back to the pool without having answered, as the health check's does.
+#[tokio::test]
+async fn a_half_open_connection_that_is_given_up_does_not_keep_its_slot() -> Result<()> {
+    let mut world = slow_world().await?;
+    let wire = Wire::to(world.environment().database_url())?;
+    world.set("database.url", wire.url()).set("database.max_connections", 2);
+    let variables = world.environment().variables().map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let config = Config::load(None, variables, &[]).map_err(|errors| anyhow::anyhow!("{errors:?}"))?;
+    let database = Database::new(&config.database)?;
+    let both = async || tokio::join!(database.ping(), database.ping());
+    ensure!(matches!(both().await, (Ok(()), Ok(()))), "the pool does not open its connections");
+    wire.strand();
+    ensure!(matches!(both().await, (Err(_), Err(_))), "the pool had other connections");
+    // The bound on giving a connection back, and a try or two.
+    until("a free slot", Duration::from_secs(5 + 4), async || Ok(database.ping().await.ok())).await?;
+    ensure!(matches!(both().await, (Ok(()), Ok(()))), "one slot stays taken");
+    Ok(())
+}
+
 #[tokio::test]
 async fn a_server_that_takes_no_writes_is_noticed_and_its_connections_are_replaced() -> Result<()> {
     let world = slow_world().await?;
@@ -123,7 +144,9 @@ async fn a_table_locked_for_longer_than_a_statement_may_take_is_waited_for() -> 
 
 #[tokio::test]
 async fn a_deadlock_is_retried() -> Result<()> {
-    let world = slow_world().await?;
+    let mut world = slow_world().await?;
+    // Longer than the second after which the server looks for deadlocks.
+    world.set("database.statement_timeout", "5s");
     let service = world.serve().await?;
     let id = world.refresh(&[])?;
     world.run_until(&id, SOON, |run| run.valued >= 300).await?;
