@@ -47,7 +47,7 @@ impl Schedule {
             kinds: vec![kind],
             injections,
             points: self.points_of(kind, number, injections, &mut rng),
-            size: Size { listings, page, replicas: kind.replicas() },
+            size: Size { listings, page, replicas: kind.replicas(), proxies: kind.needs_proxies() },
             planted: None,
         }
     }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use local_stack::Behaviour;
-use local_stack::partner::{RetryAfter, Stats};
+use local_stack::partner::{Mischief, RetryAfter, Stats};
 
 use super::{Injection, Scene};
 use crate::replica::LOOK;
@@ -28,6 +28,8 @@ pub enum Schedule {
     Garbage,
     /// The valuation is made and the connection closed.
     AnswerLost,
+    /// Answers that no client should have to read: hanging, dripping, half closed, with bombs and ten thousand headers.
+    Mischief,
     /// Ten times slower, step by step.
     Latency,
 }
@@ -40,7 +42,25 @@ pub(super) async fn inject(scene: &mut Scene<'_>, schedule: Schedule) -> Result<
         Schedule::Outage => scene.rng.u64(2_000..6_000),
         _ => scene.rng.u64(1_500..3_500),
     });
-    let forms = [RetryAfter::None, RetryAfter::Seconds(0), RetryAfter::Seconds(1), RetryAfter::Date(2)];
+    // The absurd form is capped at five minutes, which no round has.
+    let forms = [
+        RetryAfter::None,
+        RetryAfter::Seconds(0),
+        RetryAfter::Seconds(1),
+        RetryAfter::Date(2),
+        RetryAfter::PastDate(60),
+        RetryAfter::Nonsense,
+    ];
+    let mischief = scene.rng.choice([
+        Mischief::HangInHeader,
+        Mischief::HangInBody,
+        Mischief::Drip,
+        Mischief::HalfClose,
+        Mischief::ManyHeaders,
+        Mischief::HugeBody,
+        Mischief::EndlessBody,
+        Mischief::GzipBomb,
+    ]);
     let retry_after = scene.rng.choice(forms).unwrap_or_default();
     let mut late = 0;
     let begun = Instant::now();
@@ -49,6 +69,9 @@ pub(super) async fn inject(scene: &mut Scene<'_>, schedule: Schedule) -> Result<
         scene.world.partner.control(|behaviour| {
             change(behaviour, schedule, elapsed);
             behaviour.retry_after = retry_after;
+            if schedule == Schedule::Mischief {
+                behaviour.mischief = mischief.map(|one| (one, 0.1)).into_iter().collect();
+            }
         })?;
         scene.world.check_alive()?;
         if schedule == Schedule::Latency {
@@ -65,7 +88,10 @@ pub(super) async fn inject(scene: &mut Scene<'_>, schedule: Schedule) -> Result<
         Schedule::Latency => late,
         _ => count(schedule, &scene.world.partner.stats()) - count(schedule, &before),
     };
-    let proof = format!("{hits} calls in {time:?}, Retry-After {retry_after:?}");
+    let proof = match schedule {
+        Schedule::Mischief => format!("{hits} calls in {time:?}, {mischief:?}"),
+        _ => format!("{hits} calls in {time:?}, Retry-After {retry_after:?}"),
+    };
     // The partner's client gives up late calls, whose connections are then lost.
     Ok(Injection {
         hits,
@@ -90,6 +116,7 @@ fn change(behaviour: &mut Behaviour, schedule: Schedule, elapsed: f64) {
         Schedule::Hang => behaviour.hang_ratio = 0.2,
         Schedule::Garbage => behaviour.garbage_ratio = 0.3,
         Schedule::AnswerLost => behaviour.drop_ratio = 0.3,
+        Schedule::Mischief => {}
         // 60 ms to 600 ms.
         Schedule::Latency => behaviour.latency_ms = 60 + (540.0 * elapsed) as u64,
     }
@@ -103,6 +130,7 @@ fn count(schedule: Schedule, stats: &Stats) -> u64 {
         Schedule::Hang => stats.hung,
         Schedule::Garbage => stats.garbage,
         Schedule::AnswerLost => stats.dropped,
+        Schedule::Mischief => stats.mischief.values().sum(),
         Schedule::Latency => 0,
     }
 }
