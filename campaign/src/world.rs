@@ -377,10 +377,11 @@ impl World {
         })
     }
 
-    /// The topic's records, once `distinct` different ones are there or no more come.
+    /// The topic's records, once `distinct` different ones are there or no more come. Where the broker was away, the reader
+    /// takes up to ten seconds to find it again.
     async fn records(&self, distinct: u64) -> Vec<local_stack::TapRecord> {
         let mut last = (self.tap.count(), Instant::now());
-        while self.tap.distinct_ids() < distinct && last.1.elapsed() < Duration::from_secs(5) {
+        while self.tap.distinct_ids() < distinct && last.1.elapsed() < Duration::from_secs(25) {
             tokio::time::sleep(LOOK).await;
             if self.tap.count() != last.0 {
                 last = (self.tap.count(), Instant::now());

@@ -60,6 +60,7 @@ pub const KINDS: &[(&str, Kind)] = &[
     ("stall", Kind::Stall),
     ("poison", Kind::Poison),
     ("partner-429", Kind::Partner(partner::Schedule::TooMany)),
+    ("partner-retry-after", Kind::Partner(partner::Schedule::RetryAfter)),
     ("partner-5xx", Kind::Partner(partner::Schedule::Errors)),
     ("partner-outage", Kind::Partner(partner::Schedule::Outage)),
     ("partner-hang", Kind::Partner(partner::Schedule::Hang)),
@@ -138,6 +139,12 @@ impl Kind {
     #[must_use]
     pub fn needs_points(self) -> bool {
         matches!(self, Self::CrashPoint | Self::Panic | Self::Stall | Self::Poison)
+    }
+
+    /// Whether no process dies by it and none is cut off from its queue and its database: work must not be begun anew.
+    #[must_use]
+    pub fn leaves_the_owner_alone(self) -> bool {
+        matches!(self, Self::Partner(_) | Self::Kafka(_))
     }
 
     /// Whether each loss of partner calls is by a death or a change of owner that the log of faults counts.
@@ -252,6 +259,13 @@ impl Injection {
         self
     }
 }
+
+/// What reliability engineering would also do and this campaign does not, with the reason.
+pub const NOT_RUN: &[(&str, &str)] = &[
+    ("memory-cap", "needs a control group of its own; a process that is killed for its memory ends as by `kill`"),
+    ("disk-full", "needs a data directory on a file system of its own"),
+    ("clock", "needs libfaketime, which is not part of the toolchain; leases follow the clock of the database"),
+];
 
 /// Names of all points in the sources below `root`.
 pub fn points_in(root: &Path) -> Result<Vec<String>> {

@@ -16,6 +16,8 @@ const BUSY_LIMIT: Duration = Duration::from_secs(60);
 /// What the partner does for some seconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Schedule {
+    /// 429 for everybody with Retry-After of two seconds, in which nobody may call.
+    RetryAfter,
     /// 429, with all forms of Retry-After.
     TooMany,
     /// 500, 502 and 503 among good answers.
@@ -37,6 +39,9 @@ pub enum Schedule {
 pub(super) async fn inject(scene: &mut Scene<'_>, schedule: Schedule) -> Result<Injection> {
     scene.world.busy(BUSY_LIMIT).await?;
     let good = current(scene)?;
+    if schedule == Schedule::RetryAfter {
+        return retry_after(scene, good).await;
+    }
     let before = scene.world.partner.stats();
     let time = Duration::from_millis(match schedule {
         Schedule::Outage => scene.rng.u64(2_000..6_000),
@@ -102,6 +107,38 @@ pub(super) async fn inject(scene: &mut Scene<'_>, schedule: Schedule) -> Result<
     })
 }
 
+/// A pause that the partner asks for is kept by everybody.
+async fn retry_after(scene: &mut Scene<'_>, good: Behaviour) -> Result<Injection> {
+    /// What is on its way when the first 429 is given has arrived after this.
+    const ON_THE_WAY: Duration = Duration::from_millis(700);
+    /// Well before the pause is over.
+    const WATCHED: Duration = Duration::from_millis(900);
+    let before = count(Schedule::TooMany, &scene.world.partner.stats());
+    scene.world.partner.control(|behaviour| {
+        behaviour.errors = BTreeMap::from([(429, 1.0)]);
+        behaviour.retry_after = RetryAfter::Seconds(2);
+    })?;
+    let begun = Instant::now();
+    while count(Schedule::TooMany, &scene.world.partner.stats()) == before && begun.elapsed() < BUSY_LIMIT {
+        tokio::time::sleep(LOOK).await;
+    }
+    let told = Instant::now();
+    tokio::time::sleep(ON_THE_WAY).await;
+    let first = scene.world.partner.stats();
+    tokio::time::sleep(WATCHED).await;
+    let second = scene.world.partner.stats();
+    // On a machine that is busy, both looks may come too late to tell.
+    let in_time = told.elapsed() < Duration::from_millis(1_900);
+    scene.world.partner.control(|behaviour| *behaviour = good)?;
+    let hits = count(Schedule::TooMany, &first) - before;
+    let calls = second.requests - first.requests;
+    if in_time && calls > 0 {
+        scene.violation("retry-after", format!("{calls} calls in a pause of 2 s that the partner had asked for"));
+    }
+    let proof = format!("{hits} calls were told to wait 2 s, {calls} came in {WATCHED:?} of it");
+    Ok(Injection { hits, hits_at_work: hits, proof, ..Injection::new("partner") })
+}
+
 fn current(scene: &Scene<'_>) -> Result<Behaviour> {
     let mut now = Behaviour::default();
     scene.world.partner.control(|behaviour| now = behaviour.clone())?;
@@ -116,7 +153,7 @@ fn change(behaviour: &mut Behaviour, schedule: Schedule, elapsed: f64) {
         Schedule::Hang => behaviour.hang_ratio = 0.2,
         Schedule::Garbage => behaviour.garbage_ratio = 0.3,
         Schedule::AnswerLost => behaviour.drop_ratio = 0.3,
-        Schedule::Mischief => {}
+        Schedule::Mischief | Schedule::RetryAfter => {}
         // 60 ms to 600 ms.
         Schedule::Latency => behaviour.latency_ms = 60 + (540.0 * elapsed) as u64,
     }
@@ -125,7 +162,7 @@ fn change(behaviour: &mut Behaviour, schedule: Schedule, elapsed: f64) {
 fn count(schedule: Schedule, stats: &Stats) -> u64 {
     let of = |statuses: &[u16]| statuses.iter().filter_map(|status| stats.by_status.get(status)).sum();
     match schedule {
-        Schedule::TooMany => of(&[429]),
+        Schedule::TooMany | Schedule::RetryAfter => of(&[429]),
         Schedule::Errors | Schedule::Outage => of(&[500, 502, 503]),
         Schedule::Hang => stats.hung,
         Schedule::Garbage => stats.garbage,
