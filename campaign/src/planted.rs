@@ -13,18 +13,18 @@ pub struct Planted {
 
 /// All mistakes.
 pub const PLANTED: &[Planted] = &[
-    Planted { name: "delete-before-commit", faults: &["kill", "postgres-backend"] },
-    Planted { name: "no-unique-key", faults: &["kill"] },
-    Planted { name: "no-owner-check", faults: &["stop"] },
+    Planted { name: "delete-before-commit", faults: &["kill", "postgres-restart"] },
+    Planted { name: "no-unique-key", faults: &["kill", "stop"] },
+    Planted { name: "no-owner-check", faults: &["stop", "sqs-extension-refused"] },
     Planted { name: "cursor-ahead", faults: &["kill"] },
-    Planted { name: "outbox-by-sequence", faults: &["kill", "postgres-backend"] },
+    Planted { name: "outbox-by-sequence", faults: &["postgres-delay", "kill"] },
     Planted { name: "no-kafka-flush", faults: &["kafka-down", "kill"] },
-    Planted { name: "retry-commit-as-new", faults: &["postgres-backend", "kill"] },
-    Planted { name: "no-receive-timeout", faults: &["kill"] },
-    Planted { name: "permit-leak", faults: &["term"] },
-    Planted { name: "attempt-by-receive", faults: &["term"] },
+    Planted { name: "retry-commit-as-new", faults: &["postgres-cut-after-commit"] },
+    Planted { name: "no-receive-timeout", faults: &["sqs-hung-receive"] },
+    Planted { name: "permit-leak", faults: &["kafka-errors"] },
+    Planted { name: "attempt-by-receive", faults: &["term", "sqs-duplicate-delivery"] },
     Planted { name: "visibility-never-extended", faults: &["partner-outage", "partner-latency"] },
-    Planted { name: "retry-after-ignored", faults: &["partner-429"] },
+    Planted { name: "retry-after-ignored", faults: &["partner-retry-after"] },
 ];
 
 impl Planted {

@@ -15,12 +15,8 @@ const START_LIMIT: Duration = Duration::from_secs(30);
 /// How often something is looked at.
 pub const LOOK: Duration = Duration::from_millis(20);
 /// Gauges that are 0 when nothing is to be done.
-const ZERO_AT_REST: [&str; 4] = [
-    "write_api_events_in_flight",
-    "write_api_partner_in_flight",
-    "write_api_partner_breaker_open",
-    "write_api_outbox_pending",
-];
+const ZERO_AT_REST: [&str; 3] =
+    ["write_api_events_in_flight", "write_api_partner_in_flight", "write_api_outbox_pending"];
 
 /// A replica: a process that is started again when it has died, as a platform does it.
 #[derive(Debug)]

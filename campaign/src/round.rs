@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use fastrand::Rng;
 use local_stack::Stack;
 
-use crate::checker::{self, Allowances, Violation};
+use crate::checker::{self, Allowances, Observed, Violation};
 use crate::faults::{Injection, Kind, Scene};
 use crate::world::{CONNECTIONS, IN_FLIGHT, RATE, RECOVERY, Size, World};
 
@@ -121,10 +121,28 @@ async fn act(spec: &Spec, scene: &mut Scene<'_>, outcome: &mut Outcome) -> Resul
     outcome.states = observed.valuations.len() as u64;
     outcome.records = observed.records.len() as u64;
     outcome.violations.append(&mut checker::check(&scene.world.workload.inputs, &observed, &allowances));
+    if spec.kinds.iter().all(|kind| kind.leaves_the_owner_alone()) {
+        undisturbed(scene.world, &observed, &mut outcome.violations)?;
+    }
     if spec.kinds.iter().all(|kind| *kind == Kind::Term) {
         for run in observed.runs.iter().filter(|run| run.deaths.is_some_and(|deaths| deaths > 0)) {
             let what = format!("the run {} was charged {:?} deaths by orderly ends", run.run_id, run.deaths);
             outcome.violations.push(Violation { invariant: "term", what });
+        }
+    }
+    Ok(())
+}
+
+/// Where nothing happened to an owner, no run is begun twice and no message is delivered while it is worked on.
+fn undisturbed(world: &World, observed: &Observed, violations: &mut Vec<Violation>) -> Result<()> {
+    let mut add = |what| violations.push(Violation { invariant: "delivery", what });
+    for run in observed.runs.iter().filter(|run| run.attempts != 1) {
+        add(format!("the run {} was begun {} times, and nothing happened to its owner", run.run_id, run.attempts));
+    }
+    for replica in &world.replicas {
+        let log = fs::read_to_string(replica.log())?;
+        for message in checker::delivered_while_at_work(&log) {
+            add(format!("the message {message} was delivered again while {} worked on it", replica.name));
         }
     }
     Ok(())

@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
 use local_stack::{Stack, StackOptions};
 
-use crate::faults::{KINDS, Kind, points_in};
+use crate::faults::{KINDS, Kind, NOT_RUN, points_in};
 use crate::options::{Options, Profile};
 use crate::planted::PLANTED;
 use crate::report::Report;
@@ -19,8 +20,6 @@ use crate::schedule::Schedule;
 const ROUNDS_PER_STACK: u64 = 40;
 /// A planted mistake must be found out within this.
 const PLANTED_LIMIT: Duration = Duration::from_secs(300);
-/// Rounds of the profile for every change: each kind once, then some more.
-const CI_ROUNDS: u64 = 22;
 
 /// Does what the options say. `false`: a promise was broken, a kind of fault never hit, or a mistake was not found out.
 pub async fn run(options: Options) -> Result<bool> {
@@ -81,15 +80,15 @@ impl Campaign {
         let first = options.round.unwrap_or(0);
         let next = AtomicU64::new(first);
         let report = Mutex::new(Report::default());
-        let each_once = schedule.kinds.len() as u64;
+        let least = schedule.least();
         let last = match (options.round, options.profile) {
             (Some(round), _) => round + 1,
-            (None, Profile::Ci) => CI_ROUNDS.max(each_once),
+            (None, Profile::Ci) => least,
             (None, _) => u64::MAX,
         };
-        // Every kind has its turn, however short the time is.
+        // Every kind and every point has its turn, however short the time is.
         let is_due = |number: u64| {
-            number < last && (number < each_once || begun.elapsed() < Duration::from_secs(options.minutes * 60))
+            number < last && (number < least || begun.elapsed() < Duration::from_secs(options.minutes * 60))
         };
         let runners = (0..options.parallel.max(1)).map(|_| async {
             let mut stack = None;
@@ -117,6 +116,9 @@ impl Campaign {
         let report = report.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
         println!("\n{}", report.text(&schedule.points, begun.elapsed()));
         let never = if options.round.is_some() { Vec::new() } else { report.never_hit(&schedule.kinds) };
+        for (kind, reason) in NOT_RUN {
+            println!("not run: {kind}: {reason}");
+        }
         if !never.is_empty() {
             println!("never hit in the middle of work: {}", never.join(", "));
         }
@@ -153,7 +155,8 @@ impl Campaign {
         }
         let kinds: Vec<&str> = self.schedule.kinds.iter().map(|kind| kind.name()).collect();
         println!(
-            "    again: scripts/campaign --seed {} --faults {} --round {}",
+            "    again: scripts/campaign --profile {} --seed {} --faults {} --round {}",
+            self.options.profile.to_possible_value().map_or_else(String::new, |profile| profile.get_name().to_owned()),
             self.schedule.seed,
             kinds.join(","),
             spec.number

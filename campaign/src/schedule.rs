@@ -12,6 +12,9 @@ const SMALL: (i64, u64) = (500, 50);
 /// As many as the data of a county; pages as in production.
 const FULL: (i64, u64) = (17_000, 1_000);
 
+/// Crash points a round.
+const POINTS_A_ROUND: usize = 4;
+
 /// Makes rounds.
 #[derive(Clone, Debug)]
 pub struct Schedule {
@@ -26,7 +29,15 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// Round `number`, from 0. The first rounds have each kind once.
+    /// How many rounds there must be: each kind once, and then all crash points unless it is the profile for every change.
+    #[must_use]
+    pub fn least(&self) -> u64 {
+        let points =
+            if self.profile == Profile::Ci || !self.kinds.contains(&Kind::CrashPoint) { 0 } else { self.points.len() };
+        (self.kinds.len() + points.div_ceil(POINTS_A_ROUND)) as u64
+    }
+
+    /// Round `number`, from 0.
     #[must_use]
     pub fn round(&self, number: u64) -> Spec {
         // Neighbouring numbers must not give neighbouring streams.
@@ -35,19 +46,23 @@ impl Schedule {
         let first = usize::try_from(number).unwrap_or(usize::MAX);
         let kind = match self.kinds.get(first) {
             Some(kind) => *kind,
+            None if number < self.least() => Kind::CrashPoint,
             // Afterwards every second round is of deaths, where there are some to choose from.
             None if rng.bool() && self.kinds.contains(&Kind::Kill) => Kind::Kill,
             None => self.kinds[rng.usize(..self.kinds.len())],
         };
         let (listings, page) = if self.profile == Profile::Full { FULL } else { SMALL };
-        let injections = kind.injections();
+        let injections = match self.profile {
+            Profile::Ci => kind.injections().div_ceil(2),
+            _ => kind.injections(),
+        };
         Spec {
             number,
             seed,
             kinds: vec![kind],
             injections,
             points: self.points_of(kind, number, injections, &mut rng),
-            size: Size { listings, page, replicas: kind.replicas() },
+            size: Size { listings, page, replicas: kind.replicas(), proxies: kind.needs_proxies() },
             planted: None,
         }
     }
@@ -64,12 +79,36 @@ impl Schedule {
             return points;
         }
         if kind == Kind::CrashPoint {
-            let turn = usize::try_from(number).unwrap_or(0) * count % points.len();
-            points.rotate_left(turn);
+            // Those of the profile for every change are others each time, all others in turn.
+            let turn = usize::try_from(number).unwrap_or(0).saturating_sub(self.kinds.len()) * count;
+            let turn = if number < self.kinds.len() as u64 { rng.usize(..points.len()) } else { turn };
+            let length = points.len();
+            points.rotate_left(turn % length);
         } else {
             rng.shuffle(&mut points);
         }
         points.truncate(count);
         points
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn the_least_rounds_have_every_kind_and_every_point() {
+        let kinds = vec![Kind::Kill, Kind::CrashPoint, Kind::Term];
+        let points: Vec<String> = (0..27).map(|number| format!("run.{number}")).collect();
+        let schedule = Schedule { seed: 9, kinds: kinds.clone(), points, profile: Profile::Small };
+        let rounds: Vec<Spec> = (0..schedule.least()).map(|number| schedule.round(number)).collect();
+        let first: Vec<Kind> = rounds.iter().take(3).flat_map(|round| round.kinds.clone()).collect();
+        assert_eq!(first, kinds);
+        let crashes = rounds.iter().skip(3).filter(|round| round.kinds == [Kind::CrashPoint]);
+        let met: BTreeSet<String> = crashes.flat_map(|round| round.points.clone()).collect();
+        assert_eq!(met.len(), 27);
+        assert_eq!(format!("{:?}", schedule.round(5)), format!("{:?}", schedule.round(5)), "the same again");
     }
 }

@@ -155,7 +155,8 @@ impl Workload {
         for _ in 0..self.rng.usize(10..25) {
             messages.extend(self.upsert());
         }
-        for _ in 0..self.rng.usize(3..7) {
+        // More than the lane has permits: one that is not given back after a bad body is missed at once.
+        for _ in 0..self.rng.usize(10..14) {
             messages.extend(self.garbage());
         }
         if let Some(run) = self.rng.choice(complete).filter(|_| self.rng.bool()) {

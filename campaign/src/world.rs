@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use aws_sdk_sqs::types::{MessageSystemAttributeName, QueueAttributeName};
-use local_stack::{Behaviour, Environment, KafkaTap, PartnerStub, Stack};
+use local_stack::{Behaviour, Environment, KafkaTap, PartnerStub, PostgresProxy, SqsProxy, Stack};
 use sqlx::postgres::{PgPool, PgPoolOptions};
 use sqlx::{AssertSqlSafe, FromRow};
 
@@ -20,7 +20,7 @@ pub const IN_FLIGHT: u64 = 40;
 /// Partner calls a second, for each replica.
 pub const RATE: u64 = 300;
 /// The partner's latency.
-const LATENCY_MS: u64 = 60;
+pub const LATENCY_MS: u64 = 60;
 /// How long a message stays hidden from others without its keeper.
 pub const VISIBILITY: Duration = Duration::from_secs(4);
 /// From SIGTERM to the end.
@@ -39,6 +39,8 @@ pub struct Size {
     pub page: u64,
     /// Processes.
     pub replicas: usize,
+    /// Whether the processes get to SQS and Postgres through proxies that can fail.
+    pub proxies: bool,
 }
 
 /// A world.
@@ -46,6 +48,10 @@ pub struct Size {
 pub struct World {
     /// The partner.
     pub partner: PartnerStub,
+    /// Before SQS, where there is one.
+    pub sqs_proxy: Option<SqsProxy>,
+    /// Before Postgres, where there is one.
+    pub postgres_proxy: Option<PostgresProxy>,
     /// The database, past all proxies.
     pub database: PgPool,
     /// The topic, read as it is written.
@@ -96,7 +102,7 @@ impl World {
             .acquire_timeout(Duration::from_secs(30))
             .connect_lazy(&format!("{}?application_name=campaign", environment.database_url()))?;
         let sqs = stack.sqs().client().await;
-        let names = environment.names();
+        let names = environment.names().clone();
         let mut urls = BTreeMap::new();
         for lane in LANES {
             let name = match lane {
@@ -111,11 +117,20 @@ impl World {
             }
             urls.insert(lane, pair);
         }
+        let (mut sqs_proxy, mut postgres_proxy) = (None, None);
+        if size.proxies {
+            let (before_sqs, before_postgres) =
+                (SqsProxy::start(stack.sqs().endpoint())?, PostgresProxy::start(environment.database_url())?);
+            environment.set("aws.endpoint_url", &before_sqs.endpoint()).set("database.url", before_postgres.url());
+            (sqs_proxy, postgres_proxy) = (Some(before_sqs), Some(before_postgres));
+        }
         let tap = environment.tap()?;
         let replicas = (1..=size.replicas).map(|number| Replica::new(number, program, directory)).collect();
         let directory = directory.to_owned();
         let world = Self {
             partner,
+            sqs_proxy,
+            postgres_proxy,
             database,
             tap,
             sqs,
@@ -362,10 +377,11 @@ impl World {
         })
     }
 
-    /// The topic's records, once `distinct` different ones are there or no more come.
+    /// The topic's records, once `distinct` different ones are there or no more come. Where the broker was away, the reader
+    /// takes up to ten seconds to find it again.
     async fn records(&self, distinct: u64) -> Vec<local_stack::TapRecord> {
         let mut last = (self.tap.count(), Instant::now());
-        while self.tap.distinct_ids() < distinct && last.1.elapsed() < Duration::from_secs(5) {
+        while self.tap.distinct_ids() < distinct && last.1.elapsed() < Duration::from_secs(25) {
             tokio::time::sleep(LOOK).await;
             if self.tap.count() != last.0 {
                 last = (self.tap.count(), Instant::now());
@@ -404,6 +420,7 @@ impl World {
     pub async fn remove(self, stack: &Stack) -> Result<()> {
         drop(self.replicas);
         self.database.close().await;
+        drop((self.sqs_proxy, self.postgres_proxy));
         for url in self.urls.values().flatten() {
             self.sqs.delete_queue().queue_url(url).send().await?;
         }

@@ -8,9 +8,11 @@
 //! - [`topic`]: the records are the expected ones, byte by byte (I4);
 //! - [`letters`]: dead-letter queues hold what was refused and nothing else (I5);
 //! - [`order`]: older never over newer;
+//! - [`deliveries`]: healthy work is not delivered again;
 //! - [`rest`]: nothing is left over in queues and processes (I6, I7), the partner's limit was held (I8).
 
 mod books;
+mod deliveries;
 mod letters;
 mod observed;
 mod order;
@@ -23,6 +25,7 @@ mod topic;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+pub use deliveries::delivered_while_at_work;
 pub use observed::{Current, Figures, Letter, Listing, Observed, Publication, Run, Sent, Valuation};
 
 use crate::workload::{Home, Inputs, Selection};

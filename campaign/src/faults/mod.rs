@@ -8,6 +8,7 @@ mod partner;
 pub mod points;
 mod postgres;
 mod process;
+mod sqs;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -45,6 +46,8 @@ pub enum Kind {
     Kafka(kafka::Trouble),
     /// The database.
     Postgres(postgres::Trouble),
+    /// The queues.
+    Sqs(sqs::Trouble),
 }
 
 /// All kinds, with their names and what a round of it needs.
@@ -57,16 +60,40 @@ pub const KINDS: &[(&str, Kind)] = &[
     ("stall", Kind::Stall),
     ("poison", Kind::Poison),
     ("partner-429", Kind::Partner(partner::Schedule::TooMany)),
+    ("partner-retry-after", Kind::Partner(partner::Schedule::RetryAfter)),
     ("partner-5xx", Kind::Partner(partner::Schedule::Errors)),
     ("partner-outage", Kind::Partner(partner::Schedule::Outage)),
     ("partner-hang", Kind::Partner(partner::Schedule::Hang)),
     ("partner-garbage", Kind::Partner(partner::Schedule::Garbage)),
     ("partner-answer-lost", Kind::Partner(partner::Schedule::AnswerLost)),
+    ("partner-mischief", Kind::Partner(partner::Schedule::Mischief)),
     ("partner-latency", Kind::Partner(partner::Schedule::Latency)),
     ("kafka-errors", Kind::Kafka(kafka::Trouble::Errors)),
     ("kafka-down", Kind::Kafka(kafka::Trouble::Down)),
     ("kafka-late", Kind::Kafka(kafka::Trouble::Late)),
+    ("postgres-restart", Kind::Postgres(postgres::Trouble::Restart)),
     ("postgres-backend", Kind::Postgres(postgres::Trouble::Backend)),
+    ("postgres-cut", Kind::Postgres(postgres::Trouble::Cut)),
+    ("postgres-cut-after-commit", Kind::Postgres(postgres::Trouble::CutAfterCommit)),
+    ("postgres-cut-before-execute", Kind::Postgres(postgres::Trouble::CutBeforeExecute)),
+    ("postgres-swallow", Kind::Postgres(postgres::Trouble::Swallow)),
+    ("postgres-delay", Kind::Postgres(postgres::Trouble::Delay)),
+    ("postgres-throttle", Kind::Postgres(postgres::Trouble::Throttle)),
+    ("sqs-hung-receive", Kind::Sqs(sqs::Trouble::HungReceive)),
+    ("sqs-late-receive-answer", Kind::Sqs(sqs::Trouble::LateReceiveAnswer)),
+    ("sqs-duplicate-delivery", Kind::Sqs(sqs::Trouble::DuplicateDelivery)),
+    ("sqs-extension-fails", Kind::Sqs(sqs::Trouble::ExtensionFails)),
+    ("sqs-extension-slow", Kind::Sqs(sqs::Trouble::ExtensionSlow)),
+    ("sqs-extension-refused", Kind::Sqs(sqs::Trouble::ExtensionRefused)),
+    ("sqs-twelve-hour-refusal", Kind::Sqs(sqs::Trouble::TwelveHourRefusal)),
+    ("sqs-delete-answer-lost", Kind::Sqs(sqs::Trouble::DeleteAnswerLost)),
+    ("sqs-delete-fails", Kind::Sqs(sqs::Trouble::DeleteFails)),
+    ("sqs-stale-receipt", Kind::Sqs(sqs::Trouble::StaleReceipt)),
+    ("sqs-partial-batch-failure", Kind::Sqs(sqs::Trouble::PartialBatchFailure)),
+    ("sqs-throttle", Kind::Sqs(sqs::Trouble::Throttle)),
+    ("sqs-expired-credentials", Kind::Sqs(sqs::Trouble::ExpiredCredentials)),
+    ("sqs-send-answer-lost", Kind::Sqs(sqs::Trouble::SendAnswerLost)),
+    ("sqs-down", Kind::Sqs(sqs::Trouble::Down)),
 ];
 
 impl Kind {
@@ -94,18 +121,30 @@ impl Kind {
         match self {
             Self::Kill => 6,
             Self::Term => 4,
-            Self::Postgres(postgres::Trouble::Backend) => 8,
+            Self::Postgres(postgres::Trouble::Backend | postgres::Trouble::Cut) => 8,
             Self::CrashPoint => 4,
-            Self::Kafka(kafka::Trouble::Errors) | Self::Panic => 3,
-            Self::Stop | Self::Stall | Self::Partner(_) | Self::Kafka(_) => 2,
+            Self::Kafka(kafka::Trouble::Errors) | Self::Panic | Self::Postgres(_) => 3,
+            Self::Stop | Self::Stall | Self::Partner(_) | Self::Kafka(_) | Self::Sqs(_) => 2,
             Self::Poison => 1,
         }
+    }
+
+    /// Whether its rounds need proxies before SQS and Postgres.
+    #[must_use]
+    pub fn needs_proxies(self) -> bool {
+        matches!(self, Self::Sqs(_) | Self::Postgres(_))
     }
 
     /// Whether it needs points in the sources.
     #[must_use]
     pub fn needs_points(self) -> bool {
         matches!(self, Self::CrashPoint | Self::Panic | Self::Stall | Self::Poison)
+    }
+
+    /// Whether no process dies by it and none is cut off from its queue and its database: work must not be begun anew.
+    #[must_use]
+    pub fn leaves_the_owner_alone(self) -> bool {
+        matches!(self, Self::Partner(_) | Self::Kafka(_))
     }
 
     /// Whether each loss of partner calls is by a death or a change of owner that the log of faults counts.
@@ -179,6 +218,7 @@ impl<'a> Scene<'a> {
             Kind::Partner(schedule) => partner::inject(self, schedule).await?,
             Kind::Kafka(trouble) => kafka::inject(self, trouble).await?,
             Kind::Postgres(trouble) => postgres::inject(self, trouble).await?,
+            Kind::Sqs(trouble) => sqs::inject(self, trouble).await?,
         };
         (injection.at, injection.kind) = (at, kind.name());
         self.log.push(injection);
@@ -219,6 +259,13 @@ impl Injection {
         self
     }
 }
+
+/// What reliability engineering would also do and this campaign does not, with the reason.
+pub const NOT_RUN: &[(&str, &str)] = &[
+    ("memory-cap", "needs a control group of its own; a process that is killed for its memory ends as by `kill`"),
+    ("disk-full", "needs a data directory on a file system of its own"),
+    ("clock", "needs libfaketime, which is not part of the toolchain; leases follow the clock of the database"),
+];
 
 /// Names of all points in the sources below `root`.
 pub fn points_in(root: &Path) -> Result<Vec<String>> {
