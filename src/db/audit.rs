@@ -115,6 +115,8 @@ impl Database {
             sqlx::query_scalar!(
                 "SELECT run_id FROM runs
                  WHERE ($1::text IS NULL OR run_id = $1) AND ($2::timestamptz IS NULL OR opened_at >= $2)
+                   -- Retention removes the rows of these, the run's own last.
+                   AND pruned_since IS NULL
                  ORDER BY opened_at DESC, run_id",
                 run_id,
                 since,
