@@ -287,8 +287,9 @@ async fn an_id_means_one_upsert_for_ever() -> Result<()> {
     }
     ensure!(!upserted(&world, 2).await?, "a refused event wrote another listing");
     let letters = world.wait_for_dead_letters(Lane::Events, 5).await?;
-    for (event, _, _) in steps.iter().filter(|(_, is_refused, _)| *is_refused) {
-        let same = letters.iter().filter(|letter| letter.body == event.to_string() && letter.code() == "id_reused");
+    for (event, ..) in steps.iter().filter(|(_, is_refused, _)| *is_refused) {
+        let body = event.to_string();
+        let same = letters.iter().filter(|letter| letter.body == body && letter.code() == "id_reused");
         ensure!(same.count() == 1, "{event} in {letters:?}");
     }
     world.quiet(SOON).await?;
