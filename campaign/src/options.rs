@@ -49,6 +49,9 @@ pub struct Options {
     /// Make the mistakes on purpose, one after the other, and count those that are found out
     #[arg(long)]
     pub planted: bool,
+    /// With --planted: only these mistakes, separated by commas
+    #[arg(long, value_name = "LIST", value_delimiter = ',', requires = "planted")]
+    pub mistakes: Vec<String>,
     /// Print the kinds of faults and the fault points, and end
     #[arg(long)]
     pub list: bool,

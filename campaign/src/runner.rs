@@ -166,8 +166,16 @@ impl Campaign {
     /// One mistake after the other, each until the first broken promise or the limit.
     async fn planted(&self) -> Result<bool> {
         let stack = Stack::start(StackOptions::for_tests()).await?;
+        let wanted = &self.options.mistakes;
+        if let Some(unknown) = wanted.iter().find(|name| !PLANTED.iter().any(|planted| planted.name == **name)) {
+            let known: Vec<&str> = PLANTED.iter().map(|planted| planted.name).collect();
+            bail!("--mistakes {unknown:?} is none; known are {}", known.join(", "));
+        }
+        let chosen =
+            PLANTED.iter().filter(|planted| wanted.is_empty() || wanted.iter().any(|name| name == planted.name));
+        let chosen: Vec<_> = chosen.collect();
         let mut caught = 0;
-        for planted in PLANTED {
+        for planted in &chosen {
             let begun = Instant::now();
             let kinds = planted.kinds();
             ensure!(!kinds.is_empty(), "the mistake {} has no faults", planted.name);
@@ -200,8 +208,8 @@ impl Campaign {
                 None => println!("{:28} NOT caught in {took:3.0} s by {:?}", planted.name, planted.faults),
             }
         }
-        println!("caught {caught} of {}", PLANTED.len());
-        Ok(caught == PLANTED.len())
+        println!("caught {caught} of {}", chosen.len());
+        Ok(caught == chosen.len())
     }
 }
 

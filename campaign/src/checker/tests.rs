@@ -188,6 +188,8 @@ fn books_that_do_not_balance_are_found() {
     assert!(broken(|world| world.runs[0].state = "running".to_owned()).contains(&"I1"), "an unfinished run");
     assert!(broken(|world| world.runs[0].held = true).contains(&"I1"), "an owner is left");
     assert!(broken(|world| world.runs[0].valued -= 1).contains(&"I1"), "wrong counts");
+    assert_eq!(broken(|world| world.runs[0].selected -= 1), ["I1"], "a listing that was not counted");
+    assert_eq!(broken(|world| world.runs[0].selected += 1), ["I1"], "a listing that was counted and has no state");
     assert!(broken(|world| world.runs[0].event_data = Some("{}".to_owned())).contains(&"I1"), "of another event");
     let stranger = |world: &mut Observed| {
         world.valuations[0].listing_id = 100_000;

@@ -83,30 +83,31 @@ pub(super) async fn inject(scene: &mut Scene<'_>, trouble: Trouble) -> Result<In
         }
     };
     let begun = Instant::now();
-    let mut at_work = 0;
-    while begun.elapsed() < limit && times.is_none_or(|times| hits(scene, fault).is_ok_and(|now| now - before < times))
-    {
+    // A hit counts as one at work if somebody was at work at the look before it or is after it: some faults end the work.
+    let (mut at_work, mut counted, mut working) = (0, before, true);
+    loop {
         scene.world.check_alive()?;
-        let seen = hits(scene, fault)?;
+        let now = hits(scene, fault)?;
         let work = scene.world.at_work().await?;
-        if work.runs + work.publishers > 0 {
-            at_work = seen - before;
+        let works_on = work.runs + work.publishers > 0;
+        if working || works_on {
+            at_work += now - counted;
+        }
+        (counted, working) = (now, works_on);
+        if begun.elapsed() >= limit || times.is_some_and(|times| now - before >= times) {
+            break;
         }
         if scene.world.idle().await? {
             scene.world.more(1).await?;
         }
         tokio::time::sleep(LOOK).await;
     }
-    let work = scene.world.at_work().await?;
-    let hits = hits(scene, fault)? - before;
-    if work.runs + work.publishers > 0 {
-        at_work = hits;
-    }
+    let hits = counted - before;
     proxy(scene)?.clear();
     if trouble.is_of_extensions() {
         scene.world.partner.control(|behaviour| behaviour.latency_ms = crate::world::LATENCY_MS)?;
     }
-    let proof = format!("{hits} times by the proxy's count in {:?}; {work:?}", begun.elapsed());
+    let proof = format!("{hits} times by the proxy's count in {:?}, {at_work} of them at work", begun.elapsed());
     Ok(Injection { hits, hits_at_work: at_work, proof, ..Injection::new(fault.name()) })
 }
 
