@@ -4,7 +4,8 @@
 //! In reading order:
 //!
 //! - [`workload`] makes events from a seed and keeps all that was put in;
-//! - [`world`] is one service with everything around it, [`replica`] one of its processes;
+//! - [`world`] is one service with everything around it, [`replica`] one of its processes, [`owners`] a witness of who
+//!   writes;
 //! - [`faults`] break something and prove that it was broken;
 //! - [`checker`] holds the world against the one that follows from the inputs;
 //! - [`round`] is all of this once, [`schedule`] tells which round comes when;
@@ -16,6 +17,7 @@
 pub mod checker;
 pub mod faults;
 pub mod options;
+pub mod owners;
 pub mod planted;
 pub mod replica;
 pub mod report;

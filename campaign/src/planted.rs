@@ -15,7 +15,7 @@ pub struct Planted {
 pub const PLANTED: &[Planted] = &[
     Planted { name: "delete-before-commit", faults: &["kill", "postgres-restart"] },
     Planted { name: "no-unique-key", faults: &["kill", "stop"] },
-    Planted { name: "no-owner-check", faults: &["stop", "sqs-extension-refused"] },
+    Planted { name: "no-owner-check", faults: &["stop"] },
     Planted { name: "cursor-ahead", faults: &["kill"] },
     Planted { name: "outbox-by-sequence", faults: &["postgres-delay", "kill"] },
     Planted { name: "no-kafka-flush", faults: &["kafka-down", "kill"] },

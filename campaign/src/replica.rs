@@ -134,7 +134,8 @@ impl Replica {
     pub async fn figures(&self) -> Result<Figures> {
         let (_, page) = self.page("/metrics").await?;
         let busy = |line: &&str| {
-            let gauge = ZERO_AT_REST.iter().any(|name| line.starts_with(name));
+            let is_it = |name: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{']));
+            let gauge = ZERO_AT_REST.iter().any(is_it);
             gauge && line.rsplit_once(' ').is_some_and(|(_, value)| value != "0")
         };
         let not_at_rest = page.lines().filter(busy).map(str::to_owned).collect();

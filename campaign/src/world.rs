@@ -12,6 +12,7 @@ use sqlx::postgres::{PgPool, PgPoolOptions};
 use sqlx::{AssertSqlSafe, FromRow};
 
 use crate::checker::{Letter, Observed};
+use crate::owners;
 use crate::replica::{LOOK, Replica};
 use crate::workload::{LANES, Lane, Message, SEEDED_AT, SEEDED_BY, Workload};
 
@@ -63,6 +64,8 @@ pub struct World {
     pub environment: Environment,
     /// The processes.
     pub replicas: Vec<Replica>,
+    /// The database's URL for each of them, with a name of its own.
+    logins: Vec<String>,
     /// What was put in.
     pub workload: Workload,
     /// More variables of every process.
@@ -125,7 +128,14 @@ impl World {
             (sqs_proxy, postgres_proxy) = (Some(before_sqs), Some(before_postgres));
         }
         let tap = environment.tap()?;
-        let replicas = (1..=size.replicas).map(|number| Replica::new(number, program, directory)).collect();
+        owners::watch(&database).await?;
+        let replicas: Vec<_> = (1..=size.replicas).map(|number| Replica::new(number, program, directory)).collect();
+        let mut logins = Vec::new();
+        let variables: BTreeMap<&str, &str> = environment.variables().collect();
+        let url = variables.get("WRITE_API_DATABASE_URL").context("no database.url")?;
+        for replica in &replicas {
+            logins.push(owners::log_in_as(&database, url, &replica.name).await?);
+        }
         let directory = directory.to_owned();
         let world = Self {
             partner,
@@ -137,6 +147,7 @@ impl World {
             urls,
             environment,
             replicas,
+            logins,
             workload,
             variables: Vec::new(),
             directory,
@@ -182,6 +193,7 @@ impl World {
     pub fn spawn(&mut self, replica: usize, orders: &str) -> Result<()> {
         let mut variables = self.variables.clone();
         variables.push(("WRITE_API_FAULTS".to_owned(), orders.to_owned()));
+        variables.push(("WRITE_API_DATABASE_URL".to_owned(), self.logins[replica].clone()));
         self.replicas[replica].spawn(&self.environment, &variables)
     }
 
@@ -367,6 +379,7 @@ impl World {
             letters: self.letters().await?,
             left,
             partner: self.partner.stats(),
+            strangers: owners::strangers(database).await?,
             replicas,
             connections: self
                 .number(

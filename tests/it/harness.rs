@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// Services that may run at once in this test binary: more would only make each other late.
-static SERVICES: Semaphore = Semaphore::const_new(3);
+static SERVICES: Semaphore = Semaphore::const_new(4);
 
 /// Visibility in tests: short, because a killed service's work waits for it.
 pub const VISIBILITY: Duration = Duration::from_secs(5);

@@ -62,7 +62,9 @@ async fn what_was_recorded_can_be_replayed_and_a_redelivery_is_no_second_line() 
     ensure!(lines.contains(&upsert(2)) && lines[3]["data"] == json!({"limit": 3}), "{lines:?}");
 
     // The same night in an empty world.
-    world.sql("TRUNCATE listings, listing_valuations, valuations, publications, runs, outbox CASCADE").await?;
+    world
+        .sql("TRUNCATE listings, listing_events, listing_valuations, valuations, publications, runs, outbox CASCADE")
+        .await?;
     let service = world.serve().await?;
     world.done(&["replay", path])?;
     until("the same listings", LONG, async || {

@@ -52,6 +52,9 @@ pub(super) fn check(world: &World<'_>, found: &mut Findings) {
         }
     }
     rows(world, found);
+    for write in &world.observed.strangers {
+        found.add("I2", write.clone());
+    }
     partner(world, found, keys, valued);
 }
 

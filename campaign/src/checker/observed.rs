@@ -33,6 +33,8 @@ pub struct Observed {
     pub left: Vec<(Lane, u64, u64)>,
     /// What the partner saw.
     pub partner: Stats,
+    /// Writes to runs by others than their owners, in words.
+    pub strangers: Vec<String>,
     /// The processes, after some idle time.
     pub replicas: Vec<Figures>,
     /// Connections to the database, the campaign's own left out.

@@ -73,6 +73,7 @@ fn good() -> (Inputs, Observed, Allowances) {
         records_missed: 0,
         letters: vec![letter(Lane::Events, "#no", "invalid_json"), letter(Lane::Valuations, &rival, "id_reused")],
         left: vec![(Lane::Events, 0, 0)],
+        strangers: Vec::new(),
         partner: Stats {
             requests: 100,
             distinct_keys: 100,
@@ -231,6 +232,7 @@ fn what_is_done_twice_is_found() {
     };
     assert!(broken(twice).contains(&"I2"), "two states");
     assert_eq!(broken(|world| world.partner.effects += 1), ["I2"], "an effect too many");
+    assert_eq!(broken(|world| world.strangers.push("replica_1 wrote".to_owned())), ["I2"], "a late owner");
     assert_eq!(broken(|world| world.partner.distinct_keys += 1), ["I2"], "a key too many");
     assert_eq!(broken(|world| world.partner.repeated_requests = 1), ["I2"], "a call again without a reason");
     let explained = |world: &mut Observed| {
