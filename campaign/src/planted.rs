@@ -14,7 +14,7 @@ pub struct Planted {
 /// All mistakes.
 pub const PLANTED: &[Planted] = &[
     Planted { name: "delete-before-commit", faults: &["kill", "postgres-restart"] },
-    Planted { name: "no-unique-key", faults: &["kill", "stop"] },
+    Planted { name: "no-unique-key", faults: &["postgres-cut-after-commit"] },
     Planted { name: "no-owner-check", faults: &["stop"] },
     Planted { name: "cursor-ahead", faults: &["kill"] },
     Planted { name: "outbox-by-sequence", faults: &["postgres-delay", "kill"] },

@@ -9,16 +9,16 @@
 //! | wait | bound |
 //! |---|---|
 //! | for a connection of the pool, opening one included | `database.acquire_timeout` |
-//! | for the answer to what runs on it, a transaction of several statements included | `database.statement_timeout` by the server, [`CLIENT_MARGIN`] more by us |
-//! | for a connection to go back to the pool, or to be closed | [`pooled::GIVE_BACK`] |
-//! | for all tries of `run!` | [`RETRY_FOR`], and one more try |
-//! | health: the ping, and the reason for none | 5 s, and [`CLIENT_MARGIN`] |
+//! | for the answer to what runs on it, a transaction of several statements included | `database.statement_timeout` by the server, `CLIENT_MARGIN` more by us |
+//! | for a connection to go back to the pool, or to be closed | `pooled::GIVE_BACK` |
+//! | for all tries of `run!` | `RETRY_FOR`, and one more try |
+//! | health: the ping, and the reason for none | 5 s, and `CLIENT_MARGIN` |
 //! | health: the migrations | as a statement |
 //! | the keeper's renewals, connecting included | a quarter of the visibility timeout, at most 15 s (`queue/lease.rs`) |
-//! | `migrate` | `database.acquire_timeout` to connect, [`MIGRATE`] for all migrations; `database.statement_timeout` for each lock |
+//! | `migrate` | `database.acquire_timeout` to connect, `MIGRATE` for all migrations; `database.statement_timeout` for each lock |
 //! | `check` | as the pool and a statement (`db/inspection.rs`) |
 //! | `seed`, `status`, `cancel`, `retry` | those of `run!` |
-//! | the end of the process | [`CLOSE`] |
+//! | the end of the process | `CLOSE` |
 //!
 //! With the defaults a half-open connection is noticed after 22 s and its slot is free after 27.
 

@@ -3,13 +3,13 @@
 //! It knows the contracts (events, partner, topic, dead-letter queues) and the names of tables, and shares no code with the
 //! service: a mistake made there is not made here too. Each invariant has a file:
 //!
-//! - [`books`]: every listing of every accepted event ends in exactly one state (I1), nothing is applied twice (I2);
-//! - [`sending`]: result, outbox row and post-processing exist together or not at all (I3);
-//! - [`topic`]: the records are the expected ones, byte by byte (I4);
-//! - [`letters`]: dead-letter queues hold what was refused and nothing else (I5);
-//! - [`order`]: older never over newer;
-//! - [`deliveries`]: healthy work is not delivered again;
-//! - [`rest`]: nothing is left over in queues and processes (I6, I7), the partner's limit was held (I8).
+//! - `books`: every listing of every accepted event ends in exactly one state (I1), nothing is applied twice (I2);
+//! - `sending`: result, outbox row and post-processing exist together or not at all (I3);
+//! - `topic`: the records are the expected ones, byte by byte (I4);
+//! - `letters`: dead-letter queues hold what was refused and nothing else (I5);
+//! - `order`: older never over newer;
+//! - `deliveries`: healthy work is not delivered again;
+//! - `rest`: nothing is left over in queues and processes (I6, I7), the partner's limit was held (I8).
 
 mod books;
 mod deliveries;
