@@ -9,22 +9,24 @@ pub struct Planted {
     pub name: &'static str,
     /// Names of the kinds that are injected, in turn.
     pub faults: &'static [&'static str],
+    /// Where processes die, for faults that have a place; all points if empty.
+    pub points: &'static [&'static str],
 }
 
 /// All mistakes.
 pub const PLANTED: &[Planted] = &[
-    Planted { name: "delete-before-commit", faults: &["kill", "postgres-restart"] },
-    Planted { name: "no-unique-key", faults: &["postgres-cut-after-commit"] },
-    Planted { name: "no-owner-check", faults: &["stop"] },
-    Planted { name: "cursor-ahead", faults: &["kill"] },
-    Planted { name: "outbox-by-sequence", faults: &["postgres-delay", "kill"] },
-    Planted { name: "no-kafka-flush", faults: &["kafka-down", "kill"] },
-    Planted { name: "retry-commit-as-new", faults: &["postgres-cut-after-commit"] },
-    Planted { name: "no-receive-timeout", faults: &["sqs-hung-receive"] },
-    Planted { name: "permit-leak", faults: &["kafka-errors"] },
-    Planted { name: "attempt-by-receive", faults: &["term", "sqs-duplicate-delivery"] },
-    Planted { name: "visibility-never-extended", faults: &["partner-outage", "partner-latency"] },
-    Planted { name: "retry-after-ignored", faults: &["partner-retry-after"] },
+    Planted { name: "delete-before-commit", faults: &["kill", "postgres-restart"], points: &[] },
+    Planted { name: "no-unique-key", faults: &["postgres-cut-after-commit"], points: &[] },
+    Planted { name: "no-owner-check", faults: &["stop"], points: &[] },
+    Planted { name: "cursor-ahead", faults: &["kill"], points: &[] },
+    Planted { name: "outbox-by-sequence", faults: &["crash-point"], points: &["run.after_complete"] },
+    Planted { name: "no-kafka-flush", faults: &["kafka-down", "kill"], points: &[] },
+    Planted { name: "retry-commit-as-new", faults: &["postgres-cut-after-commit"], points: &[] },
+    Planted { name: "no-receive-timeout", faults: &["sqs-hung-receive"], points: &[] },
+    Planted { name: "permit-leak", faults: &["kafka-errors"], points: &[] },
+    Planted { name: "attempt-by-receive", faults: &["term", "sqs-duplicate-delivery"], points: &[] },
+    Planted { name: "visibility-never-extended", faults: &["partner-outage", "partner-latency"], points: &[] },
+    Planted { name: "retry-after-ignored", faults: &["partner-retry-after"], points: &[] },
 ];
 
 impl Planted {

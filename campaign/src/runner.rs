@@ -165,7 +165,6 @@ impl Campaign {
 
     /// One mistake after the other, each until the first broken promise or the limit.
     async fn planted(&self) -> Result<bool> {
-        let stack = Stack::start(StackOptions::for_tests()).await?;
         let wanted = &self.options.mistakes;
         if let Some(unknown) = wanted.iter().find(|name| !PLANTED.iter().any(|planted| planted.name == **name)) {
             let known: Vec<&str> = PLANTED.iter().map(|planted| planted.name).collect();
@@ -176,10 +175,15 @@ impl Campaign {
         let chosen: Vec<_> = chosen.collect();
         let mut caught = 0;
         for planted in &chosen {
+            // Fresh servers: a round that is cut off at the limit leaves them as broken as they were.
+            let stack = Stack::start(StackOptions::for_tests()).await?;
             let begun = Instant::now();
             let kinds = planted.kinds();
             ensure!(!kinds.is_empty(), "the mistake {} has no faults", planted.name);
-            let schedule = Schedule { kinds: kinds.clone(), ..self.schedule.clone() };
+            let mut schedule = Schedule { kinds: kinds.clone(), ..self.schedule.clone() };
+            if !planted.points.is_empty() {
+                schedule.points = planted.points.iter().map(|&point| point.to_owned()).collect();
+            }
             let artefacts = self.artefacts.join(planted.name);
             let mut found = None;
             for number in 0.. {

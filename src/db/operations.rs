@@ -169,11 +169,13 @@ impl Database {
                 r#"
                 WITH run AS (
                     UPDATE runs SET state = 'running', last_error = NULL, deaths = 0, deaths_since = NULL
-                    WHERE run_id = $1 AND digest = $2 AND state = 'failed'
+                    WHERE run_id = $1 AND digest = $2 AND state = 'failed' AND pruned_since IS NULL
                     RETURNING run_id
                 ), publication AS (
                     UPDATE publications SET state = 'running', last_error = NULL, deaths = 0, deaths_since = NULL
                     WHERE event_id = $1 AND digest = $2 AND state = 'failed'
+                      AND NOT EXISTS (SELECT FROM runs AS r
+                                      WHERE r.run_id = publications.run_id AND r.pruned_since IS NOT NULL)
                     RETURNING event_id
                 )
                 SELECT (SELECT count(*) FROM run) + (SELECT count(*) FROM publication) AS "count!"
@@ -193,7 +195,8 @@ impl Database {
         run!(self, "a look for a quarantined event", connection => {
             sqlx::query_scalar!(
                 r#"
-                SELECT EXISTS (SELECT FROM runs WHERE run_id = $1 AND digest = $2 AND state = 'failed')
+                SELECT EXISTS (SELECT FROM runs
+                               WHERE run_id = $1 AND digest = $2 AND state = 'failed' AND pruned_since IS NULL)
                     OR EXISTS (SELECT FROM publications WHERE event_id = $1 AND digest = $2 AND state = 'failed')
                     AS "quarantined!"
                 "#,

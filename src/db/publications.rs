@@ -255,6 +255,20 @@ impl Database {
         })
     }
 
+    /// Our attempt has lived for so long that the earlier deaths say nothing of it: they no longer count.
+    pub async fn outlive_publication(&self, event_id: &str, token: Uuid) -> Result<(), DbError> {
+        run!(self, "the end of a publication's probation", connection => {
+            sqlx::query!(
+                "UPDATE publications SET deaths = 0, deaths_since = NULL WHERE event_id = $1 AND owner = $2",
+                event_id,
+                token,
+            )
+            .execute(connection)
+            .await?;
+            Ok(())
+        })
+    }
+
     /// Completes the publication and frees the run for another. `false`: the run has another publisher.
     pub async fn complete_publication(&self, event_id: &str, token: Uuid) -> Result<bool, DbError> {
         run!(self, "the completion of a publication", connection => {

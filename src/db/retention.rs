@@ -78,10 +78,10 @@ impl Database {
                     SELECT r.run_id FROM runs AS r
                     WHERE r.state <> 'running'
                       AND coalesce(r.completed_at, r.cancelled_at,
-                                   greatest(r.opened_at, r.progressed_at, r.next_rate_since))
+                                   r.begun_at, r.opened_at)
                           < now() - make_interval(secs => $1)
                       AND (r.pruned_since IS NOT NULL
-                           OR r.publisher IS NULL
+                           OR (r.publisher IS NULL OR r.publisher_lease_until < now())
                               AND (r.state <> 'complete' OR EXISTS (
                                   SELECT FROM publications AS p WHERE p.run_id = r.run_id OFFSET 0))
                               AND NOT EXISTS (
@@ -91,7 +91,7 @@ impl Database {
                                          OR coalesce(p.completed_at, p.opened_at) >= now() - make_interval(secs => $1))
                                   OFFSET 0))
                     ORDER BY coalesce(r.completed_at, r.cancelled_at,
-                                      greatest(r.opened_at, r.progressed_at, r.next_rate_since))
+                                      r.begun_at, r.opened_at)
                     LIMIT $2
                     FOR NO KEY UPDATE OF r SKIP LOCKED
                 )

@@ -301,6 +301,20 @@ impl Database {
         })
     }
 
+    /// Our attempt has lived for so long that the earlier deaths say nothing of it: they no longer count.
+    pub async fn outlive_run(&self, run_id: &str, token: Uuid) -> Result<(), DbError> {
+        run!(self, "the end of a run's probation", connection => {
+            sqlx::query!(
+                "UPDATE runs SET deaths = 0, deaths_since = NULL WHERE run_id = $1 AND owner = $2",
+                run_id,
+                token,
+            )
+            .execute(connection)
+            .await?;
+            Ok(())
+        })
+    }
+
     /// Which of the runs owned with these tokens an operator wants cancelled.
     pub async fn cancel_requests(&self, run_ids: &[String], tokens: &[Uuid]) -> Result<Vec<Uuid>, DbError> {
         run!(self, "a look for cancelled runs", connection => {

@@ -7,7 +7,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::time::timeout;
+use tokio::time::sleep;
 use uuid::Uuid;
 
 use super::Events;
@@ -153,16 +153,17 @@ impl Events {
             }
             self.forget(delivery).await;
         };
-        match delivery.lease.drain_deadline() {
-            None => end.await,
-            Some(_) => {
-                if timeout(WHILE_STOPPING, end).await.is_err() {
-                    let message_id = delivery.message.id.as_str();
-                    tracing::warn!(
-                        message_id,
-                        "Postgres did not take the end of an attempt in time; it counts as a death"
-                    );
-                }
+        // A stop that begins meanwhile bounds it as well.
+        let too_late = async {
+            delivery.lease.draining().await;
+            sleep(WHILE_STOPPING).await;
+        };
+        tokio::select! {
+            biased;
+            () = end => {}
+            () = too_late => {
+                let message_id = delivery.message.id.as_str();
+                tracing::warn!(message_id, "Postgres did not take the end of an attempt in time; it counts as a death");
             }
         }
     }

@@ -15,6 +15,11 @@ const WAIT: Duration = Duration::from_secs(2);
 /// that is away, and must not hold up the whole process.
 const ALONE: Duration = Duration::from_secs(30);
 
+/// How long work that makes no progress keeps its pass. What has lived for so long and waits, for a partner that is away, say,
+/// must not keep suspects from being alone. Shorter than [`ALONE`], so that nobody is let in beside a suspect that still
+/// counts as one.
+pub const PROBATION: Duration = Duration::from_secs(20);
+
 #[derive(Debug, Default)]
 struct State {
     /// Passes that are held.

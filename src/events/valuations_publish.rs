@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use super::attempts::quarantined;
 use super::envelope::Event;
-use super::gate::Pass;
+use super::gate::{PROBATION, Pass};
 use super::valuations_refresh::{AFTER_LEASE, other_event};
 use super::{Events, UNFINISHED_RUN_WAIT};
 use crate::db::publications::{OwnedPublication, PublicationClaim, PublishedPage, Quarantined};
@@ -116,6 +116,7 @@ async fn publish(
     let limit = events.publish_page_size;
     let read = |cursor| events.database.read_valuations(run_id, cursor, limit);
     let mut stopped = std::pin::pin!(delivery.lease.stopped());
+    let mut probation = std::pin::pin!(tokio::time::sleep(PROBATION));
     let (mut rows, mut quarantined) = (0, 0);
     let mut after = publication.cursor;
     let mut page = match read(publication.cursor).await {
@@ -132,17 +133,28 @@ async fn publish(
             published
         };
         let both = async { tokio::try_join!(sent.map_err(anyhow::Error::from), next.map_err(anyhow::Error::from)) };
-        let (published, next_page) = tokio::select! {
-            // A page under way is finished: its records are out, and a cursor that lags would send them again.
-            biased;
-            both = both => match both {
-                Ok(both) => both,
-                Err(error) => return Ended::Failed(error),
-            },
-            () = delivery.lease.lost() => return Ended::Stopped(StopReason::Lost),
-            // Where Kafka is away, that can last for longer than a stop may.
-            () = delivery.lease.nearly_over(HANDOVER) => return Ended::Stopped(StopReason::Shutdown),
+        let mut both = Box::pin(both);
+        let (published, next_page) = loop {
+            tokio::select! {
+                // A page under way is finished: its records are out, and a cursor that lags would send them again.
+                biased;
+                both = &mut both => match both {
+                    Ok(both) => break both,
+                    Err(error) => return Ended::Failed(error),
+                },
+                () = delivery.lease.lost() => return Ended::Stopped(StopReason::Lost),
+                // Where Kafka is away, that can last for longer than a stop may.
+                () = delivery.lease.nearly_over(HANDOVER) => return Ended::Stopped(StopReason::Shutdown),
+                // So long that its pass is given back; before that, what it was suspected of is forgotten.
+                () = &mut probation, if pass.is_some() => {
+                    if let Err(error) = events.database.outlive_publication(&event.id, publication.token).await {
+                        tracing::debug!(event_id = %event.id, %error, "the deaths of a publication are still counted");
+                    }
+                    *pass = None;
+                }
+            }
         };
+        drop(both);
         let done =
             PublishedPage { after, last, published: published.records as i64, quarantined: quarantine(&published) };
         fault::point("publication.before_advance", &event.id);

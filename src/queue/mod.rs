@@ -140,7 +140,7 @@ pub struct Refusal {
 
 /// What turns a delivery into a result. The consumer is given one and knows no more about events.
 pub trait Handler: Send + Sync + 'static {
-    /// Handles one delivery. A panic costs this delivery a retry and nothing else.
+    /// Handles one delivery. A panic counts as a death of this delivery and touches no other.
     fn handle<'a>(&'a self, delivery: &'a Delivery) -> BoxFuture<'a, Outcome>;
 
     /// Called after each handling that ended in order, cut short by a stop included, and before its message is ended. Not

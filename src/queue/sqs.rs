@@ -308,9 +308,10 @@ impl Sqs {
         for failure in output.failed {
             if let Some(index) = index(&failure.id) {
                 let message = format!("{}: {}", failure.code, failure.message.unwrap_or_default());
-                // A fault of the sender is about this receipt: stale, gone, or past its 12 h. Another is SQS's own.
-                results[index] =
-                    if failure.sender_fault { Extension::Refused(message) } else { Extension::Failed(message) };
+                // A fault of the sender is about this receipt: stale, gone, or past its 12 h; but for a throttle, which SQS
+                // counts as one. Another is SQS's own.
+                let is_final = failure.sender_fault && !failure.code.contains("Throttl");
+                results[index] = if is_final { Extension::Refused(message) } else { Extension::Failed(message) };
             }
         }
         Ok(results)

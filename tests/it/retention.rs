@@ -10,7 +10,7 @@ async fn age(world: &World, like: &str) -> Result<()> {
     world
         .sql(&format!(
             "UPDATE runs SET opened_at = opened_at - interval '31 days', completed_at = completed_at - interval '31 days',
-                 progressed_at = progressed_at - interval '31 days', next_rate_since = next_rate_since - interval '31 days',
+                 progressed_at = progressed_at - interval '31 days', begun_at = begun_at - interval '31 days',
                  cancelled_at = cancelled_at - interval '31 days' WHERE run_id LIKE '{like}';
              UPDATE publications SET opened_at = opened_at - interval '31 days',
                  completed_at = completed_at - interval '31 days' WHERE run_id LIKE '{like}';

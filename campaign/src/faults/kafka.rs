@@ -76,6 +76,9 @@ async fn broken_for(scene: &mut Scene<'_>, time: Duration, broken: Order, mended
         tokio::time::sleep(LOOK).await;
     }
     let after = scene.world.number(published).await?;
+    if after > before {
+        scene.violation("I4", format!("{} records count as published, and no broker reported them", after - before));
+    }
     scene.stack.kafka().order(&mended).await?;
     let injection = Injection::new("broker");
     let proof =

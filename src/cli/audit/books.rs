@@ -88,6 +88,9 @@ async fn look_at(database: &Database, run_id: &str, settled: bool) -> Result<Opt
         account.unfinished =
             Some(format!("{what}, {rows} of {} done, no progress for {}", run.selected, span(run.still_seconds)));
     }
+    if run.state == "failed" {
+        account.unfinished = Some(format!("failed, {rows} of {} done; `write-api retry` lets it go on", run.selected));
+    }
     if settled && let Some(unfinished) = account.unfinished.clone() {
         account.is_wrong("unfinished", unfinished);
     }

@@ -17,7 +17,7 @@ use crate::db::listings::PageRow;
 use crate::db::runs::{self, OwnedRun};
 use crate::db::valuations::Answers;
 use crate::events::Events;
-use crate::events::gate::Pass;
+use crate::events::gate::{PROBATION, Pass};
 use crate::fault;
 use crate::partner::{Permit, Request, RunKey, Verdict};
 use crate::queue::Delivery;
@@ -122,6 +122,8 @@ impl<'a, 'p> Work<'a, 'p> {
         let mut reading: Option<BoxFuture<'a, ReadPage>> = None;
         let mut committing: Option<BoxFuture<'a, Result<Option<runs::Progress>, DbError>>> = None;
         let mut linger = std::pin::pin!(sleep_until(Instant::now()));
+        let mut probation = std::pin::pin!(sleep_until(Instant::now() + PROBATION));
+        let mut outliving: Option<BoxFuture<'a, ()>> = None;
 
         loop {
             if reading.is_none() && !self.exhausted && self.pages.len() < 2 {
@@ -175,9 +177,27 @@ impl<'a, 'p> Work<'a, 'p> {
                         calls.push(self.call(row, page, granted));
                     }
                 }
+                () = optional(&mut outliving) => {
+                    outliving = None;
+                    *self.pass = None;
+                }
+                () = &mut probation, if self.pass.is_some() && outliving.is_none() => outliving = Some(self.outlive()),
                 () = &mut linger, if !self.batch.listing_ids.is_empty() && committing.is_none() => {}
             }
         }
+    }
+
+    /// Has waited for so long that its pass is given back; before that, what it was suspected of is forgotten.
+    fn outlive(&self) -> BoxFuture<'a, ()> {
+        let (events, run) = (self.events, self.run);
+        async move {
+            if run.deaths > 0
+                && let Err(error) = events.database.outlive_run(&run.set.run_id, run.token).await
+            {
+                tracing::debug!(event_id = run.set.run_id, %error, "the deaths of a run are still counted");
+            }
+        }
+        .boxed()
     }
 
     fn batch_is_due(&self, linger: &Pin<&mut Sleep>, no_calls: bool) -> bool {
