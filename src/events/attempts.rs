@@ -7,7 +7,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use super::Events;
@@ -21,6 +21,9 @@ use crate::queue::{Delivery, Outcome, Refusal};
 
 /// How long a suspect is put off that could not be alone. Each time costs a receive, so the wait grows.
 const NOT_ALONE: Backoff = Backoff { base: Duration::from_secs(2), cap: Duration::from_secs(60) };
+
+/// How long a message waits for the removal of its record.
+const TO_FORGET: Duration = Duration::from_secs(2);
 
 /// How long the end of an attempt may take while the service stops.
 const WHILE_STOPPING: Duration = Duration::from_secs(1);
@@ -117,8 +120,18 @@ impl Events {
         let message_id = delivery.message.id.as_str();
         fault::point("delivery.before_forget", message_id);
         self.ended.keep(vec![(message_id.to_owned(), delivery.attempt)]);
-        if let Err(error) = self.end_kept().await {
-            tracing::warn!(message_id, %error, "the record of a delivery was not removed; it is removed with the next one");
+        // What is kept is not lost, so a Postgres that is away does not hold up the message as well.
+        let problem = match timeout(TO_FORGET, self.end_kept()).await {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(_) => Some(format!("no answer within {TO_FORGET:?}")),
+        };
+        if let Some(error) = problem {
+            tracing::warn!(
+                message_id,
+                error,
+                "the record of a delivery was not removed; it is removed with the next one"
+            );
         }
         fault::point("delivery.after_forget", message_id);
     }

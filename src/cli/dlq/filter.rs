@@ -124,8 +124,10 @@ impl Filters {
     /// Whether the letter passes. One whose time is not known passes no filter of time.
     pub(super) fn match_(&self, letter: &Letter) -> bool {
         let now = OffsetDateTime::now_utc();
-        let since = self.since.or(self.newer_than.map(|span| now - span));
-        let until = self.until.or(self.older_than.map(|span| now - span));
+        // A span that goes back beyond the calendar goes back to its beginning.
+        let ago = |span| now.saturating_sub(time::Duration::try_from(span).unwrap_or(time::Duration::MAX));
+        let since = self.since.or(self.newer_than.map(ago));
+        let until = self.until.or(self.older_than.map(ago));
         let is_one_of = |wanted: &[String], value: &str| wanted.is_empty() || wanted.iter().any(|w| w == value);
         is_one_of(&self.kinds, letter.kind)
             && is_one_of(&self.reasons, &letter.code)

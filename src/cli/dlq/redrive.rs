@@ -198,14 +198,23 @@ impl Redrive<'_> {
     }
 
     /// Sends a letter, then deletes it. The run goes on before the message can arrive: a message of a quarantined run would
-    /// be taken for done.
+    /// be refused again. Whoever fails in between leaves the letter where it is, and the next redrive sends it.
     async fn send(&mut self, letter: &Letter) -> anyhow::Result<&'static str> {
         let goes_on = match identity_of_run(letter) {
             Some((event_id, digest)) => self.database.release_quarantined(event_id, digest).await?,
             None => false,
         };
         fault::point("redrive.before_send", &letter.message_id);
-        self.sqs.send_redriven(&self.source, &letter.body, letter.redrives + 1).await?;
+        let redrives = letter.redrives.saturating_add(1);
+        self.sqs.send_redriven(&self.source, &letter.body, redrives).await.with_context(|| {
+            let id = &letter.message_id;
+            match goes_on {
+                true => {
+                    format!("message {id} was not sent and is still here; its run waits for it, redrive it once more")
+                }
+                false => format!("message {id} was not sent and is still here"),
+            }
+        })?;
         fault::point("redrive.after_send", &letter.message_id);
         let deleted = self.reader.delete(&letter.message_id).await.with_context(|| {
             format!("message {} was sent, and is still in the dead-letter queue", letter.message_id)
