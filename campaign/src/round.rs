@@ -98,6 +98,10 @@ async fn act(spec: &Spec, scene: &mut Scene<'_>, outcome: &mut Outcome) -> Resul
     for (kind, _) in spec.kinds.iter().cycle().zip(0..spec.injections) {
         let point = if kind.needs_points() { points.next().map(String::as_str) } else { None };
         scene.inject(*kind, point).await.with_context(|| format!("while {kind} was injected"))?;
+        if !scene.violations.is_empty() {
+            // A world that is broken proves nothing more.
+            return Ok(());
+        }
     }
     if let Some(left) = scene.world.rest(RECOVERY).await? {
         let what = format!("work is left {RECOVERY:?} after the last fault: {left}");

@@ -329,13 +329,14 @@ impl Consumer {
             self.parts.handler.conclude(&delivery).await;
         }
         self.report(&delivery, &outcome, started.elapsed());
-        if fault::planted("permit-leak") && matches!(outcome, Outcome::Refuse(_)) {
-            self.permits.forget_permits(1);
-        }
+        let leaks = fault::planted("permit-leak") && matches!(outcome, Outcome::Refuse(_));
         self.settle(delivery, outcome).await;
         in_flight.dec();
         self.at_work.fetch_sub(1, Ordering::Relaxed);
-        drop(permit);
+        match leaks {
+            true => permit.forget(),
+            false => drop(permit),
+        }
     }
 
     /// The one log line of an event, and its metrics.

@@ -142,6 +142,12 @@ impl World {
         })
     }
 
+    /// Fresh connections to the database instead of those of before, once these are closed.
+    pub fn with_new_connections(mut self) -> Result<Self> {
+        self.database = PgPoolOptions::new().max_connections(3).connect_lazy(self.environment.database_url())?;
+        Ok(self)
+    }
+
     /// Looks the queues up, once they are there.
     pub async fn with_queues(mut self) -> Result<Self> {
         for lane in LANES {
