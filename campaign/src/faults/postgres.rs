@@ -100,7 +100,11 @@ async fn backend(scene: &mut Scene<'_>) -> Result<Injection> {
 async fn ordered(scene: &mut Scene<'_>, fault: PgFault, times: u64) -> Result<Injection> {
     let before = hits(scene, &fault)?;
     proxy(scene)?.order(fault.clone(), times);
-    watched(scene, fault, before, HIT_LIMIT, Some(times)).await
+    let is_of_work = matches!(fault, PgFault::CutAfterCommit { .. } | PgFault::CutBeforeExecute { .. });
+    let injection = watched(scene, fault, before, HIT_LIMIT, Some(times)).await?;
+    // The statements that are met here are those of work itself: after the last one nobody is at work any more.
+    let hits_at_work = if is_of_work { injection.hits } else { injection.hits_at_work };
+    Ok(Injection { hits_at_work, ..injection })
 }
 
 /// The fault for everything, for some time.
