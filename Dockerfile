@@ -16,9 +16,11 @@ WORKDIR /build
 # The dependencies, compiled for empty crates: this layer is good until a manifest or the lock file changes.
 COPY Cargo.toml Cargo.lock ./
 COPY local-stack/Cargo.toml local-stack/
-RUN mkdir src local-stack/src \
-    && touch src/lib.rs local-stack/src/lib.rs \
-    && echo 'fn main() {}' | tee src/main.rs >local-stack/src/main.rs \
+# A member of the workspace that no image needs: it stays an empty crate.
+COPY campaign/Cargo.toml campaign/
+RUN mkdir src local-stack/src campaign/src \
+    && touch src/lib.rs local-stack/src/lib.rs campaign/src/lib.rs \
+    && echo 'fn main() {}' | tee src/main.rs local-stack/src/main.rs >campaign/src/main.rs \
     && cargo build --release --locked --workspace --bins \
     && rm -r src local-stack/src
 COPY . .
