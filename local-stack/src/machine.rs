@@ -1,8 +1,10 @@
 //! What this program takes from the machine it runs on: ports, users, and the directories of the build.
 
+use std::collections::VecDeque;
 use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 
@@ -10,11 +12,23 @@ use anyhow::{Context, Result, ensure};
 /// can take the port between its choice and its use.
 const PORTS: std::ops::Range<u16> = 20_000..32_000;
 
-/// A TCP port of 127.0.0.1 that nobody listens on.
+/// The ports given last: whoever got one may not listen on it yet.
+static GIVEN: Mutex<VecDeque<u16>> = Mutex::new(VecDeque::new());
+/// How many of them are kept.
+const MOST_GIVEN: usize = 1_000;
+
+/// A TCP port of 127.0.0.1 that nobody listens on and that was not given lately.
 pub fn free_port() -> Result<u16> {
+    let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
     (0..1_000)
         .map(|_| fastrand::u16(PORTS))
-        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .find(|port| !given.contains(port) && TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .inspect(|port| {
+            given.push_back(*port);
+            if given.len() > MOST_GIVEN {
+                given.pop_front();
+            }
+        })
         .with_context(|| format!("no free port found in {PORTS:?} on 127.0.0.1"))
 }
 
