@@ -103,11 +103,19 @@ impl Campaign {
                     _ => Stack::start(StackOptions::for_tests()).await?,
                 };
                 played += 1;
-                let spec = schedule.round(number);
-                let outcome = Box::pin(round::play(&spec, &servers, &self.program, &self.artefacts)).await;
-                let outcome = outcome.with_context(|| format!("round {number} ({:?})", spec.kinds))?;
-                self.tell(&spec, &outcome);
-                lock(&report).add(&spec, &outcome);
+                let mut spec = schedule.round(number);
+                // Whether a fault meets work is luck: where all missed it, two more rounds with other choices.
+                for _ in 0..3 {
+                    let outcome = Box::pin(round::play(&spec, &servers, &self.program, &self.artefacts)).await;
+                    let outcome = outcome.with_context(|| format!("round {number} ({:?})", spec.kinds))?;
+                    self.tell(&spec, &outcome);
+                    lock(&report).add(&spec, &outcome);
+                    let met = outcome.injections.iter().any(|injection| injection.hits_at_work > 0);
+                    if met || !outcome.violations.is_empty() || options.profile != Profile::Ci {
+                        break;
+                    }
+                    spec = Spec { seed: spec.seed.wrapping_add(1), ..schedule.round(number) };
+                }
                 stack = Some(servers);
             }
         });
