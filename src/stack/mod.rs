@@ -9,4 +9,4 @@ mod load;
 mod walk;
 
 pub use load::install;
-pub use walk::{Registers, walk};
+pub use walk::{Registers, here, walk};

@@ -14,7 +14,8 @@ use std::{io, mem, ptr, thread};
 use libc::{siginfo_t, ucontext_t};
 
 use super::ring::Ring;
-use super::walk::{Registers, walk};
+use crate::stack::{self, Registers, walk};
+use crate::task::mark;
 
 /// How often samples are collected and new threads looked for.
 const TURN: Duration = Duration::from_millis(100);
@@ -221,7 +222,7 @@ fn timespec(duration: Duration) -> libc::timespec {
 
 /// Installs the handler, for good: a signal that comes after the last timer is gone would end the process otherwise.
 fn install() -> io::Result<()> {
-    super::load::install()?;
+    stack::install()?;
     static DONE: Once = Once::new();
     let mut result = Ok(());
     DONE.call_once(|| {
@@ -262,7 +263,7 @@ extern "C" fn on_time_is_up(_: c_int, info: *mut siginfo_t, context: *mut c_void
         let (told, registers) = unsafe { (&*info.cast::<TimerSignal>(), registers(&*context.cast::<ucontext_t>())) };
         if told.code == libc::SI_TIMER && (told.value >> 32) as u32 == active.number {
             let periods = 1 + told.overrun.max(0) as u32;
-            active.ring.add(told.value as u32 as i32, periods, super::mark(), |frames| walk(registers, frames));
+            active.ring.add(told.value as u32 as i32, periods, mark::current().index() as u16, |frames| walk(registers, frames));
         }
     }
     IN_HANDLER.fetch_sub(1, Ordering::SeqCst);
