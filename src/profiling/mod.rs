@@ -15,6 +15,7 @@ mod access;
 mod allocator;
 mod heap;
 mod one_at_a_time;
+pub mod pprof;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
