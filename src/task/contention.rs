@@ -20,7 +20,7 @@ const DEPTH: usize = 64;
 const MOST_STACKS: usize = 4096;
 
 /// For one stack on average of so much waiting at locks, which are short.
-const LOCK_RATE: Duration = Duration::from_micros(100);
+pub const LOCK_RATE: Duration = Duration::from_micros(100);
 
 /// Nanoseconds of all other waiting for one stack on average.
 static RATE: AtomicU64 = AtomicU64::new(1_000_000_000);

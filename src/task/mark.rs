@@ -9,6 +9,7 @@ use std::task::{Context, Poll};
 
 use pin_project_lite::pin_project;
 
+use super::trace::Open;
 use super::usage;
 
 /// Whose work it is.
@@ -160,6 +161,7 @@ pin_project! {
     #[must_use = "futures do nothing unless polled"]
     pub struct InStage<F> {
         stage: Stage,
+        span: Option<Open>,
         #[pin]
         future: F,
     }
@@ -171,13 +173,18 @@ impl<F: Future> Future for InStage<F> {
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
         let this = self.project();
         let _entered = Entered::new(Mark { stage: *this.stage, ..current() });
-        this.future.poll(context)
+        this.span.get_or_insert_with(Open::begin);
+        let polled = this.future.poll(context);
+        if polled.is_ready() {
+            *this.span = None;
+        }
+        polled
     }
 }
 
 /// Marks `future` as a stage of whatever event it is polled for.
 pub fn in_stage<F: Future>(stage: Stage, future: F) -> InStage<F> {
-    InStage { stage, future }
+    InStage { stage, span: None, future }
 }
 
 /// Changes the kind until whoever marked the thread takes the mark away.

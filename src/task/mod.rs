@@ -8,6 +8,7 @@ pub mod contention;
 pub mod mark;
 pub mod places;
 pub mod registry;
+pub mod trace;
 pub mod usage;
 pub mod waits;
 

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use pin_project_lite::pin_project;
 
 use super::mark::{self, Entered, Kind, Mark, Stage};
+use super::trace;
 use super::usage::{Ledger, Polling};
 
 /// All of them, by number. Held for an insertion, a removal, or the copying of pointers.
@@ -102,6 +103,11 @@ pub fn ledger() -> Option<Arc<Ledger>> {
     with_current(|task| Arc::clone(&task.ledger))
 }
 
+/// The number of the task that is being polled; 0 outside of one.
+pub(super) fn number() -> u32 {
+    with_current(|task| task.number as u32).unwrap_or(0)
+}
+
 /// Notes where the task that is being polled waits.
 pub(super) fn waits_at(place: Option<&'static Location<'static>>) {
     with_current(|task| {
@@ -136,10 +142,15 @@ impl Task {
 }
 
 /// In the table from its making to its drop.
-struct Registered(Arc<Task>);
+struct Registered {
+    task: Arc<Task>,
+    is_event: bool,
+}
 
 impl Registered {
-    fn new(name: &'static str, place: &'static Location<'static>, kind: Kind, ledger: Arc<Ledger>) -> Self {
+    fn new(name: &'static str, place: &'static Location<'static>, event: Option<(Kind, Arc<Ledger>)>) -> Self {
+        let is_event = event.is_none();
+        let (kind, ledger) = event.unwrap_or_else(|| (Kind::Service, Arc::default()));
         let task = Arc::new(Task {
             number: NEXT.fetch_add(1, Ordering::Relaxed),
             name,
@@ -154,13 +165,18 @@ impl Registered {
             waits_at: AtomicPtr::new(ptr::null_mut()),
         });
         tasks().insert(task.number, Arc::clone(&task));
-        Registered(task)
+        Registered { task, is_event }
     }
 }
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        tasks().remove(&self.0.number);
+        let task = &self.task;
+        tasks().remove(&task.number);
+        if self.is_event {
+            let kind = Kind::ALL[usize::from(task.kind.load(Ordering::Relaxed))];
+            trace::note(Mark { kind, stage: Stage::Other }, task.number as u32, task.spawned_at);
+        }
     }
 }
 
@@ -177,13 +193,13 @@ pin_project! {
 impl<F: Future> Tracked<F> {
     /// A task for the work of whoever makes it: of the same kind, on the same ledger.
     pub(super) fn inherit(name: &'static str, place: &'static Location<'static>, future: F) -> Self {
-        let ledger = ledger().unwrap_or_default();
-        Tracked { future, task: Registered::new(name, place, mark::current().kind, ledger) }
+        let event = (mark::current().kind, ledger().unwrap_or_default());
+        Tracked { future, task: Registered::new(name, place, Some(event)) }
     }
 
     /// A task with a ledger of its own.
     pub(super) fn fresh(name: &'static str, place: &'static Location<'static>, future: F) -> Self {
-        Tracked { future, task: Registered::new(name, place, Kind::Service, Arc::default()) }
+        Tracked { future, task: Registered::new(name, place, None) }
     }
 }
 
@@ -192,7 +208,7 @@ impl<F: Future> Future for Tracked<F> {
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
         let this = self.project();
-        let _turn = Turn::begin(&this.task.0);
+        let _turn = Turn::begin(&this.task.task);
         this.future.poll(context)
     }
 }

@@ -7,10 +7,11 @@
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
 use std::sync::Once;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use std::{io, mem, ptr, thread};
 
+use anyhow::Context as _;
 use libc::{siginfo_t, ucontext_t};
 
 use super::ring::Ring;
@@ -33,12 +34,14 @@ pub struct Key {
 }
 
 /// A finished recording.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Recording {
     /// Periods of CPU time, by stack.
     pub counts: Counts,
     /// Names of the threads that were seen, by the kernel's number.
     pub threads: HashMap<i32, String>,
+    /// CPU time of each thread since it was first seen, by its clock.
+    pub cpu_time: HashMap<i32, Duration>,
     /// Periods whose stacks were lost, because too many came at once.
     pub lost: u64,
     pub period: Duration,
@@ -59,27 +62,31 @@ struct Active {
     number: u32,
 }
 
-/// Records for `duration` at `hz` samples per second of CPU time, or until `stop`. Blocks. One at a time in a process: a second one
-/// is refused.
-pub fn record(duration: Duration, hz: u32, stop: &AtomicBool) -> io::Result<Recording> {
-    install()?;
+/// Records for `duration` at `hz` samples per second of CPU time. Blocks: `pause` is called for each stretch of waiting, and
+/// its error ends the recording. One at a time in a process; a second one is refused.
+pub fn record(
+    duration: Duration,
+    hz: u32,
+    pause: impl Fn(Duration) -> anyhow::Result<()>,
+) -> anyhow::Result<Recording> {
+    install().context("the handlers of SIGPROF and SIGSEGV")?;
     let begin = Instant::now();
     let period = Duration::from_secs(1) / hz;
     let cores = thread::available_parallelism().map_or(1, usize::from);
     // Twice what a turn brings when every core is busy.
     let places = (2 * cores * hz as usize * TURN.as_millis() as usize / 1000).clamp(256, 16 * 1024);
     let session = Session::begin(Ring::new(places))?;
-    let mut timers = Timers { session: session.number, period, of: HashMap::new(), refused: None };
+    let mut timers = Timers { session: session.number, period, of: HashMap::new(), cpu_time: HashMap::new(), refused: None };
     let mut recording =
-        Recording { counts: HashMap::new(), threads: HashMap::new(), lost: 0, period, duration, refused: None };
+        Recording { period, duration, ..Recording::default() };
     loop {
-        timers.cover(&mut recording.threads)?;
+        timers.cover(&mut recording).context("/proc/self/task")?;
         let left = duration.saturating_sub(begin.elapsed());
-        thread::sleep(left.min(TURN));
-        session.drain(&mut recording.counts);
-        if left.is_zero() || stop.load(Ordering::Relaxed) {
+        if left.is_zero() {
             break;
         }
+        pause(left.min(TURN))?;
+        session.drain(&mut recording.counts);
     }
     recording.duration = begin.elapsed();
     recording.refused = timers.refused.take();
@@ -94,14 +101,14 @@ struct Session {
 }
 
 impl Session {
-    fn begin(ring: Ring) -> io::Result<Self> {
+    fn begin(ring: Ring) -> anyhow::Result<Self> {
         static NEXT: AtomicUsize = AtomicUsize::new(1);
         let number = NEXT.fetch_add(1, Ordering::Relaxed) as u32;
         let active = Box::into_raw(Box::new(Active { ring, number }));
         if ACTIVE.compare_exchange(ptr::null_mut(), active, Ordering::SeqCst, Ordering::SeqCst).is_err() {
             // SAFETY: nobody else has seen it.
             drop(unsafe { Box::from_raw(active) });
-            return Err(io::Error::new(io::ErrorKind::ResourceBusy, "CPU time is being sampled already"));
+            anyhow::bail!("CPU time is being sampled already");
         }
         Ok(Session { active, number })
     }
@@ -144,17 +151,23 @@ struct Timers {
     session: u32,
     period: Duration,
     of: HashMap<i32, Option<libc::timer_t>>,
+    /// CPU time of each thread when it was first seen.
+    cpu_time: HashMap<i32, Duration>,
     refused: Option<(usize, io::Error)>,
 }
 
 impl Timers {
     /// Gives a timer to each thread that has none.
-    fn cover(&mut self, names: &mut HashMap<i32, String>) -> io::Result<()> {
+    fn cover(&mut self, recording: &mut Recording) -> io::Result<()> {
         for entry in std::fs::read_dir("/proc/self/task")? {
             let Some(tid) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
             // Each time: a new thread has its parent's name until it gives itself one.
             if let Ok(name) = std::fs::read_to_string(format!("/proc/self/task/{tid}/comm")) {
-                names.insert(tid, name.trim_end().to_owned());
+                recording.threads.insert(tid, name.trim_end().to_owned());
+            }
+            if let Some(cpu_time) = cpu_time(tid) {
+                let before = *self.cpu_time.entry(tid).or_insert(cpu_time);
+                recording.cpu_time.insert(tid, cpu_time.saturating_sub(before));
             }
             if self.of.contains_key(&tid) {
                 continue;
@@ -189,6 +202,14 @@ fn cpu_clock(tid: i32) -> libc::clockid_t {
     const PER_THREAD: i32 = 4;
     const SCHEDULED: i32 = 2;
     (!tid << 3) | PER_THREAD | SCHEDULED
+}
+
+/// CPU time of a thread since its start; `None` if it has ended.
+fn cpu_time(tid: i32) -> Option<Duration> {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is valid for the call.
+    let result = unsafe { libc::clock_gettime(cpu_clock(tid), &mut time) };
+    (result == 0).then(|| Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
 }
 
 fn start_timer(tid: i32, session: u32, period: Duration) -> io::Result<libc::timer_t> {
@@ -289,8 +310,16 @@ fn registers(context: &ucontext_t) -> Registers {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::hint::black_box;
+    use std::sync::Mutex;
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+
+    fn sleep(pause: Duration) -> anyhow::Result<()> {
+        thread::sleep(pause);
+        Ok(())
+    }
 
     fn within(duration: Duration, mut work: impl FnMut()) {
         let begin = Instant::now();
@@ -307,22 +336,20 @@ mod tests {
         black_box(());
     }
 
-    static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    /// One recording at a time.
+    static ALONE: Mutex<()> = Mutex::new(());
 
     #[test]
     fn a_busy_thread_is_seen_in_proportion_and_an_idle_one_is_not() {
         let _alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
-        let never = AtomicBool::new(false);
         let busy = thread::Builder::new().name("busy".into()).spawn(|| spin_here(Duration::from_millis(1300))).unwrap();
         let idle = thread::Builder::new().name("idle".into()).spawn(|| thread::sleep(Duration::from_millis(1300))).unwrap();
-        let recording = record(Duration::from_secs(1), 100, &never).unwrap();
+        let recording = record(Duration::from_secs(1), 100, sleep).unwrap();
         busy.join().unwrap();
         idle.join().unwrap();
         let of = |name: &str| -> u64 {
             recording.counts.iter().filter(|(key, _)| recording.threads[&key.thread] == name).map(|(_, count)| count).sum()
         };
-        println!("{} {} {:?} lost {}", of("busy"), of("idle"), recording.refused, recording.lost);
-        for (k, v) in &recording.counts { println!("{} {} {}", recording.threads[&k.thread], k.stack.len(), v); }
         assert!((20..=110).contains(&of("busy")), "{}", of("busy"));
         assert_eq!(of("idle"), 0);
         let inside = recording.counts.keys().filter(|key| recording.threads[&key.thread] == "busy" && key.stack.len() > 4).count();
@@ -350,27 +377,36 @@ mod tests {
                 }
             }
         });
-        let recording = record(Duration::from_secs(1), 1000, &AtomicBool::new(false)).unwrap();
+        let recording = record(Duration::from_secs(1), 1000, sleep).unwrap();
         stop.store(true, Ordering::Relaxed);
         wild.join().unwrap();
         let all: u64 = recording.counts.values().sum();
-        println!("{all} lost {}", recording.lost);
-        let mut by: HashMap<_, u64> = HashMap::new();
-        for (k, v) in &recording.counts { *by.entry((k.thread, &recording.threads[&k.thread])).or_default() += v; }
-        println!("{by:?} {:?}", recording.duration);
         assert!(all > 100, "{all}");
     }
 
     #[test]
-    fn a_second_recording_is_refused_and_stop_ends_the_first() {
+    fn a_second_recording_is_refused_and_an_error_of_the_pause_ends_the_first() {
         let _alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
         let stop = std::sync::Arc::new(AtomicBool::new(false));
-        let first = thread::spawn({ let stop = stop.clone(); move || record(Duration::from_secs(60), 100, &stop) });
-        while ACTIVE.load(Ordering::SeqCst).is_null() { thread::yield_now(); }
-        assert_eq!(record(Duration::from_secs(1), 100, &stop).unwrap_err().kind(), io::ErrorKind::ResourceBusy);
+        let first = thread::spawn({
+            let stop = std::sync::Arc::clone(&stop);
+            move || {
+                record(Duration::from_secs(60), 100, |pause| {
+                    anyhow::ensure!(!stop.load(Ordering::Relaxed), "told to stop");
+                    sleep(pause)
+                })
+            }
+        });
+        while ACTIVE.load(Ordering::SeqCst).is_null() {
+            thread::yield_now();
+        }
+        let refused = record(Duration::from_secs(1), 100, sleep).unwrap_err().to_string();
+        assert_eq!(refused, "CPU time is being sampled already");
         stop.store(true, Ordering::Relaxed);
-        assert!(first.join().unwrap().unwrap().duration < Duration::from_secs(10));
+        assert_eq!(first.join().unwrap().unwrap_err().to_string(), "told to stop");
+        assert!(ACTIVE.load(Ordering::SeqCst).is_null());
         // A signal out of nowhere does nothing.
+        // SAFETY: its handler is installed.
         unsafe { libc::raise(libc::SIGPROF) };
     }
 
@@ -381,7 +417,7 @@ mod tests {
             thread::sleep(Duration::from_millis(200));
             thread::Builder::new().name("later".into()).spawn(|| spin_here(Duration::from_millis(700))).unwrap().join().unwrap();
         });
-        let recording = record(Duration::from_secs(1), 100, &AtomicBool::new(false)).unwrap();
+        let recording = record(Duration::from_secs(1), 100, sleep).unwrap();
         later.join().unwrap();
         let seen: u64 = recording.counts.iter().filter(|(key, _)| recording.threads[&key.thread] == "later").map(|(_, c)| c).sum();
         assert!(seen >= 10, "{seen}");

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{Label, Location, Mapping, Profile, Sample};
+use super::{Function, Label, Line, Location, Mapping, Profile, Sample};
 
 /// Makes a profile from stacks as they are met. Equal places become one location, equal stacks with equal labels one
 /// sample, whose values are added up.
@@ -24,13 +24,20 @@ pub struct Builder {
     profile: Profile,
     mappings: HashMap<Mapping, usize>,
     locations: HashMap<(Option<usize>, u64), usize>,
+    places: HashMap<(String, String, i64), usize>,
     samples: HashMap<(Vec<usize>, Vec<Label>), usize>,
 }
 
 impl Builder {
     /// Begins with a profile that has its sample types and no samples yet.
     pub fn new(profile: Profile) -> Self {
-        Builder { profile, mappings: HashMap::new(), locations: HashMap::new(), samples: HashMap::new() }
+        Builder {
+            profile,
+            mappings: HashMap::new(),
+            locations: HashMap::new(),
+            places: HashMap::new(),
+            samples: HashMap::new(),
+        }
     }
 
     /// The index of a mapping, which is added if it is new.
@@ -50,6 +57,23 @@ impl Builder {
             self.profile.locations.push(Location { mapping, address, ..Location::default() });
             self.profile.locations.len() - 1
         })
+    }
+
+    /// The index of a location that is known by its name and its place in the sources instead of an address. It is added if
+    /// it is new.
+    pub fn place(&mut self, name: &str, file: &str, line: i64) -> usize {
+        let key = (name.to_owned(), file.to_owned(), line);
+        if let Some(index) = self.places.get(&key) {
+            return *index;
+        }
+        let function = self.profile.functions.len();
+        let (name, file) = (name.to_owned(), file.to_owned());
+        self.profile.functions.push(Function { system_name: name.clone(), name, file, start_line: 0 });
+        let index = self.profile.locations.len();
+        let lines = vec![Line { function, line, column: 0 }];
+        self.profile.locations.push(Location { lines, ..Location::default() });
+        self.places.insert(key, index);
+        index
     }
 
     /// Adds a stack of locations, the innermost first, with a value for each sample type. Labels count as the same in any
