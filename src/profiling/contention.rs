@@ -3,11 +3,12 @@
 //! Each sampled wait is charged to the stack of whoever waited, which for a task is the chain of its futures at the moment when
 //! the wait ended. Go charges a lock's wait to whoever held it; here it is whoever wanted it.
 
+use std::fmt::Write as _;
 use std::time::Duration;
 
-use super::heap::labels;
+use super::heap::{EVENT_KIND, labels};
 use super::objects::Objects;
-use super::pprof::{Builder, Label, Profile, ValueType};
+use super::pprof::{Builder, Label, Profile, ValueType, frames};
 use super::symbols;
 use crate::task::contention::{self, Contended, Key};
 use crate::task::For;
@@ -71,4 +72,35 @@ fn rate(which: Which) -> Duration {
         Which::Block => contention::rate(),
         Which::Mutex => contention::LOCK_RATE,
     }
+}
+
+/// Stacks that were sampled.
+pub(super) fn count(which: Which) -> usize {
+    contention::sampled().keys().filter(|key| which.includes(key.reason)).count()
+}
+
+/// As text in the form of Go's, the longest wait first: `NANOSECONDS COUNT @ STACK`.
+pub(super) fn text(which: Which) -> String {
+    let profile = profile(which);
+    let mut samples: Vec<_> = profile.samples.iter().collect();
+    samples.sort_by_key(|sample| std::cmp::Reverse(sample.values[1]));
+    let mut text = format!("--- {}:\n# a stack for each {:?} of waiting on average\n", which.name(), rate(which));
+    for sample in samples {
+        let _ = write!(text, "{} {} @", sample.values[1], sample.values[0]);
+        for index in &sample.locations {
+            let _ = write!(text, " {:#x}", profile.locations[*index].address);
+        }
+        let label = |key: &str| sample.label(key).unwrap_or("-");
+        let _ = writeln!(
+            text,
+            "\n# labels: {{{EVENT_KIND:?}:{:?}, {WAITS_FOR:?}:{:?}}}",
+            label(EVENT_KIND),
+            label(WAITS_FOR)
+        );
+        for frame in frames(&profile, sample).iter().rev() {
+            let _ = writeln!(text, "#\t{frame}");
+        }
+        text.push('\n');
+    }
+    text
 }
