@@ -12,6 +12,7 @@
 //! - [`app`]: builds all of these, starts them, stops them in order.
 //! - [`cli`]: the command line, a file for each verb.
 //! - [`config`], [`metrics`], [`health`], [`lifecycle`], [`telemetry`]: what everything above stands on.
+//! - [`task`]: what runs, whose work it is, and what it uses; every task is spawned there. [`stack`]: its stacks.
 //! - [`fault`]: empty in releases; the faults that tests order.
 
 pub mod admin;
@@ -28,6 +29,8 @@ pub mod metrics;
 pub mod partner;
 pub mod profiling;
 pub mod queue;
+pub mod stack;
+pub mod task;
 pub mod telemetry;
 
 // The tests measure what the service measures, so they run on its allocator as well.
