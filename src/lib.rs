@@ -7,7 +7,7 @@
 //! - [`db`]: Postgres; all SQL.
 //! - [`partner`]: the other team's HTTP API, and the limits that all calls share.
 //! - [`kafka`]: records and their delivery.
-//! - [`profiling`]: the heap endpoint.
+//! - [`profiling`]: profiles of the running service.
 //! - [`admin`]: health and metrics over HTTP.
 //! - [`app`]: builds all of these, starts them, stops them in order.
 //! - [`cli`]: the command line, a file for each verb.

@@ -17,6 +17,7 @@ use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::ring};
 
 use super::http1::Io;
+use crate::task;
 
 /// How long addresses are used before they are resolved again. A thousand connections at once are one look-up.
 const RESOLVE_EVERY: Duration = Duration::from_secs(5);
@@ -190,7 +191,7 @@ impl Pool {
         let mut idle = self.lock();
         idle.connections.push((Instant::now(), connection));
         if !std::mem::replace(&mut idle.reaping, true) {
-            tokio::spawn(Pool::reap(Arc::downgrade(self)));
+            task::spawn("idle connections", Pool::reap(Arc::downgrade(self)));
         }
     }
 

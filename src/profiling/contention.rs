@@ -9,9 +9,9 @@ use std::time::Duration;
 use super::heap::{EVENT_KIND, labels};
 use super::objects::Objects;
 use super::pprof::{Builder, Label, Profile, ValueType, frames};
-use super::symbols;
-use crate::task::contention::{self, Contended, Key};
+use super::{now, symbols};
 use crate::task::For;
+use crate::task::contention::{self, Contended, Key};
 
 /// The label with what was waited for.
 const WAITS_FOR: &str = "waits_for";
@@ -49,6 +49,7 @@ pub(super) fn profile(which: Which) -> Profile {
             "one stack for each {:?} of waiting on average; longer waits always. Exact figures by place: goroutine?debug=1, and write_api_waits_* in /metrics",
             rate(which)
         )],
+        time_nanos: now(),
         ..Profile::default()
     });
     let objects = Objects::of_this_process();
@@ -56,7 +57,7 @@ pub(super) fn profile(which: Which) -> Profile {
     for (Key { stack, reason, mark }, Contended { count, nanoseconds }) in contention::sampled() {
         if which.includes(reason) {
             let locations: Vec<usize> =
-                stack.iter().map(|address| objects.location(&mut builder, *address)).collect();
+                stack.iter().map(|address| objects.location(&mut builder, address.saturating_sub(1))).collect();
             let mut labels = labels(mark);
             labels.push(Label::text(WAITS_FOR, reason.name()));
             builder.add(&locations, &[count.round() as i64, nanoseconds.round() as i64], &labels);

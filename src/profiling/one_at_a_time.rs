@@ -58,6 +58,11 @@ impl fmt::Display for Busy {
     }
 }
 
+/// A profile ended early because it was told to.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Interrupted(String);
+
 /// Tells a profile under way to end early.
 #[derive(Debug, Default)]
 pub(super) struct Interrupt {
@@ -76,7 +81,7 @@ impl Interrupt {
         let why = self.why.lock().unwrap_or_else(PoisonError::into_inner);
         let waited = self.told.wait_timeout_while(why, duration, |why| why.is_none());
         match &*waited.unwrap_or_else(PoisonError::into_inner).0 {
-            Some(why) => bail!("{why}"),
+            Some(why) => Err(Interrupted(why.clone()).into()),
             None => Ok(()),
         }
     }

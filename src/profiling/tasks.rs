@@ -9,6 +9,7 @@ use std::panic::Location;
 use std::time::Duration;
 
 use super::heap::EVENT_KIND;
+use super::now;
 use super::pprof::{Builder, Label, Profile, ValueType};
 use crate::task::places;
 use crate::task::registry::Snapshot;
@@ -24,6 +25,7 @@ pub(super) fn profile(tasks: &[Snapshot]) -> Profile {
         default_sample_type: "goroutine".to_owned(),
         period_type: ValueType::new("goroutine", "count"),
         period: 1,
+        time_nanos: now(),
         ..Profile::default()
     });
     for task in tasks {
@@ -136,7 +138,10 @@ mod tests {
         let here = format!("{}:{line}", file!());
 
         let text = grouped(&tasks);
-        assert!(text.starts_with("goroutine profile: total 1\n1 @ shown\n# labels: {\"event_kind\":\"planted\"}\n"), "{text}");
+        assert!(
+            text.starts_with("goroutine profile: total 1\n1 @ shown\n# labels: {\"event_kind\":\"planted\"}\n"),
+            "{text}"
+        );
         assert!(text.contains(&format!("#\twaiting\t{here}\n")), "{text}");
         assert!(text.contains(&format!("1 @ database\t{here}\tevent_kind=planted")), "{text}");
 

@@ -6,6 +6,7 @@ use std::fs;
 
 use anyhow::Context as _;
 
+use super::now;
 use super::pprof::{Builder, Profile, ValueType};
 
 /// Threads by who creates them, as their names tell: the number at the end of a name only tells one of a kind from another.
@@ -43,6 +44,7 @@ pub(super) fn profile(creators: &BTreeMap<String, i64>) -> Profile {
         sample_types: vec![ValueType::new("threadcreate", "count")],
         period_type: ValueType::new("threadcreate", "count"),
         period: 1,
+        time_nanos: now(),
         ..Profile::default()
     });
     for (creator, count) in creators {

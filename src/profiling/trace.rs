@@ -7,6 +7,9 @@ use serde_json::{Value, json};
 use crate::task::Stage;
 use crate::task::trace::{self, MOST_SPANS, Span};
 
+/// How far back unless asked for otherwise.
+pub(super) const SECONDS: Duration = Duration::from_secs(5);
+
 /// Spans that ended within the last `within`. Stages of one event overlap, so they are async slices, grouped by task.
 pub(super) fn json(within: Duration) -> String {
     let (spans, now) = trace::last(within);
@@ -55,7 +58,10 @@ mod tests {
         let trace: Value = serde_json::from_str(&json(Duration::from_secs(60))).unwrap();
         let events = trace["traceEvents"].as_array().unwrap();
         let of = |name: &str, phase: &str| {
-            events.iter().filter(|event| event["name"] == name && event["ph"] == phase && event["cat"] == "planted").count()
+            events
+                .iter()
+                .filter(|event| event["name"] == name && event["ph"] == phase && event["cat"] == "planted")
+                .count()
         };
         assert!(of("write", "b") > 0 && of("planted", "b") > 0, "{trace}");
         assert_eq!(of("write", "b"), of("write", "e"));

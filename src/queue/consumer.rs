@@ -24,6 +24,7 @@ use crate::fault;
 use crate::health::{Beat, Dependency};
 use crate::lifecycle::{Company, Stop};
 use crate::metrics::Metrics;
+use crate::task;
 
 /// How often a loop that waits for permits says that it is alive.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
@@ -101,7 +102,7 @@ pub async fn consume(parts: ConsumerParts, company: Company) {
     });
     let mut loops = JoinSet::new();
     for number in 0..polls {
-        loops.spawn(consumer.clone().poll_loop(number));
+        task::spawn_in(&mut loops, "poll", consumer.clone().poll_loop(number));
     }
     stop.draining().await;
     // All permits back: every task has ended its message. Tasks hear of the end of draining themselves.
@@ -282,7 +283,7 @@ impl Consumer {
                     );
                     let delivery = Delivery::new(message, self.parts.lane, lease);
                     self.at_work.fetch_add(1, Ordering::Relaxed);
-                    tokio::spawn(self.clone().work(delivery, permit));
+                    task::spawn_event("event", self.clone().work(delivery, permit));
                 }
                 outcome
             }

@@ -152,7 +152,8 @@ mod tests {
         install().unwrap();
         // SAFETY: a private mapping of our own.
         unsafe {
-            let page = libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0);
+            let page =
+                libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0);
             assert_ne!(page, libc::MAP_FAILED);
             assert_eq!(word(page as usize + 8), Some(0));
             libc::munmap(page, 4096);

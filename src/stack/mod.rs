@@ -6,7 +6,9 @@
 //! early and never badly: each step reads memory in a way that survives a fault (`load`).
 
 mod load;
+mod own;
 mod walk;
 
 pub use load::install;
-pub use walk::{Registers, here, walk};
+pub use own::{learn, own};
+pub use walk::{Registers, walk};

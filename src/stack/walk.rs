@@ -45,56 +45,9 @@ pub fn walk(from: Registers, frames: &mut [usize]) -> usize {
     length
 }
 
-/// The stack of the caller: return addresses only, its own caller's first.
-#[inline(never)]
-pub fn here(frames: &mut [usize]) -> usize {
-    let (frame, stack): (usize, usize);
-    // SAFETY: both registers are read and nothing else is done.
-    unsafe {
-        #[cfg(target_arch = "x86_64")]
-        std::arch::asm!("mov {}, rbp", "mov {}, rsp", out(reg) frame, out(reg) stack, options(nomem, nostack, preserves_flags));
-        #[cfg(target_arch = "aarch64")]
-        std::arch::asm!("mov {}, x29", "mov {}, sp", out(reg) frame, out(reg) stack, options(nomem, nostack, preserves_flags));
-    }
-    // The counter would be in this function, which nobody wants to see.
-    let mut length = walk(Registers { counter: 0, frame, stack }, frames);
-    if length > 0 {
-        frames.copy_within(1..length, 0);
-        length -= 1;
-    }
-    length
-}
-
 #[cfg(test)]
 mod tests {
-    use std::hint::black_box;
-
     use super::*;
-
-    /// Its own address range, by the return addresses into it.
-    #[inline(never)]
-    fn deep(levels: usize, frames: &mut [usize]) -> usize {
-        let length = if levels == 0 { here(frames) } else { deep(levels - 1, frames) };
-        black_box(length)
-    }
-
-    #[test]
-    fn each_level_of_a_recursion_is_a_frame() {
-        crate::stack::install().unwrap();
-        let mut frames = [0; 256];
-        let [flat, deeper] = [0, 50].map(|levels| deep(levels, &mut frames));
-        assert_eq!(deeper, flat + 50);
-        let again = frames[1];
-        assert_eq!(frames[1..50], [again; 49], "the same call each time");
-    }
-
-    #[test]
-    fn what_does_not_fit_is_cut_off() {
-        crate::stack::install().unwrap();
-        let mut few = [0; 8];
-        assert_eq!(deep(50, &mut few), 7);
-        assert_eq!(walk(Registers { counter: 1, frame: 0, stack: 0 }, &mut []), 0);
-    }
 
     #[test]
     fn no_frame_pointer_leads_astray() {
@@ -107,5 +60,6 @@ mod tests {
             assert!((1..=256).contains(&length), "{frame:#x}");
             assert_eq!(frames[0], 7);
         }
+        assert_eq!(walk(Registers { counter: 7, frame: stack, stack }, &mut []), 0);
     }
 }

@@ -83,7 +83,7 @@ pub(super) fn sample(reason: For, mark: Mark, took: Duration) {
     };
     let Some(weight) = weight(took, rate, fastrand::f64()) else { return };
     let mut frames = [0; DEPTH];
-    let length = stack::here(&mut frames);
+    let length = stack::own(&mut frames);
     let key = Key { stack: frames[..length].into(), reason, mark };
     let mut stacks = STACKS.lock().unwrap_or_else(PoisonError::into_inner);
     if stacks.len() < MOST_STACKS || stacks.contains_key(&key) {
@@ -118,6 +118,7 @@ mod tests {
 
     #[test]
     fn a_long_wait_leaves_its_stack() {
+        stack::learn();
         let planted = Mark { kind: super::super::Kind::Planted, stage: super::super::Stage::Write };
         sample(For::Kafka, planted, Duration::from_secs(5));
         let sampled = sampled();

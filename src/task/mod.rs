@@ -14,7 +14,7 @@ pub mod waits;
 
 use std::panic::Location;
 
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::{AbortHandle, JoinHandle, JoinSet};
 
 pub use mark::{Kind, Mark, Stage, in_stage};
 pub use places::For;
@@ -43,11 +43,11 @@ where
 
 /// As [`spawn`], into a set.
 #[track_caller]
-pub fn spawn_in<F>(set: &mut JoinSet<F::Output>, name: &'static str, future: F)
+pub fn spawn_in<F>(set: &mut JoinSet<F::Output>, name: &'static str, future: F) -> AbortHandle
 where
     F: Future<Output: Send> + Send + 'static,
 {
-    set.spawn(Tracked::inherit(name, Location::caller(), future));
+    set.spawn(Tracked::inherit(name, Location::caller(), future))
 }
 
 /// Runs `work` on a thread for what blocks, with the mark of whoever asks.

@@ -105,6 +105,103 @@ async fn go_tool_pprof_shows_what_grew_between_two_files() -> Result<()> {
     world.finish(service).await
 }
 
+#[tokio::test]
+async fn go_tool_pprof_tells_memory_by_kind_of_event() -> Result<()> {
+    let (world, service) = busy().await?;
+    let directory = world.path("");
+    let save = async |name: &str| -> Result<String> {
+        let (status, profile) = http_client::get(&format!("{}/debug/pprof/{name}", service.profiling_url())).await?;
+        ensure!(status.is_success(), "{status}: {}", text(&profile));
+        let path = world.path(name);
+        std::fs::write(&path, profile)?;
+        Ok(path.display().to_string())
+    };
+    let (heap, allocs) = (save("heap").await?, save("allocs").await?);
+
+    let tags = go_pprof(&directory, &["-tags", "-unit=B", &heap])?;
+    for label in ["event_kind: Total", "stage: Total", "valuations.refresh", "service", "call"] {
+        ensure!(tags.contains(label), "{label} is not in {tags}");
+    }
+    let top = ["-top", "-cum", "-unit=B", "-nodefraction=0"];
+    let total = |arguments: &[&str], file: &str| -> Result<i64> {
+        let report = go_pprof(&directory, &[&top[..], arguments, &[file]].concat())?;
+        Ok(functions(&report).iter().map(|(bytes, _)| *bytes).max().unwrap_or(0))
+    };
+    // A thousand calls are out and nothing else is at work.
+    let refresh = total(&["-tagfocus=event_kind=valuations.refresh"], &heap)?;
+    let calls = total(&["-tagfocus=stage=call"], &heap)?;
+    ensure!(refresh >= 1_000 * 1024, "{refresh} bytes for a thousand calls");
+    ensure!(calls > refresh / 2 && calls <= refresh, "{calls} of {refresh} bytes for calls");
+    ensure!(total(&["-tagfocus=event_kind=valuations.publish"], &heap)? == 0, "nothing was published yet");
+    // Together they are all there is.
+    let roots = go_pprof(&directory, &[&top[..], &["-tagroot=event_kind", &heap]].concat())?;
+    let root = |name: &str| functions(&roots).iter().find(|(_, function)| *function == name).map(|(bytes, _)| *bytes);
+    let (service_s, refresh_s) = (root("service"), root("valuations.refresh"));
+    ensure!(refresh_s == Some(refresh), "{refresh_s:?} is not {refresh}:\n{roots}");
+    let header = roots.lines().find(|line| line.contains("% of ")).context("no header")?.to_owned();
+    let all: i64 = header
+        .split("% of ")
+        .nth(1)
+        .and_then(|rest| rest.split("B total").next()?.parse().ok())
+        .with_context(|| format!("no total in {header:?}"))?;
+    ensure!(service_s.unwrap_or(0) + refresh == all, "{service_s:?} and {refresh} are not {all}");
+
+    let report = go_pprof(&directory, &["-top", &allocs])?;
+    ensure!(report.contains("Type: alloc_space"), "{report}");
+    ensure!(total(&["-sample_index=alloc_space"], &heap)? > total(&["-sample_index=inuse_space"], &heap)?);
+    let raw = go_pprof(&directory, &["-raw", &allocs])?;
+    ensure!(raw.contains("alloc_objects/count alloc_space/bytes[dflt] inuse_objects/count inuse_space/bytes"), "{raw}");
+    ensure!(raw.contains("PeriodType: space bytes") && raw.contains("event_kind:[valuations.refresh]"), "{raw}");
+    // More than one file has code: the program and the C library at least, and each is known by its own build id.
+    let mappings = raw.split("Mappings").nth(1).context("no mappings")?;
+    ensure!(mappings.contains("write-api") && mappings.contains("libc.so"), "{mappings}");
+    world.finish(service).await
+}
+
+#[tokio::test]
+async fn the_memory_for_a_profile_goes_back() -> Result<()> {
+    const MIB: f64 = 1024.0 * 1024.0;
+    let mut world = World::new(Behaviour::default()).await?;
+    world.expect_work_left();
+    let service = world.serve().await?;
+    service.ready().await?;
+    let resident = async || service.metric("process_resident_memory_bytes").await;
+    let before = resident().await?;
+    for path in ["heap", "allocs?debug=1", "heap?format=svg"] {
+        let (status, profile) = http_client::get(&format!("{}/debug/pprof/{path}", service.profiling_url())).await?;
+        ensure!(status.is_success(), "{status}: {}", text(&profile));
+    }
+    until("memory within 20 MiB of what it was", Duration::from_secs(15), async || {
+        Ok((resident().await? < before + 20.0 * MIB).then_some(()))
+    })
+    .await?;
+    world.finish(service).await
+}
+
+#[tokio::test]
+async fn a_difference_needs_no_file() -> Result<()> {
+    let world = slow_world().await?;
+    let service = world.serve().await?;
+    service.ready().await?;
+    let url = format!("{}/debug/pprof/heap?seconds=5", service.profiling_url());
+    let difference = tokio::spawn(async move { http_client::get(&url).await });
+    world.refresh(&[])?;
+    until("calls", SOON, async || Ok((world.partner.stats().in_flight == 1_000).then_some(()))).await?;
+    let (status, profile) = difference.await??;
+    ensure!(status.is_success(), "{status}: {}", text(&profile));
+    let path = world.path("heap-delta");
+    std::fs::write(&path, profile)?;
+    let file = path.display().to_string();
+    let directory = world.path("");
+    let report = go_pprof(&directory, &["-top", "-cum", "-unit=B", "-nodefraction=0", &file])?;
+    ensure!(report.contains("Duration: "), "{report}");
+    ensure!(
+        functions(&report).iter().any(|(bytes, name)| *bytes > 0 && name.contains("valuations_refresh")),
+        "{report}"
+    );
+    world.finish(service).await
+}
+
 /// GETs the heap profile with a header of one's own; gives the status.
 fn status_with(service: &Service, header: &str) -> Result<u16> {
     let address = service.profiling_url().trim_start_matches("http://").to_owned();

@@ -22,6 +22,7 @@ use crate::fault;
 use crate::partner::{Permit, Request, RunKey, Verdict};
 use crate::queue::Delivery;
 use crate::queue::lease::StopReason;
+use crate::task::{Stage, in_stage};
 
 /// How long a handover before SQS's 12 h may wait for calls that are out.
 const HANDOVER: Duration = Duration::from_secs(30);
@@ -213,11 +214,11 @@ impl<'a, 'p> Work<'a, 'p> {
         let limit = NonZero::new(events.refresh.page_size).expect("config allows no empty pages");
         // Only what an earlier attempt may have left beyond the cursor has to be looked up.
         let resumed = run.attempts > 1;
-        async move {
+        in_stage(Stage::Read, async move {
             let place = events.pages.clone().acquire_owned().await.expect("the semaphore is never closed");
             let rows = events.database.read_page(&run.set, cursor, resumed, limit).await?;
             Ok((rows, place))
-        }
+        })
         .boxed()
     }
 
@@ -246,7 +247,7 @@ impl<'a, 'p> Work<'a, 'p> {
     fn call(&self, row: PageRow, page: PageNumber, permit: Permit) -> impl Future<Output = Answer> + use<'a> {
         let partner = &self.events.partner;
         let key = self.key.clone();
-        async move {
+        in_stage(Stage::Call, async move {
             let request = Request {
                 listing_id: row.listing_id,
                 zip_code: row.zip_code,
@@ -256,7 +257,7 @@ impl<'a, 'p> Work<'a, 'p> {
             };
             let verdict = partner.valuation(permit, &key, request).await;
             Answer { row, page, verdict }
-        }
+        })
     }
 
     /// Takes an answer into the batch. `false`: it is none, because the call was not sent.
@@ -286,12 +287,12 @@ impl<'a, 'p> Work<'a, 'p> {
         let answers = std::mem::take(&mut self.batch);
         let cursor = self.progress.cursor();
         let (events, run) = (self.events, self.run);
-        async move {
+        in_stage(Stage::Write, async move {
             fault::point("run.before_commit", &run.set.run_id);
             let done = events.database.commit_answers(&run.set.run_id, run.token, &answers, cursor).await;
             fault::point("run.after_commit", &run.set.run_id);
             done
-        }
+        })
         .boxed()
     }
 

@@ -6,13 +6,11 @@ mod sampler;
 use std::collections::HashMap;
 use std::time::Duration;
 
-use anyhow::Context as _;
-
 use super::heap::labels;
 use super::objects::Objects;
 use super::one_at_a_time::Interrupt;
 use super::pprof::{Builder, Label, Profile, ValueType};
-use super::symbols;
+use super::{now, symbols};
 use crate::task::Mark;
 use sampler::{Key, Recording};
 
@@ -53,6 +51,7 @@ fn assembled(recording: &Recording) -> Profile {
         period,
         duration_nanos: recording.duration.as_nanos() as i64,
         comments,
+        time_nanos: now(),
         ..Profile::default()
     });
     let objects = Objects::of_this_process();
@@ -61,10 +60,10 @@ fn assembled(recording: &Recording) -> Profile {
     let mut sampled: HashMap<i32, u64> = HashMap::new();
     for (Key { stack, thread: number, mark }, count) in &recording.counts {
         *sampled.entry(*number).or_default() += count;
-        // The innermost is the instruction itself, the others are where calls return to; a reader steps back from all of them.
+        // The innermost is the instruction itself; the others are return addresses, and belong to the call before.
         let locations = stack.iter().enumerate().map(|(depth, address)| match depth {
-            0 => objects.location(&mut builder, address + 1),
-            _ => objects.location(&mut builder, *address),
+            0 => objects.location(&mut builder, *address),
+            _ => objects.location(&mut builder, address.saturating_sub(1)),
         });
         let locations: Vec<usize> = locations.collect();
         let mut labels = labels(Mark::from_index((*mark).into()));

@@ -76,9 +76,9 @@ pub fn record(
     // Twice what a turn brings when every core is busy.
     let places = (2 * cores * hz as usize * TURN.as_millis() as usize / 1000).clamp(256, 16 * 1024);
     let session = Session::begin(Ring::new(places))?;
-    let mut timers = Timers { session: session.number, period, of: HashMap::new(), cpu_time: HashMap::new(), refused: None };
-    let mut recording =
-        Recording { period, duration, ..Recording::default() };
+    let mut timers =
+        Timers { session: session.number, period, of: HashMap::new(), cpu_time: HashMap::new(), refused: None };
+    let mut recording = Recording { period, duration, ..Recording::default() };
     loop {
         timers.cover(&mut recording).context("/proc/self/task")?;
         let left = duration.saturating_sub(begin.elapsed());
@@ -284,7 +284,9 @@ extern "C" fn on_time_is_up(_: c_int, info: *mut siginfo_t, context: *mut c_void
         let (told, registers) = unsafe { (&*info.cast::<TimerSignal>(), registers(&*context.cast::<ucontext_t>())) };
         if told.code == libc::SI_TIMER && (told.value >> 32) as u32 == active.number {
             let periods = 1 + told.overrun.max(0) as u32;
-            active.ring.add(told.value as u32 as i32, periods, mark::current().index() as u16, |frames| walk(registers, frames));
+            active.ring.add(told.value as u32 as i32, periods, mark::current().index() as u16, |frames| {
+                walk(registers, frames)
+            });
         }
     }
     IN_HANDLER.fetch_sub(1, Ordering::SeqCst);
@@ -343,16 +345,26 @@ mod tests {
     fn a_busy_thread_is_seen_in_proportion_and_an_idle_one_is_not() {
         let _alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
         let busy = thread::Builder::new().name("busy".into()).spawn(|| spin_here(Duration::from_millis(1300))).unwrap();
-        let idle = thread::Builder::new().name("idle".into()).spawn(|| thread::sleep(Duration::from_millis(1300))).unwrap();
+        let idle =
+            thread::Builder::new().name("idle".into()).spawn(|| thread::sleep(Duration::from_millis(1300))).unwrap();
         let recording = record(Duration::from_secs(1), 100, sleep).unwrap();
         busy.join().unwrap();
         idle.join().unwrap();
         let of = |name: &str| -> u64 {
-            recording.counts.iter().filter(|(key, _)| recording.threads[&key.thread] == name).map(|(_, count)| count).sum()
+            recording
+                .counts
+                .iter()
+                .filter(|(key, _)| recording.threads[&key.thread] == name)
+                .map(|(_, count)| count)
+                .sum()
         };
         assert!((20..=110).contains(&of("busy")), "{}", of("busy"));
         assert_eq!(of("idle"), 0);
-        let inside = recording.counts.keys().filter(|key| recording.threads[&key.thread] == "busy" && key.stack.len() > 4).count();
+        let inside = recording
+            .counts
+            .keys()
+            .filter(|key| recording.threads[&key.thread] == "busy" && key.stack.len() > 4)
+            .count();
         assert!(inside > 0);
     }
 
@@ -415,11 +427,17 @@ mod tests {
         let _alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
         let later = thread::spawn(|| {
             thread::sleep(Duration::from_millis(200));
-            thread::Builder::new().name("later".into()).spawn(|| spin_here(Duration::from_millis(700))).unwrap().join().unwrap();
+            thread::Builder::new()
+                .name("later".into())
+                .spawn(|| spin_here(Duration::from_millis(700)))
+                .unwrap()
+                .join()
+                .unwrap();
         });
         let recording = record(Duration::from_secs(1), 100, sleep).unwrap();
         later.join().unwrap();
-        let seen: u64 = recording.counts.iter().filter(|(key, _)| recording.threads[&key.thread] == "later").map(|(_, c)| c).sum();
+        let seen: u64 =
+            recording.counts.iter().filter(|(key, _)| recording.threads[&key.thread] == "later").map(|(_, c)| c).sum();
         assert!(seen >= 10, "{seen}");
     }
 }

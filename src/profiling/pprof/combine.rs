@@ -94,46 +94,16 @@ struct Sum {
 }
 
 impl Sum {
+    /// Adds the samples of a profile, and of its places and functions those that samples refer to.
     fn add(&mut self, profile: &Profile, factor: i64) {
-        let mappings: Vec<usize> = profile
-            .mappings
-            .iter()
-            .map(|mapping| {
-                let file = if mapping.build_id.is_empty() { &mapping.file } else { &mapping.build_id };
-                let key = (file.clone(), mapping.offset, mapping.limit.wrapping_sub(mapping.start));
-                self.mappings.index(key, || mapping.clone())
-            })
-            .collect();
-        let functions: Vec<usize> = profile
-            .functions
-            .iter()
-            .map(|function| self.functions.index(function.clone(), || function.clone()))
-            .collect();
-        let locations: Vec<usize> = profile
-            .locations
-            .iter()
-            .map(|location| {
-                let mapping = location.mapping.map(|index| mappings[index]);
-                let distance = match location.mapping {
-                    Some(index) => location.address.wrapping_sub(profile.mappings[index].start),
-                    None => location.address,
-                };
-                let lines: Vec<Line> = location
-                    .lines
-                    .iter()
-                    .map(|line| Line { function: functions[line.function], ..line.clone() })
-                    .collect();
-                let start = mapping.map_or(0, |index| self.mappings.items[index].start);
-                self.locations.index((mapping, distance, lines.clone()), || Location {
-                    mapping,
-                    address: start.wrapping_add(distance),
-                    lines,
-                    is_folded: location.is_folded,
-                })
-            })
-            .collect();
+        let mappings: Vec<usize> = profile.mappings.iter().map(|mapping| self.mapping(mapping)).collect();
+        let mut locations: Vec<Option<usize>> = vec![None; profile.locations.len()];
         for sample in &profile.samples {
-            let stack: Vec<usize> = sample.locations.iter().map(|index| locations[*index]).collect();
+            let stack: Vec<usize> = sample
+                .locations
+                .iter()
+                .map(|index| *locations[*index].get_or_insert_with(|| self.location(profile, *index, &mappings)))
+                .collect();
             let mut labels = sample.labels.clone();
             labels.sort();
             let index = self.samples.index((stack.clone(), labels.clone()), || Sample {
@@ -148,5 +118,34 @@ impl Sum {
                 *sum += i128::from(*value) * i128::from(factor);
             }
         }
+    }
+
+    fn mapping(&mut self, mapping: &Mapping) -> usize {
+        let file = if mapping.build_id.is_empty() { &mapping.file } else { &mapping.build_id };
+        let key = (file.clone(), mapping.offset, mapping.limit.wrapping_sub(mapping.start));
+        self.mappings.index(key, || mapping.clone())
+    }
+
+    fn location(&mut self, profile: &Profile, index: usize, mappings: &[usize]) -> usize {
+        let location = &profile.locations[index];
+        let mapping = location.mapping.map(|index| mappings[index]);
+        let former_start = location.mapping.map_or(0, |index| profile.mappings[index].start);
+        let start = mapping.map_or(0, |index| self.mappings.items[index].start);
+        let distance = location.address.wrapping_sub(former_start);
+        let lines: Vec<Line> = location
+            .lines
+            .iter()
+            .map(|line| {
+                let function = &profile.functions[line.function];
+                let function = self.functions.index(function.clone(), || function.clone());
+                Line { function, ..line.clone() }
+            })
+            .collect();
+        self.locations.index((mapping, distance, lines.clone()), || Location {
+            mapping,
+            address: start.wrapping_add(distance),
+            lines,
+            is_folded: location.is_folded,
+        })
     }
 }

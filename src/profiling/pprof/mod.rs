@@ -7,12 +7,13 @@
 //! - [`Builder`] makes one from stacks of addresses.
 //! - [`Profile::encode`] and [`Profile::decode`] are the way to bytes and back.
 //! - [`combine`] adds and subtracts profiles, also those of different processes of one program.
-//! - [`collapsed`] and [`flame_graph`] are for readers without Go.
+//! - [`collapsed`] and [`flame_graph`] are for readers without Go; a [`FlameGraph`] can also show a difference.
 
 mod builder;
 mod combine;
 mod decode;
 mod encode;
+mod flame;
 mod profile;
 mod stacks;
 mod wire;
@@ -20,6 +21,7 @@ mod wire;
 pub use builder::Builder;
 pub use combine::{CombineError, combine};
 pub use decode::DecodeError;
+pub use flame::FlameGraph;
 pub use profile::{Function, Label, LabelValue, Line, Location, Mapping, Profile, Sample, ValueType};
 pub use stacks::{collapsed, flame_graph, frames};
 

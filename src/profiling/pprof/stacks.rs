@@ -3,9 +3,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use anyhow::Context as _;
-
-use super::{Profile, Sample};
+use super::{FlameGraph, Profile, Sample};
 
 /// The functions of a sample from the outermost to the innermost, the inlined ones too. A place without a name goes by its
 /// file and address.
@@ -31,8 +29,7 @@ pub fn frames<'a>(profile: &'a Profile, sample: &Sample) -> Vec<Cow<'a, str>> {
 pub fn collapsed(profile: &Profile, sample_type: usize, roots: &[&str]) -> Vec<String> {
     let mut stacks: BTreeMap<String, i128> = BTreeMap::new();
     for sample in &profile.samples {
-        let labels = roots.iter().filter_map(|key| sample.label(key)).map(Cow::Borrowed);
-        let names: Vec<Cow<str>> = labels.chain(frames(profile, sample)).collect();
+        let names = rooted(profile, sample, roots);
         // The two characters that the format needs for itself.
         let stack = names.join("\u{0}").replace(';', ":").replace(['\n', '\r'], " ").replace('\u{0}', ";");
         *stacks.entry(stack).or_default() += i128::from(sample.values[sample_type]);
@@ -41,16 +38,18 @@ pub fn collapsed(profile: &Profile, sample_type: usize, roots: &[&str]) -> Vec<S
     stacks.into_iter().map(|(stack, value)| format!("{stack} {value}")).collect()
 }
 
-/// A flame graph as SVG, made from the lines of [`collapsed`], of which only values above 0 can be drawn.
-pub fn flame_graph(lines: &[String], title: &str, unit: &str) -> anyhow::Result<Vec<u8>> {
-    let mut options = inferno::flamegraph::Options::default();
-    options.title = title.to_owned();
-    options.count_name = unit.to_owned();
-    options.deterministic = true;
-    let positive = |line: &&str| line.rsplit(' ').next().is_some_and(|value| !value.starts_with('-'));
-    let mut svg = Vec::new();
-    let drawn: Vec<&str> = lines.iter().map(String::as_str).filter(positive).collect();
-    anyhow::ensure!(!drawn.is_empty(), "nothing to draw: no stack has a value above 0");
-    inferno::flamegraph::from_lines(&mut options, drawn, &mut svg).context("the flame graph cannot be drawn")?;
-    Ok(svg)
+/// The flame graph of the sample type at that index, with the texts of the labels in `roots` below the functions.
+pub fn flame_graph(profile: &Profile, sample_type: usize, roots: &[&str], title: &str) -> FlameGraph {
+    let mut graph = FlameGraph::new(title, &profile.sample_types[sample_type].unit);
+    for sample in &profile.samples {
+        let names = rooted(profile, sample, roots);
+        graph.add(names.iter().map(AsRef::as_ref), sample.values[sample_type], 0);
+    }
+    graph
+}
+
+/// The texts of the labels in `roots`, then the functions.
+fn rooted<'a>(profile: &'a Profile, sample: &'a Sample, roots: &[&str]) -> Vec<Cow<'a, str>> {
+    let labels = roots.iter().filter_map(|key| sample.label(key)).map(Cow::Borrowed);
+    labels.chain(frames(profile, sample)).collect()
 }
