@@ -84,8 +84,12 @@ unsafe extern "C" fn by_unwinder(places: *mut *mut c_void, length: *mut c_uint, 
         if most == 0 {
             return;
         }
-        let unwind: Backtrace = std::mem::transmute(UNWINDER.load(Ordering::Acquire));
-        unwind(places, length, most - 1);
+        *length = 0;
+        // With no room for a frame it would write one all the same.
+        if most > 1 {
+            let unwind: Backtrace = std::mem::transmute(UNWINDER.load(Ordering::Acquire));
+            unwind(places, length, most - 1);
+        }
         *places.add(*length as usize) = ptr::without_provenance_mut(MARKS + mark::current().index());
         *length += 1;
     }

@@ -161,8 +161,7 @@ async fn go_tool_pprof_tells_memory_by_kind_of_event() -> Result<()> {
 #[tokio::test]
 async fn the_memory_for_a_profile_goes_back() -> Result<()> {
     const MIB: f64 = 1024.0 * 1024.0;
-    let mut world = World::new(Behaviour::default()).await?;
-    world.expect_work_left();
+    let world = World::new(Behaviour::default()).await?;
     let service = world.serve().await?;
     service.ready().await?;
     let resident = async || service.metric("process_resident_memory_bytes").await;
