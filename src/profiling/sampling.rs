@@ -84,8 +84,12 @@ unsafe extern "C" fn by_unwinder(places: *mut *mut c_void, length: *mut c_uint, 
         if most == 0 {
             return;
         }
-        let unwind: Backtrace = std::mem::transmute(UNWINDER.load(Ordering::Acquire));
-        unwind(places, length, most - 1);
+        *length = 0;
+        // With no room for a frame it would write one all the same.
+        if most > 1 {
+            let unwind: Backtrace = std::mem::transmute(UNWINDER.load(Ordering::Acquire));
+            unwind(places, length, most - 1);
+        }
         *places.add(*length as usize) = ptr::without_provenance_mut(MARKS + mark::current().index());
         *length += 1;
     }
@@ -130,6 +134,35 @@ mod tests {
             // Cut off, with the mark all the same.
             assert_eq!(mark::under(mark, || call(hook, 3)).last().copied().and_then(mark_at), Some(mark));
             assert_eq!(mark::under(mark, || call(hook, 1)).last().copied().and_then(mark_at), Some(mark));
+        }
+    }
+
+    /// Nanoseconds that a stack takes, `levels` deeper than here; the best of some rounds.
+    #[inline(never)]
+    fn nanoseconds(hook: Backtrace, levels: usize) -> u128 {
+        if levels > 0 {
+            return black_box(nanoseconds(hook, levels - 1));
+        }
+        const CALLS: u32 = 500;
+        let (mut places, mut length) = ([ptr::null_mut(); 128], 0);
+        let mut round = || {
+            let begin = std::time::Instant::now();
+            for _ in 0..CALLS {
+                // SAFETY: as the allocator calls it.
+                unsafe { hook(places.as_mut_ptr(), &mut length, 128) };
+            }
+            begin.elapsed().as_nanos() / u128::from(CALLS)
+        };
+        std::iter::repeat_with(&mut round).take(10).min().unwrap()
+    }
+
+    #[test]
+    fn frame_pointers_are_much_cheaper_than_the_unwinder() {
+        install().unwrap();
+        for levels in [0, 40] {
+            let [ours, unwinder] = [by_frame_pointers as Backtrace, by_unwinder].map(|hook| nanoseconds(hook, levels));
+            println!("{levels} levels deeper: {ours} ns by frame pointers, {unwinder} ns by the unwinder");
+            assert!(ours * 2 < unwinder, "{ours} ns by frame pointers, {unwinder} ns by the unwinder");
         }
     }
 

@@ -187,6 +187,11 @@ pub fn in_stage<F: Future>(stage: Stage, future: F) -> InStage<F> {
     InStage { stage, span: None, future }
 }
 
+/// Runs `work` as a stage of whatever event this thread works for.
+pub fn stage<T>(stage: Stage, work: impl FnOnce() -> T) -> T {
+    under(Mark { stage, ..current() }, work)
+}
+
 /// Changes the kind until whoever marked the thread takes the mark away.
 pub(super) fn set_kind(kind: Kind) {
     let former = MARK.get();

@@ -16,7 +16,7 @@ use std::panic::Location;
 
 use tokio::task::{AbortHandle, JoinHandle, JoinSet};
 
-pub use mark::{Kind, Mark, Stage, in_stage};
+pub use mark::{Kind, Mark, Stage, in_stage, stage};
 pub use places::For;
 pub use registry::{identify, ledger};
 pub use waits::{lock, wait};

@@ -89,16 +89,18 @@ struct Counts {
 }
 
 impl Place {
-    const EMPTY: Place = Place {
-        location: AtomicPtr::new(ptr::null_mut()),
-        reason: AtomicU64::new(0),
-        counts: [const { Counts { now: AtomicI64::new(0), count: AtomicU64::new(0), nanoseconds: AtomicU64::new(0) } };
-            KINDS],
-    };
+    const fn empty() -> Place {
+        Place {
+            location: AtomicPtr::new(ptr::null_mut()),
+            reason: AtomicU64::new(0),
+            counts: [const { Counts { now: AtomicI64::new(0), count: AtomicU64::new(0), nanoseconds: AtomicU64::new(0) } };
+                KINDS],
+        }
+    }
 }
 
-static PLACES: [Place; MOST_PLACES] = [const { Place::EMPTY }; MOST_PLACES];
-static ELSEWHERE: Place = Place::EMPTY;
+static PLACES: [Place; MOST_PLACES] = [const { Place::empty() }; MOST_PLACES];
+static ELSEWHERE: Place = Place::empty();
 
 /// A wait that goes on.
 pub(super) struct Waiting {

@@ -97,9 +97,9 @@ static TOTALS: [Ledger; Mark::COUNT] = [const { Ledger::new() }; Mark::COUNT];
 /// What all work of a kind has used since the start of the process.
 pub fn of_kind(kind: Kind) -> Used {
     let mut sum = Used::default();
-    for index in 0..Mark::COUNT {
+    for (index, total) in TOTALS.iter().enumerate() {
         if Mark::from_index(index).kind == kind {
-            let used = TOTALS[index].read();
+            let used = total.read();
             sum.allocated += used.allocated;
             sum.freed += used.freed;
             sum.busy += used.busy;

@@ -22,7 +22,7 @@ use crate::fault;
 use crate::partner::{Permit, Request, RunKey, Verdict};
 use crate::queue::Delivery;
 use crate::queue::lease::StopReason;
-use crate::task::{Stage, in_stage};
+use crate::task::{Stage, in_stage, stage};
 
 /// How long a handover before SQS's 12 h may wait for calls that are out.
 const HANDOVER: Duration = Duration::from_secs(30);
@@ -175,7 +175,8 @@ impl<'a, 'p> Work<'a, 'p> {
                 granted = &mut permit, if may_call => {
                     permit.set(self.events.partner.permit());
                     if let Some((row, page)) = self.next_row() {
-                        calls.push(self.call(row, page, granted));
+                        // The memory that a call needs before it is first polled is the call's as well.
+                        stage(Stage::Call, || calls.push(self.call(row, page, granted)));
                     }
                 }
                 () = optional(&mut outliving) => {
