@@ -92,7 +92,13 @@ pub fn router(profiling: &config::Profiling) -> Router {
     let access = Arc::new(Access::new(profiling));
     router
         .with_state(slot)
-        .fallback(async || failure(StatusCode::NOT_FOUND, "no such profile; /debug/pprof/ lists those that there are"))
+        .fallback(async || {
+            let modes = Mode::ALL.map(Mode::name).join(", ");
+            failure(
+                StatusCode::NOT_FOUND,
+                &format!("no such profile; there are: {modes}, profile, trace, cmdline, symbol"),
+            )
+        })
         .layer(middleware::from_fn_with_state(access, guard))
 }
 

@@ -352,10 +352,17 @@ impl Consumer {
         let duration_ms = took.as_secs_f64() * 1000.0;
         let attempt = delivery.message.receive_count;
         let (lane, message_id) = (self.parts.lane, delivery.message.id.as_str());
+        let used = task::ledger().map(|ledger| ledger.read()).unwrap_or_default();
+        let (allocated_bytes, freed_bytes, polls) = (used.allocated, used.freed, used.polls);
+        let milliseconds = |duration: Duration| (duration.as_secs_f64() * 1e6).round() / 1e3;
+        let busy_ms = milliseconds(used.busy);
+        let waits = used.waits_by_name().map(|(name, waited)| format!("{name}={}", milliseconds(waited)));
+        let waited_ms = waits.collect::<Vec<_>>().join(" ");
         macro_rules! line {
             ($level:ident, $text:literal $(, $field:ident)*) => {
                 tracing::$level!(
-                    event_id, kind, lane, message_id, attempt, duration_ms, outcome = outcome.name() $(, $field)*, $text
+                    event_id, kind, lane, message_id, attempt, duration_ms, busy_ms, waited_ms, allocated_bytes,
+                    freed_bytes, polls, outcome = outcome.name() $(, $field)*, $text
                 )
             };
         }

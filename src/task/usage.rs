@@ -41,6 +41,11 @@ pub struct Used {
 }
 
 impl Used {
+    /// What was waited for, with its name, and how long; without what was not.
+    pub fn waits_by_name(&self) -> impl Iterator<Item = (&'static str, Duration)> {
+        For::ALL.into_iter().map(|reason| (reason.name(), self.waited(reason))).filter(|(_, waited)| !waited.is_zero())
+    }
+
     /// Time waited for `reason`.
     pub fn waited(&self, reason: For) -> Duration {
         self.waits[reason as usize]

@@ -22,7 +22,7 @@ use crate::fault;
 use crate::partner::{Permit, Request, RunKey, Verdict};
 use crate::queue::Delivery;
 use crate::queue::lease::StopReason;
-use crate::task::{Stage, in_stage, stage};
+use crate::task::{For, Stage, in_stage, stage, wait};
 
 /// How long a handover before SQS's 12 h may wait for calls that are out.
 const HANDOVER: Duration = Duration::from_secs(30);
@@ -216,7 +216,8 @@ impl<'a, 'p> Work<'a, 'p> {
         // Only what an earlier attempt may have left beyond the cursor has to be looked up.
         let resumed = run.attempts > 1;
         in_stage(Stage::Read, async move {
-            let place = events.pages.clone().acquire_owned().await.expect("the semaphore is never closed");
+            let place =
+                wait(For::Permit, events.pages.clone().acquire_owned()).await.expect("the semaphore is never closed");
             let rows = events.database.read_page(&run.set, cursor, resumed, limit).await?;
             Ok((rows, place))
         })
