@@ -33,12 +33,13 @@ pub(super) fn resolve(profile: &mut Profile) {
         let Ok(bytes) = opened else { continue };
         let Ok(names) = Names::read(&bytes, &profile.mappings[index].build_id) else { continue };
         let mapping = &mut profile.mappings[index];
+        // Also where none of its places has one: `go tool pprof` would ask for them again, at /debug/pprof/symbol.
+        mapping.has_functions |= !names.symbols.is_empty();
         for location in &mut profile.locations {
             if location.mapping != Some(index) || !location.lines.is_empty() {
                 continue;
             }
             for frame in names.frames(location.address) {
-                mapping.has_functions = true;
                 mapping.has_filenames |= !frame.file.is_empty();
                 mapping.has_line_numbers |= frame.line > 0;
                 mapping.has_inline_frames |= !location.lines.is_empty();
@@ -267,6 +268,19 @@ mod tests {
             profile.mappings
         );
         assert!(profile.mappings[0].file.starts_with('/'), "{:?}", profile.mappings);
+    }
+
+    #[test]
+    fn a_file_that_was_read_is_not_to_be_read_again() {
+        let objects = Objects::of_this_process();
+        let mut builder = Builder::new(Profile::default());
+        objects.location(&mut builder, libc::getenv as *const () as usize);
+        let mut profile = builder.finish();
+        // The very beginning of the library's code is in no function.
+        profile.locations[0].address = profile.mappings[0].start;
+        resolve(&mut profile);
+        assert!(profile.locations[0].lines.is_empty(), "{profile:?}");
+        assert!(profile.mappings[0].has_functions);
     }
 
     #[test]

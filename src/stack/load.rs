@@ -50,7 +50,7 @@ static FORMER: OnceLock<[libc::sigaction; 2]> = OnceLock::new();
 /// Signals of a read from where nothing can be read: no mapping, or a mapped file that has become shorter.
 const FAULTS: [c_int; 2] = [libc::SIGSEGV, libc::SIGBUS];
 
-/// Lets [`word`] survive a fault. Once in a process; more often does nothing.
+/// Lets `word` survive a fault. Once in a process; more often does nothing.
 pub fn install() -> io::Result<()> {
     if FORMER.get().is_some() {
         return Ok(());

@@ -160,9 +160,16 @@ mod tests {
             unsafe { call(value, walk) }
         }
         #[cfg(target_arch = "x86_64")]
-        for value in [0, 1, 8, 0x1000, 0xdead_beef, usize::MAX - 7, usize::MAX, 1 << 63, &raw const ELSEWHERE as usize]
         {
-            assert!(astray(value) >= 1, "{value:#x}");
+            let alone = astray(0);
+            assert!(alone >= 1);
+            for value in [1, 8, 0x1000, 0xdead_beef, usize::MAX - 7, usize::MAX, 1 << 63, &raw const ELSEWHERE as usize]
+            {
+                assert_eq!(astray(value), alone, "{value:#x}");
+            }
+            // What lies on the stack itself and is no return address.
+            let data = black_box([0_usize, 0x1234_5678]);
+            assert_eq!(astray(&raw const data as usize), alone);
         }
         static ELSEWHERE: usize = 0;
     }

@@ -6,7 +6,7 @@
 //!
 //! - [`Builder`] makes one from stacks of addresses.
 //! - [`Profile::encode`] and [`Profile::decode`] are the way to bytes and back.
-//! - [`combine`] adds and subtracts profiles, also those of different processes of one program.
+//! - [`combine()`] adds and subtracts profiles, also those of different processes of one program.
 //! - [`collapsed`] and [`flame_graph`] are for readers without Go; a [`FlameGraph`] can also show a difference.
 
 mod builder;
