@@ -30,7 +30,7 @@ fn kind(name: &str) -> &str {
 
 fn creator(name: &str) -> &'static str {
     match name {
-        name if name.starts_with("rdk:") => "librdkafka",
+        name if name.starts_with("rdk:") => "the Kafka client",
         name if name.starts_with("jemalloc") => "jemalloc",
         "worker" => "tokio: workers and blocking calls",
         name if name.starts_with("profile ") => "a profiling request",
