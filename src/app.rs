@@ -18,14 +18,14 @@ use crate::db::{self, Database, runs};
 use crate::events::recorder::{Recorder, Recording};
 use crate::events::relay::{self, Relay};
 use crate::events::retention::{self, Retention};
-use crate::events::{Ended, Events, Gate, LaneQueues, cancels, lane};
+use crate::events::{Ended, Events, Gate, LaneQueues, cancels, ended, lane};
 use crate::health::{Dependency, Health};
 use crate::kafka::Publisher;
 use crate::lifecycle::{Company, Stop, StopSource};
 use crate::metrics::Metrics;
 use crate::partner::{BreakerState, Partner};
 use crate::queue::consumer::{ConsumerParts, consume};
-use crate::queue::lease::{Keeper, KeeperSettings, Renewals};
+use crate::queue::keeper::{Keeper, KeeperSettings, Renewals};
 use crate::queue::sqs::Sqs;
 use crate::{admin, profiling, task};
 
@@ -149,6 +149,7 @@ impl App {
             draining.clone(),
         );
         task::spawn_in(&mut watchers, "cancels", cancels);
+        task::spawn_in(&mut watchers, "ended attempts", ended::keep_writing(self.events.clone()));
         if let Some(age) = self.config.retention.age {
             let (database, metrics, health) = (self.database.clone(), self.metrics.clone(), self.health.clone());
             let (mut begin, stop) = (begin.clone(), draining.clone());
@@ -192,8 +193,14 @@ impl App {
             // Both at once and each with a share of what is left, so that a neighbour that is away costs no other its turn.
             let share = left() / 2;
             relay_source.drain(share);
-            let (flushed, relayed) =
-                tokio::join!(self.publisher.flush(share), timeout(share.min(LAST_RELAY), &mut relay));
+            let (flushed, relayed, kept) = tokio::join!(
+                self.publisher.flush(share),
+                timeout(share.min(LAST_RELAY), &mut relay),
+                self.events.ended.write_all(&self.database, share),
+            );
+            if kept > 0 {
+                tracing::warn!(ends = kept, "Postgres did not take the ends of attempts; each counts as a death");
+            }
             if !flushed {
                 tracing::warn!(
                     "Kafka did not take every record in time; their cursor has not moved, so they are sent again"

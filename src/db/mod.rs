@@ -14,7 +14,7 @@
 //! | for all tries of `run!` | `RETRY_FOR`, and one more try |
 //! | health: the ping, and the reason for none | 5 s, and `CLIENT_MARGIN` |
 //! | health: the migrations | as a statement |
-//! | the keeper's renewals, connecting included | a quarter of the visibility timeout, at most 15 s (`queue/lease.rs`) |
+//! | the keeper's renewals, connecting included | a quarter of the visibility timeout, at most 15 s (`queue/keeper.rs`) |
 //! | `migrate` | `database.acquire_timeout` to connect, `MIGRATE` for all migrations; `database.statement_timeout` for each lock |
 //! | `check` | as the pool and a statement (`db/inspection.rs`) |
 //! | `seed`, `status`, `cancel`, `retry` | those of `run!` |

@@ -22,6 +22,8 @@ pub struct OwnedPublication {
     pub traceparent: Option<String>,
     /// 1 for the first attempt.
     pub attempts: i32,
+    /// Attempts in a row that died without progress, right before this one.
+    pub deaths: i32,
 }
 
 /// A page whose every record has met its end.
@@ -171,7 +173,7 @@ impl Database {
                     attempts = attempts + (owner IS DISTINCT FROM $2)::integer,
                     begun_at = CASE WHEN owner IS DISTINCT FROM $2 THEN clock_timestamp() ELSE begun_at END
                 WHERE event_id = $1
-                RETURNING cursor, attempts
+                RETURNING cursor, attempts, deaths
                 "#,
                 event_id,
                 token,
@@ -187,6 +189,7 @@ impl Database {
                 completed_at,
                 traceparent: run.traceparent,
                 attempts: publication.attempts,
+                deaths: publication.deaths,
             })))
         })
     }
@@ -270,12 +273,14 @@ impl Database {
     }
 
     /// Completes the publication and frees the run for another. `false`: the run has another publisher.
-    pub async fn complete_publication(&self, event_id: &str, token: Uuid) -> Result<bool, DbError> {
+    pub async fn complete_publication(&self, event_id: &str, run_id: &str, token: Uuid) -> Result<bool, DbError> {
         run!(self, "the completion of a publication", connection => {
             let done = sqlx::query!(
                 r#"
                 WITH free AS (
-                    UPDATE runs SET publisher = NULL, publisher_lease_until = NULL WHERE publisher = $2 RETURNING run_id
+                    UPDATE runs SET publisher = NULL, publisher_lease_until = NULL
+                    WHERE run_id = $3 AND publisher = $2
+                    RETURNING run_id
                 )
                 UPDATE publications AS p SET
                     state = 'complete', completed_at = clock_timestamp(), last_error = NULL, owner = NULL
@@ -283,6 +288,7 @@ impl Database {
                 "#,
                 event_id,
                 token,
+                run_id,
             )
             .execute(&mut *connection)
             .await?;
@@ -300,41 +306,30 @@ impl Database {
         })
     }
 
-    /// Gives the run back, so that the next delivery need not wait for the lease, and ends the attempt also where the run
-    /// has another publisher by now. `error` is shown to operators.
-    pub async fn release_publication(&self, event_id: &str, token: Uuid, error: Option<&str>) -> Result<(), DbError> {
+    /// Gives runs back, so that the next deliveries need not wait for their leases, and ends the attempts also where a run
+    /// has another publisher by now: ids of runs and, in the same order, the tokens that publish them and the errors to be
+    /// shown to operators.
+    pub async fn release_publishers(
+        &self,
+        run_ids: &[String],
+        tokens: &[Uuid],
+        errors: &[Option<String>],
+    ) -> Result<(), DbError> {
         run!(self, "the release of a publication", connection => {
             sqlx::query!(
                 r#"
-                WITH free AS (
-                    UPDATE runs SET publisher = NULL, publisher_lease_until = NULL WHERE publisher = $2 RETURNING run_id
-                )
-                UPDATE publications SET owner = NULL, last_error = coalesce($3, last_error)
-                WHERE event_id = $1 AND owner = $2
-                "#,
-                event_id,
-                token,
-                error,
-            )
-            .execute(connection)
-            .await?;
-            Ok(())
-        })
-    }
-
-    /// Ends the attempt that publishes the run with this token, whichever of its publications that is.
-    pub async fn end_publisher(&self, run_id: &str, token: Uuid) -> Result<(), DbError> {
-        run!(self, "the end of a publisher", connection => {
-            sqlx::query!(
-                r#"
-                WITH free AS (
+                WITH ended AS (
+                    SELECT * FROM unnest($1::text[], $2::uuid[], $3::text[]) AS ended (run_id, token, error)
+                ), free AS (
                     UPDATE runs SET publisher = NULL, publisher_lease_until = NULL
-                    WHERE run_id = $1 AND publisher = $2
+                    FROM ended WHERE runs.run_id = ended.run_id AND runs.publisher = ended.token
                 )
-                UPDATE publications SET owner = NULL WHERE run_id = $1 AND owner = $2
+                UPDATE publications AS p SET owner = NULL, last_error = coalesce(ended.error, last_error)
+                FROM ended WHERE p.run_id = ended.run_id AND p.owner = ended.token
                 "#,
-                run_id,
-                token,
+                run_ids,
+                tokens,
+                errors as &[Option<String>],
             )
             .execute(connection)
             .await?;

@@ -109,44 +109,36 @@ impl Database {
     /// them.
     pub async fn prune_run_rows(&self, table: RunTable, run_id: &str, limit: i64) -> Result<u64, DbError> {
         run!(self, "the removal of old rows of a run", connection => {
-            let done = match table {
+            let removal = match table {
                 RunTable::Valuations => sqlx::query!(
                     "DELETE FROM valuations WHERE run_id = $1 AND listing_id = ANY (ARRAY(
                          SELECT listing_id FROM valuations WHERE run_id = $1
                          ORDER BY listing_id LIMIT $2 FOR UPDATE SKIP LOCKED))",
                     run_id,
                     limit,
-                )
-                .execute(connection)
-                .await?,
+                ),
                 RunTable::RunListings => sqlx::query!(
                     "DELETE FROM run_listings WHERE run_id = $1 AND listing_id = ANY (ARRAY(
                          SELECT listing_id FROM run_listings WHERE run_id = $1
                          ORDER BY listing_id LIMIT $2 FOR UPDATE SKIP LOCKED))",
                     run_id,
                     limit,
-                )
-                .execute(connection)
-                .await?,
+                ),
                 RunTable::QuarantinedRecords => sqlx::query!(
                     "DELETE FROM quarantined_records WHERE run_id = $1 AND listing_id = ANY (ARRAY(
                          SELECT listing_id FROM quarantined_records WHERE run_id = $1
                          ORDER BY listing_id LIMIT $2 FOR UPDATE SKIP LOCKED))",
                     run_id,
                     limit,
-                )
-                .execute(connection)
-                .await?,
+                ),
                 RunTable::Publications => sqlx::query!(
                     "DELETE FROM publications WHERE event_id = ANY (ARRAY(
                          SELECT event_id FROM publications WHERE run_id = $1 LIMIT $2 FOR UPDATE SKIP LOCKED))",
                     run_id,
                     limit,
-                )
-                .execute(connection)
-                .await?,
+                ),
             };
-            Ok(done.rows_affected())
+            Ok(removal.execute(connection).await?.rows_affected())
         })
     }
 
@@ -172,36 +164,30 @@ impl Database {
     /// Removes up to `limit` rows older than `age` from a table, the oldest first, and says how many.
     pub async fn prune_rows(&self, table: TimedTable, age: Duration, limit: i64) -> Result<u64, DbError> {
         run!(self, "the removal of old rows", connection => {
-            let done = match table {
+            let removal = match table {
                 TimedTable::Outbox => sqlx::query!(
                     "DELETE FROM outbox WHERE event_id = ANY (ARRAY(
                          SELECT event_id FROM outbox WHERE sent_at < now() - make_interval(secs => $1)
                          ORDER BY sent_at LIMIT $2 FOR UPDATE SKIP LOCKED))",
                     age.as_secs_f64(),
                     limit,
-                )
-                .execute(connection)
-                .await?,
+                ),
                 TimedTable::Deliveries => sqlx::query!(
                     "DELETE FROM deliveries WHERE message_id IN (
                          SELECT message_id FROM deliveries WHERE begun_at < now() - make_interval(secs => $1)
                          ORDER BY begun_at LIMIT $2 FOR UPDATE SKIP LOCKED)",
                     age.as_secs_f64(),
                     limit,
-                )
-                .execute(connection)
-                .await?,
+                ),
                 TimedTable::ListingEvents => sqlx::query!(
                     "DELETE FROM listing_events WHERE event_id IN (
                          SELECT event_id FROM listing_events WHERE applied_at < now() - make_interval(secs => $1)
                          ORDER BY applied_at LIMIT $2 FOR UPDATE SKIP LOCKED)",
                     age.as_secs_f64(),
                     limit,
-                )
-                .execute(connection)
-                .await?,
+                ),
             };
-            Ok(done.rows_affected())
+            Ok(removal.execute(connection).await?.rows_affected())
         })
     }
 }

@@ -360,15 +360,22 @@ impl Database {
         })
     }
 
-    /// Gives the run back, so that the next delivery need not wait for the lease. `error` is shown to operators.
-    pub async fn release_run(&self, run_id: &str, token: Uuid, error: Option<&str>) -> Result<(), DbError> {
+    /// Gives runs back, so that the next deliveries need not wait for their leases: ids of runs and, in the same order, the
+    /// tokens that own them and the errors to be shown to operators. A run that has another owner stays as it is.
+    pub async fn release_runs(
+        &self,
+        run_ids: &[String],
+        tokens: &[Uuid],
+        errors: &[Option<String>],
+    ) -> Result<(), DbError> {
         run!(self, "the release of a run", connection => {
             sqlx::query!(
-                "UPDATE runs SET owner = NULL, lease_until = NULL, last_error = coalesce($3, last_error)
-                 WHERE run_id = $1 AND owner = $2",
-                run_id,
-                token,
-                error,
+                "UPDATE runs SET owner = NULL, lease_until = NULL, last_error = coalesce(ended.error, last_error)
+                 FROM unnest($1::text[], $2::uuid[], $3::text[]) AS ended (run_id, token, error)
+                 WHERE runs.run_id = ended.run_id AND runs.owner = ended.token",
+                run_ids,
+                tokens,
+                errors as &[Option<String>],
             )
             .execute(connection)
             .await?;

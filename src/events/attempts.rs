@@ -4,13 +4,12 @@
 //! done with it, the decoding included; one that comes for the first time is not, so fast events write nothing before their
 //! result. If Postgres does not answer, nothing begins: an event without its record could kill one process after another.
 
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::time::{sleep, timeout};
-use uuid::Uuid;
+use tokio::time::sleep;
 
 use super::Events;
+use super::ended::{End, Of};
 use super::gate::Pass;
 use crate::config::Backoff;
 use crate::db::DbError;
@@ -22,32 +21,11 @@ use crate::queue::{Delivery, Outcome, Refusal};
 /// How long a suspect is put off that could not be alone. Each time costs a receive, so the wait grows.
 const NOT_ALONE: Backoff = Backoff { base: Duration::from_secs(2), cap: Duration::from_secs(60) };
 
-/// How long a message waits for the removal of its record.
-const TO_FORGET: Duration = Duration::from_secs(2);
+/// How long a message waits for Postgres to take the end of its attempt.
+const TO_END: Duration = Duration::from_secs(2);
 
-/// How long the end of an attempt may take while the service stops.
+/// How long it waits once the service is told to stop.
 const WHILE_STOPPING: Duration = Duration::from_secs(1);
-
-/// The most ends that are kept for later while Postgres does not take them.
-const MOST_KEPT: usize = 10_000;
-
-/// Ended attempts whose record is still there, because Postgres did not take its removal: the next visit removes it, so
-/// that no end counts as a death.
-#[derive(Debug, Default)]
-pub struct Ended(Mutex<Vec<(String, Uuid)>>);
-
-impl Ended {
-    fn take(&self) -> Vec<(String, Uuid)> {
-        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    fn keep(&self, ended: Vec<(String, Uuid)>) {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.extend(ended);
-        let too_many = kept.len().saturating_sub(MOST_KEPT);
-        kept.drain(..too_many);
-    }
-}
 
 /// The refusal of what is not begun again; `what` names it.
 pub(super) fn quarantined(what: &str, deaths: &Deaths) -> Refusal {
@@ -82,7 +60,7 @@ impl Events {
     }
 
     /// Lets a suspect in when nobody else is at work in this process.
-    pub(super) async fn begin_alone(&self, delivery: &Delivery) -> Result<Pass<'_>, Outcome> {
+    async fn begin_alone(&self, delivery: &Delivery) -> Result<Pass<'_>, Outcome> {
         let alone = tokio::select! {
             biased;
             alone = self.gate.enter_alone() => alone,
@@ -99,7 +77,7 @@ impl Events {
         let message_id = delivery.message.id.as_str();
         fault::point("delivery.before_record", message_id);
         let begun = async {
-            self.end_kept().await?;
+            self.ended.write_of(&self.database, message_id).await?;
             self.database.begin_delivery(message_id, delivery.lane, delivery.attempt, alone).await
         };
         let begun = begun.await;
@@ -112,86 +90,103 @@ impl Events {
         }
     }
 
+    /// Claims the run that a delivery asks for work on; `claim` is told whether it is alone. What is suspect is claimed
+    /// once more when it is. `Err`: it does not begin, and this is the end of the matter.
+    pub(super) async fn claim<'a, C, F>(
+        &'a self,
+        delivery: &Delivery,
+        run_id: &str,
+        mut pass: Pass<'a>,
+        claim: impl Fn(bool) -> F,
+        is_suspect: fn(&C) -> bool,
+    ) -> Result<(Result<C, DbError>, Pass<'a>), Outcome>
+    where
+        F: Future<Output = Result<C, DbError>>,
+    {
+        if let Err(error) = self.ended.write_of(&self.database, run_id).await {
+            return Err(Outcome::Retry(error.into()));
+        }
+        let mut claimed = claim(pass.is_alone()).await;
+        if claimed.as_ref().is_ok_and(is_suspect) {
+            // While it waits it is not begun: what dies meanwhile is not its doing.
+            self.forget(delivery).await;
+            drop(pass);
+            pass = self.begin_alone(delivery).await?;
+            claimed = claim(true).await;
+        }
+        Ok((claimed, pass))
+    }
+
+    /// Work has lived for so long without progress that its pass is given back; before that, what it was suspected of is
+    /// forgotten, by `forget`.
+    pub(super) async fn outlive(&self, event_id: &str, deaths: i32, forget: impl Future<Output = Result<(), DbError>>) {
+        if deaths > 0
+            && let Err(error) = forget.await
+        {
+            tracing::debug!(event_id, %error, "the deaths of an event are still counted");
+        }
+    }
+
     /// The delivery's attempt has ended in order, or is told from now on by the record of what it works on.
     pub(super) async fn forget(&self, delivery: &Delivery) {
-        if delivery.message.receive_count < 2 {
+        self.end(delivery, recorded(delivery).into_iter().collect()).await;
+    }
+
+    /// Gives back the run that the delivery holds, so that the next delivery need not wait for the lease. `error` is shown
+    /// to operators.
+    pub(super) async fn release(&self, delivery: &Delivery, error: Option<String>) {
+        self.end(delivery, held(delivery, error).into_iter().collect()).await;
+    }
+
+    /// Ends what a handling that ended in order has left behind. It still holds its run where it was cut short in the middle:
+    /// without this, whoever comes next would find a death.
+    pub(super) async fn conclude_attempt(&self, delivery: &Delivery) {
+        self.end(delivery, held(delivery, None).into_iter().chain(recorded(delivery)).collect()).await;
+    }
+
+    /// Tells Postgres of these ends. They are kept first, so whatever happens to the write, they are not forgotten; what it
+    /// does not take in time is written later, and does not hold up the message.
+    async fn end(&self, delivery: &Delivery, ends: Vec<End>) {
+        if ends.is_empty() {
             return;
+        }
+        self.ended.keep(&ends);
+        if ends.iter().any(|end| end.of != Of::Delivery) {
+            // To renew it from now on would look like having lost it.
+            delivery.lease.forget_run();
         }
         let message_id = delivery.message.id.as_str();
         fault::point("delivery.before_forget", message_id);
-        self.ended.keep(vec![(message_id.to_owned(), delivery.attempt)]);
-        // What is kept is not lost, so a Postgres that is away does not hold up the message as well.
-        let problem = match timeout(TO_FORGET, self.end_kept()).await {
-            Ok(Ok(())) => None,
-            Ok(Err(error)) => Some(error.to_string()),
-            Err(_) => Some(format!("no answer within {TO_FORGET:?}")),
-        };
-        if let Some(error) = problem {
-            tracing::warn!(
-                message_id,
-                error,
-                "the record of a delivery was not removed; it is removed with the next one"
-            );
-        }
-        fault::point("delivery.after_forget", message_id);
-    }
-
-    /// Removes the records of ended attempts, this one and those that Postgres did not take before.
-    async fn end_kept(&self) -> Result<(), DbError> {
-        let ended = self.ended.take();
-        if ended.is_empty() {
-            return Ok(());
-        }
-        // Put back also where this is dropped while Postgres does not answer.
-        let mut kept = Kept { of: &self.ended, ended };
-        let (message_ids, tokens): (Vec<String>, Vec<Uuid>) = kept.ended.iter().cloned().unzip();
-        self.database.end_deliveries(&message_ids, &tokens).await?;
-        kept.ended.clear();
-        Ok(())
-    }
-
-    /// Ends what a handling that ended in order has left behind.
-    pub(super) async fn conclude_attempt(&self, delivery: &Delivery) {
-        let end = async {
-            // Cut short in the middle: without this, whoever comes next would find a death.
-            if let Some((role, id, token)) = delivery.lease.held_run() {
-                delivery.lease.forget_run();
-                let released = match role {
-                    Role::Owner => self.database.release_run(&id, token, None).await,
-                    Role::Publisher => self.database.end_publisher(&id, token).await,
-                };
-                if let Err(error) = released {
-                    tracing::warn!(event_id = id, %error, "the run could not be given back; its lease has to run out");
-                }
-            }
-            self.forget(delivery).await;
-        };
         // A stop that begins meanwhile bounds it as well.
-        let too_late = async {
+        let stopping = async {
             delivery.lease.draining().await;
             sleep(WHILE_STOPPING).await;
         };
-        tokio::select! {
+        let problem = tokio::select! {
             biased;
-            () = end => {}
-            () = too_late => {
-                let message_id = delivery.message.id.as_str();
-                tracing::warn!(message_id, "Postgres did not take the end of an attempt in time; it counts as a death");
-            }
+            written = self.ended.write(&self.database, &ends) => written.err().map(|error| error.to_string()),
+            () = sleep(TO_END) => Some(format!("no answer within {TO_END:?}")),
+            () = stopping => Some("the service is stopping".to_owned()),
+        };
+        if let Some(error) = problem {
+            tracing::warn!(message_id, error, "Postgres did not take the end of an attempt; it is written later");
         }
+        fault::point("delivery.after_forget", message_id);
     }
 }
 
-/// Ends on their way to Postgres.
-struct Kept<'a> {
-    of: &'a Ended,
-    ended: Vec<(String, Uuid)>,
+/// The end of the delivery's record, if it has one.
+fn recorded(delivery: &Delivery) -> Option<End> {
+    let has_record = delivery.message.receive_count >= 2;
+    has_record.then(|| End { of: Of::Delivery, id: delivery.message.id.clone(), token: delivery.attempt, error: None })
 }
 
-impl Drop for Kept<'_> {
-    fn drop(&mut self) {
-        if !self.ended.is_empty() {
-            self.of.keep(std::mem::take(&mut self.ended));
-        }
-    }
+/// The end of the work on the run that the delivery holds, if it holds one.
+fn held(delivery: &Delivery, error: Option<String>) -> Option<End> {
+    let (role, id, token) = delivery.lease.held_run()?;
+    let of = match role {
+        Role::Owner => Of::Owner,
+        Role::Publisher => Of::Publisher,
+    };
+    Some(End { of, id, token, error })
 }

@@ -12,7 +12,7 @@ use tokio::time::sleep;
 use crate::db::Database;
 use crate::health::Beat;
 use crate::lifecycle::Stop;
-use crate::queue::lease::Keeper;
+use crate::queue::keeper::Keeper;
 
 /// Between two looks: a cancel reaches the work within this.
 const INTERVAL: Duration = Duration::from_secs(1);

@@ -1,7 +1,9 @@
 //! The gate that lets a suspect work alone.
 //!
-//! Every event holds a pass until it is known to do no harm. A suspect, on which work died before, is let in when nobody
-//! holds one, and nobody is let in beside it: what dies then dies of the suspect, and no neighbour is charged for it.
+//! An event holds a pass until it has ended, has made progress, or has waited for [`PROBATION`]. A suspect, on which work died
+//! before, is let in when nobody holds one, and for [`ALONE`] at most nobody is let in beside it. So what dies right after a
+//! suspect began most likely dies of it. What gave its pass back and is still at work may be charged for that death; it has
+//! made progress or forgotten its own, so one is not enough to quarantine it.
 
 use std::time::Duration;
 

@@ -5,6 +5,7 @@
 
 mod attempts;
 pub mod cancels;
+pub mod ended;
 pub mod envelope;
 mod gate;
 mod listing_upsert;
@@ -31,7 +32,7 @@ use crate::partner::Partner;
 use crate::queue::sqs::{Queue, Sqs, SqsError};
 use crate::queue::{Delivery, Handler, Outcome, Refusal};
 use crate::task::{self, Kind};
-pub use attempts::Ended;
+pub use ended::Ended;
 use envelope::Event;
 pub use gate::Gate;
 use gate::Pass;

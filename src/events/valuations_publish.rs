@@ -48,24 +48,26 @@ pub(super) async fn handle<'a>(
     event: &Event<'_>,
     data: &Data,
     delivery: &Delivery,
-    mut pass: Pass<'a>,
+    pass: Pass<'a>,
 ) -> Result<Outcome, Refusal> {
     let digest = event.digest()?;
     let run_id = data.run_id.as_str();
-    let claim = async |alone| {
-        events.database.claim_publication(&event.id, &digest, run_id, delivery.lease.run_lease(), alone).await
+    let claimed = events
+        .claim(
+            delivery,
+            run_id,
+            pass,
+            |alone| {
+                let lease = delivery.lease.run_lease();
+                events.database.claim_publication(&event.id, &digest, run_id, lease, alone)
+            },
+            |claim| matches!(claim, PublicationClaim::Suspect),
+        )
+        .await;
+    let (claimed, pass) = match claimed {
+        Ok(claimed) => claimed,
+        Err(outcome) => return Ok(outcome),
     };
-    let mut claimed = claim(pass.is_alone()).await;
-    if let Ok(PublicationClaim::Suspect) = claimed {
-        // While it waits it is not begun: what dies meanwhile is not its doing.
-        events.forget(delivery).await;
-        drop(pass);
-        pass = match events.begin_alone(delivery).await {
-            Ok(alone) => alone,
-            Err(outcome) => return Ok(outcome),
-        };
-        claimed = claim(true).await;
-    }
     let publication = match claimed {
         Ok(PublicationClaim::Owned(publication)) => *publication,
         Ok(PublicationClaim::Suspect) => {
@@ -102,7 +104,7 @@ pub(super) async fn handle<'a>(
     // Let go with the first progress, or else at the end of all.
     let mut pass = Some(pass);
     let ended = publish(events, event, run_id, &publication, delivery, &mut pass).await;
-    Ok(end(events, event, &publication, delivery, ended).await)
+    Ok(end(events, event, run_id, &publication, delivery, ended).await)
 }
 
 async fn publish(
@@ -148,9 +150,8 @@ async fn publish(
                 () = delivery.lease.nearly_over(HANDOVER) => return Ended::Stopped(StopReason::Shutdown),
                 // So long that its pass is given back; before that, what it was suspected of is forgotten.
                 () = &mut probation, if pass.is_some() => {
-                    if let Err(error) = events.database.outlive_publication(&event.id, publication.token).await {
-                        tracing::debug!(event_id = %event.id, %error, "the deaths of a publication are still counted");
-                    }
+                    let forget = events.database.outlive_publication(&event.id, publication.token);
+                    events.outlive(&event.id, publication.deaths, forget).await;
                     *pass = None;
                 }
             }
@@ -229,22 +230,31 @@ fn input(valuation: &valuations::Valuation) -> Valuation {
 async fn end(
     events: &Events,
     event: &Event<'_>,
+    run_id: &str,
     publication: &OwnedPublication,
     delivery: &Delivery,
     ended: Ended,
 ) -> Outcome {
-    delivery.lease.forget_run();
     let (outcome, error) = match ended {
         Ended::AllPublished { rows, quarantined } => {
+            // A completed one has no publisher: renewing it meanwhile would look like having lost it.
+            delivery.lease.stop_renewing();
             fault::point("publication.before_complete", &event.id);
-            let completed = events.database.complete_publication(&event.id, publication.token).await;
+            let completed = events.database.complete_publication(&event.id, run_id, publication.token).await;
             fault::point("publication.after_complete", &event.id);
             match completed {
-                Ok(true) if quarantined > 0 => {
-                    return Outcome::Done { rows, note: format!("{quarantined} records are quarantined").into() };
+                Ok(true) => {
+                    delivery.lease.forget_run();
+                    let note = match quarantined {
+                        0 => "".into(),
+                        _ => format!("{quarantined} records are quarantined").into(),
+                    };
+                    return Outcome::Done { rows, note };
                 }
-                Ok(true) => return Outcome::Done { rows, note: "".into() },
-                Ok(false) => return Outcome::Lost,
+                Ok(false) => {
+                    events.metrics.fenced.inc();
+                    (Outcome::Lost, None)
+                }
                 Err(error) => (Outcome::Retry(error.into()), None),
             }
         }
@@ -262,8 +272,6 @@ async fn end(
             (Outcome::Retry(error), Some(shown))
         }
     };
-    if let Err(error) = events.database.release_publication(&event.id, publication.token, error.as_deref()).await {
-        tracing::warn!(event_id = %event.id, %error, "the run could not be given back; its lease has to run out");
-    }
+    events.release(delivery, error).await;
     outcome
 }

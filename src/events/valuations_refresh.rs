@@ -103,7 +103,7 @@ async fn claim<'a>(
     event: &Event<'_>,
     data: &Data,
     delivery: &Delivery,
-    mut pass: Pass<'a>,
+    pass: Pass<'a>,
 ) -> Result<Result<(OwnedRun, Pass<'a>), Outcome>, Refusal> {
     let request = RunRequest {
         run_id: &event.id,
@@ -115,17 +115,19 @@ async fn claim<'a>(
         limit: data.limit,
         data: event.data_text(),
     };
-    let mut claim = events.database.claim_run(&request, delivery.lease.run_lease(), pass.is_alone()).await;
-    if let Ok(RunClaim::Suspect) = claim {
-        // While it waits it is not begun: what dies meanwhile is not its doing.
-        events.forget(delivery).await;
-        drop(pass);
-        pass = match events.begin_alone(delivery).await {
-            Ok(alone) => alone,
-            Err(outcome) => return Ok(Err(outcome)),
-        };
-        claim = events.database.claim_run(&request, delivery.lease.run_lease(), true).await;
-    }
+    let claim = events
+        .claim(
+            delivery,
+            &event.id,
+            pass,
+            |alone| events.database.claim_run(&request, delivery.lease.run_lease(), alone),
+            |claim| matches!(claim, RunClaim::Suspect),
+        )
+        .await;
+    let (claim, pass) = match claim {
+        Ok(claimed) => claimed,
+        Err(outcome) => return Ok(Err(outcome)),
+    };
     Ok(match claim {
         Ok(RunClaim::Owned(run)) => {
             delivery.lease.hold_run(Role::Owner, &run.set.run_id, run.token);
@@ -210,12 +212,7 @@ async fn end(
         }
         Ended::Failed(error) => (None, Some(error)),
     };
-    // Whatever happens to this write, the lease ends by itself.
-    delivery.lease.forget_run();
-    let shown = error.as_ref().map(|error: &anyhow::Error| format!("{error:#}"));
-    if let Err(error) = events.database.release_run(run_id, run.token, shown.as_deref()).await {
-        tracing::warn!(event_id = run_id, error = %error, "the run could not be given back; its lease has to run out");
-    }
+    events.release(delivery, error.as_ref().map(|error: &anyhow::Error| format!("{error:#}"))).await;
     match (outcome, error) {
         (Some(outcome), _) => outcome,
         (None, error) => Outcome::Retry(error.unwrap_or_else(|| anyhow::anyhow!("the run ended without a result"))),
@@ -231,12 +228,15 @@ async fn complete(
     let run_id = run.set.run_id.as_str();
     let (publish_id, body) = envelope::publish_event(run_id, OffsetDateTime::now_utc(), event.traceparent.as_deref());
     // A completed run has no owner: renewing it meanwhile would look like having lost it.
-    delivery.lease.forget_run();
+    delivery.lease.stop_renewing();
     fault::point("run.before_complete", run_id);
     let done = events.database.complete_run(run_id, run.token, lane::POST_PROCESSING, publish_id, &body).await?;
     fault::point("run.after_complete", run_id);
     match done {
-        Completion::Complete => events.outbox.notify_one(),
+        Completion::Complete => {
+            delivery.lease.forget_run();
+            events.outbox.notify_one();
+        }
         Completion::CancelRequested => {}
         Completion::Lost => events.metrics.fenced.inc(),
     }
@@ -251,8 +251,9 @@ async fn cancel(
     rows: u64,
     unanswered: usize,
 ) -> Result<Outcome, DbError> {
-    delivery.lease.forget_run();
+    delivery.lease.stop_renewing();
     if events.database.cancel_owned_run(&run.set.run_id, run.token).await? {
+        delivery.lease.forget_run();
         let note =
             format!("stopped with {unanswered} listings begun and unanswered; `write-api retry` lets the run go on");
         return Ok(Outcome::Cancelled { rows, note: note.into() });

@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 
 use super::deleter::Deleter;
-use super::lease::Keeper;
+use super::keeper::Keeper;
 use super::sqs::{self, BATCH, Queue, Sqs};
 use super::{Delivery, Handler, Message, Outcome};
 use crate::config::{self, Backoff};
@@ -326,7 +326,8 @@ impl Consumer {
             },
             () = self.parts.stop.ended() => (Outcome::Release("the time to stop ran out".into()), true),
         };
-        if in_order {
+        // A refusal ends when the dead-letter queue has it: see `settle`.
+        if in_order && !matches!(outcome, Outcome::Refuse(_)) {
             self.parts.handler.conclude(&delivery).await;
         }
         self.report(&delivery, &outcome, started.elapsed());
@@ -409,7 +410,10 @@ impl Consumer {
             Outcome::Lost => return,
             Outcome::Refuse(refusal) => {
                 fault::point("refuse.before_send", delivery.fault_key());
-                match self.parts.sqs.send_refused(&self.dead, &refusal, &delivery.message, &self.source).await {
+                let sent = self.parts.sqs.send_refused(&self.dead, &refusal, &delivery.message, &self.source).await;
+                // Not before: what dies of its own refusal would be begun anew for ever.
+                self.parts.handler.conclude(&delivery).await;
+                match sent {
                     Ok(()) => {
                         fault::point("refuse.after_send", delivery.fault_key());
                         return self.delete(delivery).await;

@@ -1,12 +1,13 @@
 //! Queues: receiving messages, keeping them while they are worked on, and ending them.
 //!
-//! A message goes one way: received ([`consumer`]) → leased ([`lease`], which keeps it hidden from others) → handled by
+//! A message goes one way: received ([`consumer`]) → leased ([`lease`]; the [`keeper`] hides it from others) → handled by
 //! whatever [`Handler`] the consumer was given → ended as its [`Outcome`] says. This room knows nothing of what events
 //! mean. [`sqs`] is the only file of the service that names AWS types.
 
 pub mod consumer;
 pub mod dead_letters;
 pub mod deleter;
+pub mod keeper;
 pub mod lease;
 pub mod sqs;
 
@@ -143,7 +144,9 @@ pub trait Handler: Send + Sync + 'static {
     /// Handles one delivery. A panic counts as a death of this delivery and touches no other.
     fn handle<'a>(&'a self, delivery: &'a Delivery) -> BoxFuture<'a, Outcome>;
 
-    /// Called after each handling that ended in order, cut short by a stop included, and before its message is ended. Not
-    /// after a panic: that counts as the death of the work.
+    /// Called after each handling that ended in order, cut short by a stop included: before its message is given back, for
+    /// others would find the work begun, and before it is deleted, for what is done may be done again; but after a refused
+    /// one was sent to the dead-letter queue, for that is still part of the work. Not after a panic: that counts as the death
+    /// of the work.
     fn conclude<'a>(&'a self, delivery: &'a Delivery) -> BoxFuture<'a, ()>;
 }

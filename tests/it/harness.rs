@@ -164,6 +164,16 @@ impl World {
         Ok(found.with_context(|| format!("no queue {name}"))?.queue_url.unwrap_or_default())
     }
 
+    /// The URL of a lane's queue.
+    pub fn queue_url_of(&self, lane: Lane) -> &str {
+        &self.urls[&lane][0]
+    }
+
+    /// The URL of a lane's dead-letter queue.
+    pub fn dead_letter_url(&self, lane: Lane) -> &str {
+        &self.urls[&lane][1]
+    }
+
     pub fn environment(&self) -> &Environment {
         &self.environment
     }
@@ -345,10 +355,20 @@ impl World {
 
     /// Waits for `count` dead letters on a lane.
     pub async fn wait_for_dead_letters(&self, lane: Lane, count: usize) -> Result<Vec<DeadLetter>> {
+        self.wait_for_dead_letters_within(lane, count, SOON).await
+    }
+
+    /// Waits up to `limit` for `count` dead letters on a lane.
+    pub async fn wait_for_dead_letters_within(
+        &self,
+        lane: Lane,
+        count: usize,
+        limit: Duration,
+    ) -> Result<Vec<DeadLetter>> {
         self.expect_dead_letters();
         let mut letters = Vec::new();
         let what = format!("{count} dead letters on {lane:?}");
-        until(&what, SOON, async || {
+        until(&what, limit, async || {
             letters.append(&mut self.dead_letters(lane).await?);
             Ok((letters.len() >= count).then_some(()))
         })

@@ -113,7 +113,7 @@ async fn a_cursor_that_is_moved_twice_counts_once() -> Result<()> {
     let page = PublishedPage { after: 10, last: 20, published: 10, quarantined: Vec::new() };
     ensure!(database.advance_publication("again", token, &page).await?);
     ensure!((counts("again").await?, world.number(QUARANTINED).await?) == ((18, 2), 2));
-    ensure!(database.complete_publication("again", token).await?);
+    ensure!(database.complete_publication("again", &id, token).await?);
 
     // Another publication delivers one of them; the other stays, with its name.
     let token = claim("third").await?;
@@ -122,6 +122,6 @@ async fn a_cursor_that_is_moved_twice_counts_once() -> Result<()> {
     ensure!((counts("third").await?, counts("again").await?) == ((19, 1), (18, 2)));
     let left = "SELECT count(*) FROM quarantined_records WHERE listing_id = 7 AND event_id = 'third'";
     ensure!((world.number(QUARANTINED).await?, world.number(left).await?) == (1, 1));
-    ensure!(database.complete_publication("third", token).await?);
+    ensure!(database.complete_publication("third", &id, token).await?);
     Ok(())
 }

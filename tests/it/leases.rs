@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use local_stack::kafka::Order;
 use local_stack::wire::{Flow, Wire};
-use local_stack::{Behaviour, Kafka};
+use local_stack::{Behaviour, Kafka, Scope, SqsFault, SqsProxy};
 use serde_json::Value;
 
 use crate::harness::{LONG, Lane, SOON, Service, World, until};
@@ -169,5 +169,43 @@ async fn a_postgres_that_hangs_costs_no_fast_event_its_message() -> Result<()> {
     world.quiet(LONG).await?;
     let receives = receives_of(&service, |kind| kind == "listing.upsert")?;
     ensure!(receives.len() == UPSERTS && receives.iter().all(|receives| *receives == 1), "{receives:?}");
+    world.finish(service).await
+}
+
+/// SQS answers for each message of a batch by itself: one that it did not extend this time is asked for again in time.
+#[tokio::test]
+async fn a_message_whose_entry_of_a_batch_failed_is_extended_in_time() -> Result<()> {
+    const LISTINGS: i64 = 90;
+    const FAILURES: u64 = 6;
+    let mut world = World::new(Behaviour { latency_ms: 1_000, ..Behaviour::default() }).await?;
+    let endpoint = local_stack::shared().await?.sqs().endpoint();
+    let proxy = SqsProxy::start(endpoint)?;
+    world.set("aws.endpoint_url", proxy.endpoint());
+    world.set("queue.visibility_timeout", "3s").set("partner.in_flight", 10).set("refresh.page_size", 20);
+    world.listings(LISTINGS).await?;
+    let scope = Scope { action: Some("ChangeMessageVisibilityBatch".to_owned()), queue: None };
+    let service = world.serve().await?;
+    let id = world.refresh(&[])?;
+    world.run_until(&id, SOON, |run| run.owned).await?;
+    // The run's message is alone on its lane, so the first entry is its own. Twice in a row, each time that it is due.
+    for _ in 0..FAILURES / 2 {
+        let before = proxy.hits().get("partial-batch-failure").copied().unwrap_or(0);
+        proxy.order_in(scope.clone(), SqsFault::PartialBatchFailure, 2);
+        until("two failures", SOON, async || {
+            Ok((proxy.hits().get("partial-batch-failure").copied().unwrap_or(0) == before + 2).then_some(()))
+        })
+        .await?;
+    }
+    world.published(&id, LONG).await?;
+    world.quiet(LONG).await?;
+    let failed = r#"write_api_visibility_extensions_total{result="error"}"#;
+    ensure!(service.metric(failed).await? == FAILURES as f64, "{} failed", service.metric(failed).await?);
+    for result in ["refused", "late"] {
+        let sample = format!(r#"write_api_visibility_extensions_total{{result="{result}"}}"#);
+        ensure!(service.metric(&sample).await? == 0.0, "an extension was {result}");
+    }
+    ensure!(receives(&service)?.iter().all(|receives| *receives == 1), "{:?}", receives(&service)?);
+    ensure!(world.run(&id).await?.is_some_and(|run| run.attempts == 1));
+    ensure!(world.partner.stats().requests == LISTINGS as u64);
     world.finish(service).await
 }

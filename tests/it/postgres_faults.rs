@@ -3,9 +3,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use local_stack::Behaviour;
 use local_stack::wire::Wire;
+use local_stack::{Behaviour, Postgres, PostgresOptions};
 use serde_json::json;
+use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use write_api::config::Config;
 use write_api::db::Database;
@@ -125,6 +126,58 @@ async fn a_server_that_takes_no_writes_is_noticed_and_its_connections_are_replac
     world.check_run(&id, &world.homes(LISTINGS).await?).await?;
     ensure!(world.partner.stats().effects == LISTINGS as u64, "{:?}", world.partner.stats());
     ensure!(service.log()?.contains("read-only transaction"));
+    world.finish(service).await
+}
+
+/// As after a switch of roles: nobody closes the connections, and what is asked on them is refused from one moment to the
+/// next.
+#[tokio::test]
+async fn a_server_that_takes_no_writes_any_more_on_the_connections_there_are_loses_nothing() -> Result<()> {
+    let mut world = slow_world().await?;
+    // A setting of the whole server, so it must be nobody else's.
+    let postgres = Postgres::separate(PostgresOptions { durable: false, ..PostgresOptions::default() }).await?;
+    let url = postgres.create_database("app").await?;
+    world.database = PgPoolOptions::new().max_connections(3).connect_lazy(&url)?;
+    world.set("database.url", &url).set("database.max_connections", 2);
+    world.done(&["migrate"])?;
+    world.listings(LISTINGS).await?;
+    let mut admin = PgConnection::connect(&postgres.admin_url()).await?;
+    let service = world.serve().await?;
+    let id = world.refresh(&[])?;
+    world.run_until(&id, SOON, |run| run.valued >= 300).await?;
+    let pids = "SELECT pid FROM pg_stat_activity WHERE datname = 'app' AND application_name = 'write-api'";
+    let before: Vec<i32> = sqlx::query_scalar(pids).fetch_all(&mut admin).await?;
+    for statement in ["ALTER SYSTEM SET default_transaction_read_only = on", "SELECT pg_reload_conf()"] {
+        sqlx::raw_sql(statement).execute(&mut admin).await?;
+    }
+    until("the service to notice", SOON, async || {
+        Ok(service.page("/readyz").await?.1.contains("takes no writes").then_some(()))
+    })
+    .await?;
+    until("other connections", SOON, async || {
+        let now: Vec<i32> = sqlx::query_scalar(pids).fetch_all(&mut admin).await?;
+        Ok((!before.is_empty() && !before.iter().any(|pid| now.contains(pid))).then_some(()))
+    })
+    .await?;
+    for id in 1..=30 {
+        let body = event(&format!("u-{id}"), UPSERT, "2026-01-31T02:00:00Z", listing(LISTINGS + id, 100 + id));
+        world.put(Lane::Events, &body.to_string()).await?;
+    }
+    let run = world.run(&id).await?.expect("it was there");
+    ensure!(run.state == "running" && run.valued < LISTINGS, "a false success: {run:?}");
+    for statement in ["ALTER SYSTEM RESET default_transaction_read_only", "SELECT pg_reload_conf()"] {
+        sqlx::raw_sql(statement).execute(&mut admin).await?;
+    }
+    service.ready().await?;
+    // Its lease can have run out meanwhile: no owner can renew it.
+    service.expect_errors();
+    world.published(&id, LONG).await?;
+    world.quiet(LONG).await?;
+    world.check_run(&id, &world.homes(LISTINGS).await?).await?;
+    ensure!(world.partner.stats().effects == LISTINGS as u64, "{:?}", world.partner.stats());
+    let written = format!("SELECT count(*) FROM listings WHERE listing_id > {LISTINGS}");
+    ensure!(world.number(&written).await? == 30, "an upsert is lost");
+    ensure!(world.number("SELECT coalesce(max(deaths), 0)::bigint FROM runs").await? == 0);
     world.finish(service).await
 }
 

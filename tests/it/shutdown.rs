@@ -241,3 +241,46 @@ async fn upserts_that_end_in_time_are_done_and_gone() -> Result<()> {
     ensure!(world.number("SELECT count(*) FROM listings").await? == UPSERTS as i64);
     world.check_dead_letters().await
 }
+
+/// Records that Kafka does not take and events that wait in the outbox share what is left of the time to stop.
+#[tokio::test]
+async fn a_kafka_that_is_away_does_not_cost_the_outbox_its_last_turn() -> Result<()> {
+    let mut world = World::new(Behaviour::default()).await?;
+    let kafka = Kafka::separate().await?;
+    kafka.create_topic(&world.environment().names().topic, 12).await?;
+    world.set("kafka.brokers", kafka.bootstrap()).set("shutdown.grace", "5s").set("queue.wait_time", "1s");
+    // Only a commit of this process or the stop itself makes the relay look.
+    world.set("outbox.poll_interval", "1m").set("queue.visibility_timeout", "60s");
+    world.listings(50).await?;
+    let service = world.serve().await?;
+    service.expect_errors();
+    kafka.order(&Order::GoDown).await?;
+    let id = world.refresh(&[])?;
+    let publishers = "SELECT count(*) FROM runs WHERE publisher IS NOT NULL";
+    until("a publisher", SOON, async || Ok((world.number(publishers).await? == 1).then_some(()))).await?;
+    let waits = uuid::Uuid::new_v4();
+    sqlx::query(
+        "INSERT INTO outbox (event_id, lane, body)
+         SELECT $1, lane, replace(body, event_id::text, $1::text) FROM outbox LIMIT 1",
+    )
+    .bind(waits)
+    .execute(&world.database)
+    .await?;
+    service.signal(libc::SIGTERM);
+    let signalled = Instant::now();
+    let status = service.exit(LONG).await?;
+    let took = signalled.elapsed();
+    ensure!(status.code() == Some(0) && took <= 5 * SECOND, "{status} after {took:?}");
+    service.check_log()?;
+    let log = service.log()?;
+    ensure!(log.contains("Kafka did not take every record in time"), "Kafka took the records");
+    ensure!(!log.contains("the outbox was not relayed a last time") && !log.contains("did not end in time"), "{log}");
+    ensure!(world.number("SELECT count(*) FROM outbox WHERE sent_at IS NULL").await? == 0, "an event still waits");
+    until("both messages", SECOND, async || Ok((world.depth(Lane::PostProcessing).await? == (2, 0)).then_some(())))
+        .await?;
+
+    kafka.order(&Order::ComeUp).await?;
+    let second = world.serve().await?;
+    world.publications(&id, 2, LONG).await?;
+    world.finish(second).await
+}

@@ -273,7 +273,7 @@ impl Play {
 
     async fn release(&mut self, worker: usize) -> Result<()> {
         let Some(run) = self.workers[worker].take() else { return Ok(()) };
-        self.database.release_run(&self.run_id, run.token, None).await?;
+        self.database.release_runs(std::slice::from_ref(&self.run_id), &[run.token], &[None]).await?;
         if self.model.as_ref().is_some_and(|model| model.owner == Some(worker)) {
             let model = self.model.as_mut().expect("just seen");
             (model.owner, model.lease) = (None, false);

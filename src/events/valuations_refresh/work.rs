@@ -189,17 +189,10 @@ impl<'a, 'p> Work<'a, 'p> {
         }
     }
 
-    /// Has waited for so long that its pass is given back; before that, what it was suspected of is forgotten.
     fn outlive(&self) -> BoxFuture<'a, ()> {
         let (events, run) = (self.events, self.run);
-        async move {
-            if run.deaths > 0
-                && let Err(error) = events.database.outlive_run(&run.set.run_id, run.token).await
-            {
-                tracing::debug!(event_id = run.set.run_id, %error, "the deaths of a run are still counted");
-            }
-        }
-        .boxed()
+        let forget = events.database.outlive_run(&run.set.run_id, run.token);
+        events.outlive(&run.set.run_id, run.deaths, forget).boxed()
     }
 
     fn batch_is_due(&self, linger: &Pin<&mut Sleep>, no_calls: bool) -> bool {
@@ -334,7 +327,7 @@ impl<'a, 'p> Work<'a, 'p> {
         mut self,
         reason: StopReason,
         mut calls: FuturesUnordered<impl Future<Output = Answer>>,
-        committing: Option<BoxFuture<'a, Result<Option<runs::Progress>, DbError>>>,
+        mut committing: Option<BoxFuture<'a, Result<Option<runs::Progress>, DbError>>>,
     ) -> (Ended, usize) {
         self.pages.clear();
         self.key.close();
@@ -348,19 +341,28 @@ impl<'a, 'p> Work<'a, 'p> {
             StopReason::ReceiveCap | StopReason::Lost => Instant::now() + HANDOVER,
         };
         let answers_until = deadline.checked_sub(LAST_COMMIT).unwrap_or(deadline);
-        if let Some(committing) = committing
-            && let Err(ended) = self.committed(committing.await)
-        {
-            return (ended, calls.len());
-        }
-        let mut not_sent = 0;
-        while let Ok(Some(answer)) = timeout_at(answers_until, calls.next()).await {
-            if !self.collect(answer) {
-                not_sent += 1;
+        let (mut not_sent, mut dropped) = (0, 0);
+        // A commit under way is awaited beside the calls: they hold turns that others wait for.
+        while committing.is_some() || !calls.is_empty() {
+            tokio::select! {
+                biased;
+                done = optional(&mut committing) => {
+                    committing = None;
+                    if let Err(ended) = self.committed(done) {
+                        return (ended, calls.len() + not_sent + dropped);
+                    }
+                }
+                answer = timeout_at(answers_until, calls.next()), if !calls.is_empty() => match answer {
+                    Ok(Some(answer)) => not_sent += usize::from(!self.collect(answer)),
+                    Ok(None) => {}
+                    Err(_) => {
+                        dropped = calls.len();
+                        calls.clear();
+                    }
+                },
             }
         }
-        let dropped = calls.len() + not_sent;
-        drop(calls);
+        let dropped = dropped + not_sent;
         if !self.batch.listing_ids.is_empty() {
             let done = self.commit().await;
             if let Err(ended) = self.committed(done) {

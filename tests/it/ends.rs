@@ -1,0 +1,173 @@
+//! The end of an attempt is not forgotten: whatever Postgres or the service itself is doing just then, work that ended in
+//! order is not taken for work that died, and what it held is free for others.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use local_stack::wire::{Flow, Wire};
+use local_stack::{Behaviour, PgFault, PostgresProxy};
+use serde_json::Value;
+
+use crate::bad_input::{UPSERT, event, listing};
+use crate::harness::{LONG, Lane, SOON, Service, World, until};
+
+const TIME: &str = "2026-01-31T02:00:00Z";
+
+/// Log lines with this message.
+fn lines(service: &Service, message: &str) -> Result<usize> {
+    let mut found = 0;
+    for line in service.log()?.lines() {
+        let entry: Value = serde_json::from_str(line).context("not JSON")?;
+        found += usize::from(entry["message"] == message);
+    }
+    Ok(found)
+}
+
+/// Receives the message of a lane and gives it back at once, so that the service's own receive is its second.
+async fn receive_once(world: &World, lane: Lane) -> Result<()> {
+    let url = world.sqs.get_queue_url().queue_name(world.queue_name(lane)).send().await?.queue_url;
+    let url = url.context("no URL")?;
+    until("the message", SOON, async || {
+        let received = world.sqs.receive_message().queue_url(&url).visibility_timeout(0).send().await?;
+        Ok(received.messages.is_some_and(|messages| messages.len() == 1).then_some(()))
+    })
+    .await
+}
+
+#[tokio::test]
+async fn attempts_that_end_while_postgres_is_away_are_no_deaths() -> Result<()> {
+    // The one listing is asked about again and again: no row is ever committed.
+    let forced = [(1, 409)].into();
+    let mut world = World::new(Behaviour { forced, ..Behaviour::default() }).await?;
+    let proxy = PostgresProxy::start(world.environment().database_url())?;
+    world.set("database.url", proxy.url()).set("queue.visibility_timeout", "3s").set("queue.receive_cap", "4s");
+    world.set("partner.retry_base", "1m").set("partner.retry_cap", "5m").set("partner.total_timeout", "1h");
+    world.listings(1).await?;
+    let service = world.serve().await?;
+    service.expect_errors();
+    let id = world.refresh(&["--id", "outages"])?;
+    let ended = [
+        r#"write_api_events_total{kind="valuations.refresh",outcome="released"}"#,
+        r#"write_api_events_total{kind="valuations.refresh",outcome="lost"}"#,
+    ];
+    let ends = async || -> Result<f64> { Ok(service.metric(ended[0]).await? + service.metric(ended[1]).await?) };
+    for outage in 0..4 {
+        let run = world.run_until(&id, LONG, |run| run.owned && run.attempts == outage + 1).await?;
+        let deaths = world.number("SELECT deaths::bigint FROM runs").await?;
+        ensure!(run.state == "running" && deaths == 0, "after {outage} outages {deaths} deaths: {run:?}");
+        let before = ends().await?;
+        proxy.order(PgFault::Cut, u64::MAX);
+        proxy.cut();
+        until("the attempt's end", LONG, async || Ok((ends().await? > before).then_some(()))).await?;
+        let run = world.run(&id).await?.context("it was there")?;
+        ensure!(run.owned && run.valued == 0, "Postgres took the end, or there was progress: {run:?}");
+        proxy.clear();
+    }
+    // With time enough for a breaker that has opened meanwhile.
+    service.finish().await?;
+    world.partner.control(|behaviour| behaviour.forced.clear())?;
+    world.set("queue.receive_cap", "1h");
+    let service = world.serve().await?;
+    let run = world.published(&id, LONG).await?;
+    ensure!(run.attempts >= 5, "{run:?}");
+    ensure!(world.number("SELECT deaths::bigint FROM runs").await? == 0);
+    world.check_run(&id, &world.homes(1).await?).await?;
+    world.finish(service).await
+}
+
+/// Nobody comes to this process again with the message: it is written all the same.
+#[tokio::test]
+async fn an_end_is_written_when_postgres_is_back() -> Result<()> {
+    let mut world = World::new(Behaviour::default()).await?;
+    let proxy = PostgresProxy::start(world.environment().database_url())?;
+    world.set("database.url", proxy.url()).set("queue.retry_base", "10m").set("queue.retry_cap", "10m");
+    world.listings(1).await?;
+    world.expect_work_left();
+    let mut lock = world.database.begin().await?;
+    sqlx::query("SELECT FROM listings WHERE listing_id = 1 FOR UPDATE").execute(&mut *lock).await?;
+    world.put(Lane::Events, &event("stuck", UPSERT, TIME, listing(1, 7)).to_string()).await?;
+    receive_once(&world, Lane::Events).await?;
+    let service = world.serve().await?;
+    service.expect_errors();
+    let recorded = "SELECT count(*) FROM deliveries WHERE token IS NOT NULL";
+    until("the record", SOON, async || Ok((world.number(recorded).await? == 1).then_some(()))).await?;
+    proxy.order(PgFault::Cut, u64::MAX);
+    proxy.cut();
+    let retried = r#"write_api_events_total{kind="listing.upsert",outcome="retried"}"#;
+    until("the attempt's end", LONG, async || Ok((service.metric(retried).await? == 1.0).then_some(()))).await?;
+    ensure!(world.number(recorded).await? == 1, "Postgres took the end");
+    proxy.clear();
+    until("the end written", SOON, async || Ok((world.number(recorded).await? == 0).then_some(()))).await?;
+    ensure!(lines(&service, "Postgres did not take the end of an attempt; it is written later")? == 1);
+    lock.rollback().await?;
+    world.finish(service).await
+}
+
+/// What has begun to end when the stop comes, or is cut short by it, waits no longer for Postgres than there is time.
+#[tokio::test]
+async fn a_postgres_that_hangs_cannot_keep_a_stop_from_giving_recorded_work_back() -> Result<()> {
+    const GRACE: Duration = Duration::from_secs(4);
+    let mut world = World::new(Behaviour::default()).await?;
+    let wire = Wire::to(world.environment().database_url())?;
+    world.set("database.url", wire.url()).set("shutdown.grace", "4s").set("queue.visibility_timeout", "60s");
+    world.set("queue.wait_time", "1s");
+    world.listings(1).await?;
+    world.expect_work_left();
+    let mut lock = world.database.begin().await?;
+    sqlx::query("SELECT FROM listings WHERE listing_id = 1 FOR UPDATE").execute(&mut *lock).await?;
+    world.put(Lane::Events, &event("stuck", UPSERT, TIME, listing(1, 7)).to_string()).await?;
+    receive_once(&world, Lane::Events).await?;
+    let service = world.serve().await?;
+    let recorded = "SELECT count(*) FROM deliveries WHERE token IS NOT NULL";
+    until("the record", SOON, async || Ok((world.number(recorded).await? == 1).then_some(()))).await?;
+    wire.set(Flow::Stalled);
+    service.signal(libc::SIGTERM);
+    let signalled = Instant::now();
+    let status = service.exit(LONG).await?;
+    let took = signalled.elapsed();
+    ensure!(status.code() == Some(0) && took <= GRACE, "{status} after {took:?}");
+    service.check_log()?;
+    ensure!(lines(&service, "Postgres did not take the ends of attempts; each counts as a death")? == 1);
+    let depth = world.depth(Lane::Events).await?;
+    ensure!(depth == (1, 0), "given back at once, it is (visible, hidden) {depth:?}");
+    lock.rollback().await?;
+    Ok(())
+}
+
+/// Calls hold turns that others wait for, also while the last commit of their own run does not come through.
+#[tokio::test]
+async fn a_cancelled_run_whose_commit_hangs_holds_no_turns() -> Result<()> {
+    let mut world = World::new(Behaviour { latency_ms: 1_000, ..Behaviour::default() }).await?;
+    world.set("partner.in_flight", 4).set("partner.rate_per_second", 0).set("database.statement_timeout", "2m");
+    world.listings(200).await?;
+    let service = world.serve().await?;
+    let mut lock = world.database.begin().await?;
+    sqlx::query("LOCK TABLE valuations IN EXCLUSIVE MODE").execute(&mut *lock).await?;
+    let first = world.refresh(&["--id", "first"])?;
+    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+                   AND application_name = 'write-api' AND wait_event_type = 'Lock'";
+    until("a commit that waits", SOON, async || Ok((world.number(waiting).await? > 0).then_some(()))).await?;
+    // The command waits for the end, which is far off.
+    let mut cancel = world.command().args(["cancel", &first]).spawn()?;
+    // It hears of it within a second or so, and begins no call after that.
+    let mut seen = (0, Instant::now());
+    until("no more calls", SOON, async || {
+        let requests = world.partner.stats().requests;
+        if requests != seen.0 {
+            seen = (requests, Instant::now());
+        }
+        Ok((seen.1.elapsed() > Duration::from_secs(3)).then_some(()))
+    })
+    .await?;
+    ensure!(world.number(waiting).await? > 0, "the commit came through");
+    let second = world.refresh(&["--id", "second", "--limit", "8"])?;
+    until("calls of the second run", SOON, async || Ok((world.partner.stats().requests > seen.0).then_some(())))
+        .await?;
+    ensure!(world.run(&first).await?.is_some_and(|run| run.owned), "the first run has ended");
+    lock.rollback().await?;
+    world.run_until(&first, LONG, |run| run.state == "cancelled").await?;
+    ensure!(cancel.wait()?.success(), "the cancel failed");
+    world.published(&second, LONG).await?;
+    world.check_run(&second, &world.homes(8).await?).await?;
+    world.finish(service).await
+}
