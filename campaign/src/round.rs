@@ -67,6 +67,9 @@ pub async fn play(spec: &Spec, stack: &Stack, program: &Path, directory: &Path) 
     if let Some(bug) = spec.planted {
         world.variables.push(("WRITE_API_PLANTED_BUG".to_owned(), bug.to_owned()));
     }
+    for kind in &spec.kinds {
+        kind.prepare(&mut world, stack).await.with_context(|| format!("cannot make ready for {kind}"))?;
+    }
     let mut scene = Scene::new(&mut world, stack, Rng::with_seed(spec.seed));
     let mut outcome = Outcome::default();
     let ended = tokio::time::timeout(LIMIT, act(spec, &mut scene, &mut outcome)).await;
