@@ -17,10 +17,6 @@ use crate::owners;
 use crate::replica::{LOOK, Replica};
 use crate::workload::{LANES, Lane, Message, SEEDED_AT, SEEDED_BY, Workload};
 
-/// Partner calls in flight, for each replica.
-pub const IN_FLIGHT: u64 = 40;
-/// Partner calls a second, for each replica.
-pub const RATE: u64 = 300;
 /// The partner's latency.
 pub const LATENCY_MS: u64 = 60;
 /// How long a message stays hidden from others without its keeper.
@@ -39,6 +35,12 @@ pub struct Size {
     pub listings: i64,
     /// Listings a page, answers a batch, records a page.
     pub page: u64,
+    /// Partner calls in flight, for each replica.
+    pub in_flight: u64,
+    /// Partner calls a second, for each replica.
+    pub rate: u64,
+    /// A round that is not over by then makes no progress.
+    pub limit: Duration,
     /// Processes.
     pub replicas: usize,
     /// Whether the processes get to SQS and Postgres through proxies that can fail.
@@ -491,8 +493,8 @@ fn settings(environment: &mut Environment, size: Size) {
         ("database.max_connections", (CONNECTIONS - 1).to_string()),
         ("database.acquire_timeout", "3s".to_owned()),
         ("database.statement_timeout", "3s".to_owned()),
-        ("partner.in_flight", IN_FLIGHT.to_string()),
-        ("partner.rate_per_second", RATE.to_string()),
+        ("partner.in_flight", size.in_flight.to_string()),
+        ("partner.rate_per_second", size.rate.to_string()),
         ("partner.connect_timeout", "2s".to_owned()),
         ("partner.request_timeout", "3s".to_owned()),
         ("partner.retry_cap", "1s".to_owned()),

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::{Injection, Scene, process};
 use crate::replica::LOOK;
+use crate::world::GRACE;
 
 /// Until there is work to be met.
 const BUSY_LIMIT: Duration = Duration::from_secs(60);
@@ -19,9 +20,12 @@ const CAPPED: Duration = Duration::from_secs(10);
 /// memory does the same as `kill`.
 pub(super) async fn cap(scene: &mut Scene<'_>) -> Result<Injection> {
     scene.world.busy(BUSY_LIMIT).await?;
-    scene.pause(0..500).await;
-    process::spare_the_hopeless(scene).await?;
     let replica = scene.rng.usize(0..scene.world.replicas.len());
+    // A process that has worked has room to go on in; one that just started has to ask for it.
+    scene.world.replicas[replica].signal(libc::SIGTERM)?;
+    scene.world.replicas[replica].exit(GRACE * 3).await?;
+    scene.world.restart(replica).await?;
+    process::spare_the_hopeless(scene).await?;
     let id = scene.world.replicas[replica].id()?;
     let data = data(id)?;
     limit(id, &data.to_string())?;
@@ -38,7 +42,7 @@ pub(super) async fn cap(scene: &mut Scene<'_>) -> Result<Injection> {
         }
         tokio::time::sleep(LOOK).await;
     };
-    let injection = Injection { interruptions: 1, ..Injection::new(&scene.world.replicas[replica].name) };
+    let injection = Injection { interruptions: 2, ..Injection::new(&scene.world.replicas[replica].name) };
     let Some(status) = status else {
         limit(id, "unlimited")?;
         return Ok(injection);
@@ -46,7 +50,10 @@ pub(super) async fn cap(scene: &mut Scene<'_>) -> Result<Injection> {
     // Before a new process can take it.
     let at_work = scene.world.at_work().await?;
     process::note_death(scene).await?;
-    let refused = scene.world.replicas[replica].has_logged(&["memory allocation of"])?;
+    // An allocation, or the stack of a thread.
+    let log = &scene.world.replicas[replica];
+    let refused =
+        log.has_logged(&["memory allocation of"])? || log.has_logged(&["Resource temporarily unavailable"])?;
     scene.world.restart(replica).await?;
     let proof =
         format!("{status} after {:?} with no more than {data} bytes; left behind: {at_work:?}", begun.elapsed());

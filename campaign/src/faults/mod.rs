@@ -298,7 +298,7 @@ impl<'a> Scene<'a> {
         let interruptions = if exact { counted } else { counted.max(attempts) };
         // The permits are the process's; each run at work has a batch of its own.
         let runs_at_work = 4;
-        interruptions * (crate::world::IN_FLIGHT + runs_at_work * self.world.size.page)
+        interruptions * (self.world.size.in_flight + runs_at_work * self.world.size.page)
     }
 
     fn violation(&mut self, invariant: &'static str, what: String) {
