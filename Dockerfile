@@ -14,6 +14,7 @@ ARG RUST_IMAGE=rust:1.95.0-bookworm
 FROM ${RUST_IMAGE} AS build
 WORKDIR /build
 # The dependencies, compiled for empty crates: this layer is good until a manifest or the lock file changes.
+COPY .cargo .cargo/
 COPY Cargo.toml Cargo.lock ./
 COPY local-stack/Cargo.toml local-stack/
 # A member of the workspace that no image needs: it stays an empty crate.

@@ -27,7 +27,7 @@ use crate::partner::{BreakerState, Partner};
 use crate::queue::consumer::{ConsumerParts, consume};
 use crate::queue::keeper::{Keeper, KeeperSettings, Renewals};
 use crate::queue::sqs::Sqs;
-use crate::{admin, profiling};
+use crate::{admin, profiling, task};
 
 /// Kept of the time to stop for what comes after the last event: Kafka flushed, outbox relayed, connections closed.
 const LAST_STEPS: Duration = Duration::from_secs(2);
@@ -142,17 +142,18 @@ impl App {
         let mut watchers = JoinSet::new();
         let listeners = self.listeners.take().expect("taken once, here");
         let begin = self.start_watchers(&mut watchers);
-        watchers.spawn(cancels::watch(
+        let cancels = cancels::watch(
             self.database.clone(),
             self.keeper.clone(),
             self.health.beat("cancels", cancels::SILENCE),
             draining.clone(),
-        ));
-        watchers.spawn(ended::keep_writing(self.events.clone()));
+        );
+        task::spawn_in(&mut watchers, "cancels", cancels);
+        task::spawn_in(&mut watchers, "ended attempts", ended::keep_writing(self.events.clone()));
         if let Some(age) = self.config.retention.age {
             let (database, metrics, health) = (self.database.clone(), self.metrics.clone(), self.health.clone());
             let (mut begin, stop) = (begin.clone(), draining.clone());
-            watchers.spawn(async move {
+            task::spawn_in(&mut watchers, "retention", async move {
                 // Not before the schema is known to be whole, however long that takes.
                 let _ = begin.wait_for(|begun| *begun).await;
                 let beat = health.beat("retention", retention::SILENCE);
@@ -160,7 +161,7 @@ impl App {
             });
         }
         let mut lanes = self.start_lanes(&draining, &begin);
-        let mut relay = tokio::spawn(self.relay(relay_stop).run());
+        let mut relay = task::spawn("relay", self.relay(relay_stop).run());
         // After all that reports to them: `/readyz` must not say yes because nobody was asked yet.
         self.start_pages(listeners, &mut pages, &last);
         tracing::info!(version = env!("CARGO_PKG_VERSION"), "started");
@@ -253,7 +254,7 @@ impl App {
                 beat: self.health.beat(format!("poll {name}"), silence),
                 dependency: self.health.dependency(format!("queue {}", settings.queue)),
             };
-            set.spawn(consume(parts, company.clone()));
+            task::spawn_in(&mut set, "lane", consume(parts, company.clone()));
         }
         set
     }
@@ -274,9 +275,10 @@ impl App {
     /// Starts to look at the neighbours; what is returned tells when the database was first found fit to work with.
     fn start_watchers(&self, watchers: &mut JoinSet<()>) -> watch::Receiver<bool> {
         let (begin, begun) = watch::channel(false);
-        watchers.spawn(watch_database(self.database.clone(), self.health.dependency("database"), begin));
+        let database = watch_database(self.database.clone(), self.health.dependency("database"), begin);
+        task::spawn_in(watchers, "look at Postgres", database);
         let (publisher, dependency) = (self.publisher.clone(), self.health.dependency("kafka"));
-        watchers.spawn(async move {
+        task::spawn_in(watchers, "look at Kafka", async move {
             loop {
                 match publisher.check(KAFKA_LOOK).await {
                     Ok(_) => dependency.up(),
@@ -286,18 +288,26 @@ impl App {
             }
         });
         let (partner, dependency) = (self.events.partner.clone(), self.health.dependency("partner"));
-        watchers.spawn(watch_partner(partner, dependency, LOOK, PARTNER_STAYS_WELL));
+        task::spawn_in(watchers, "look at the partner", watch_partner(partner, dependency, LOOK, PARTNER_STAYS_WELL));
         begun
     }
 
     fn start_pages(&self, listeners: Listeners, pages: &mut JoinSet<()>, stop: &Stop) {
         let router = admin::router(self.health.clone(), self.metrics.clone());
         let last = stop.clone();
-        pages.spawn(admin::serve(listeners.admin, router, ADMIN_PAGE, async move { last.draining().await }));
+        task::spawn_in(
+            pages,
+            "admin",
+            admin::serve(listeners.admin, router, ADMIN_PAGE, async move { last.draining().await }),
+        );
         if let Some(listener) = listeners.profiling {
             let router = profiling::router(&self.config.profiling);
             let last = stop.clone();
-            pages.spawn(admin::serve(listener, router, PROFILE, async move { last.draining().await }));
+            task::spawn_in(
+                pages,
+                "profiling",
+                admin::serve(listener, router, PROFILE, async move { last.draining().await }),
+            );
         }
     }
 }

@@ -7,11 +7,12 @@
 //! - [`db`]: Postgres; all SQL.
 //! - [`partner`]: the other team's HTTP API, and the limits that all calls share.
 //! - [`kafka`]: records and their delivery.
-//! - [`profiling`]: the heap endpoint.
+//! - [`profiling`]: profiles of the running service.
 //! - [`admin`]: health and metrics over HTTP.
 //! - [`app`]: builds all of these, starts them, stops them in order.
 //! - [`cli`]: the command line, a file for each verb.
 //! - [`config`], [`metrics`], [`health`], [`lifecycle`], [`telemetry`]: what everything above stands on.
+//! - [`task`]: what runs, whose work it is, and what it uses; every task is spawned there. [`stack`]: its stacks.
 //! - [`fault`]: empty in releases; the faults that tests order.
 
 pub mod admin;
@@ -28,6 +29,8 @@ pub mod metrics;
 pub mod partner;
 pub mod profiling;
 pub mod queue;
+pub mod stack;
+pub mod task;
 pub mod telemetry;
 
 // The tests measure what the service measures, so they run on its allocator as well.

@@ -9,6 +9,8 @@ use prometheus::{
     TextEncoder,
 };
 
+use crate::task::{For, Kind, registry, usage};
+
 /// Upper bounds in seconds for things that take from a millisecond to hours.
 const EVENT_SECONDS: &[f64] = &[
     0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0,
@@ -92,6 +94,17 @@ metrics! {
     outbox_sent: IntCounter("write_api_outbox_sent_total"),
     /// Events for the recording by result: written; over_limit, failed (it has ended), overrun (the disk was too slow).
     recorded: IntCounterVec("write_api_recorded_events_total", &["result"]),
+    /// Bytes that the allocator handed out, by kind of event; `service` for what belongs to none.
+    allocated: IntCounterVec("write_api_allocated_bytes_total", &["kind"]),
+    /// Bytes that it took back, by kind of event of whoever freed them.
+    freed: IntCounterVec("write_api_freed_bytes_total", &["kind"]),
+    /// Time in polls of tasks by the wall clock, by kind of event: CPU time, and what a busy machine adds to it.
+    busy_seconds: CounterVec("write_api_busy_seconds_total", &["kind"]),
+    /// Time waited, by kind of event and by what for: permit, pacing, partner, database, kafka, queue, lock. What waits side
+    /// by side counts side by side.
+    wait_seconds: CounterVec("write_api_wait_seconds_total", &["kind", "for"]),
+    /// Live tasks.
+    tasks: IntGauge("write_api_tasks"),
     /// Bytes in live allocations.
     jemalloc_allocated: IntGauge("write_api_jemalloc_allocated_bytes"),
     /// Bytes in pages with live allocations.
@@ -110,7 +123,7 @@ metrics! {
     process_start: Gauge("process_start_time_seconds"),
 }
 
-use prometheus::{Counter, Gauge};
+use prometheus::{Counter, CounterVec, Gauge};
 
 #[allow(non_snake_case, reason = "one builder for each metric type, named as the type so that the macro finds it")]
 mod build {
@@ -129,6 +142,9 @@ mod build {
     }
     pub(super) fn Gauge(name: &str, help: &str) -> Gauge {
         Gauge::new(name, help).expect(VALID)
+    }
+    pub(super) fn CounterVec(name: &str, help: &str, labels: &[&str]) -> CounterVec {
+        CounterVec::new(Opts::new(name, help), labels).expect(VALID)
     }
     pub(super) fn IntCounterVec(name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
         IntCounterVec::new(Opts::new(name, help), labels).expect(VALID)
@@ -156,6 +172,7 @@ impl Metrics {
     pub fn render(&self) -> String {
         self.read_process();
         self.read_allocator();
+        self.read_usage();
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text).expect("writing to memory cannot fail");
         String::from_utf8(text).expect("the text format is UTF-8")
@@ -165,12 +182,27 @@ impl Metrics {
         if let Some(process) = Process::read() {
             self.process_rss.set(process.rss_bytes);
             self.process_start.set(process.started_at);
-            let counted = self.process_cpu.get();
-            self.process_cpu.inc_by((process.cpu_seconds - counted).max(0.0));
+            raise(&self.process_cpu, process.cpu_seconds);
         }
         if let Ok(descriptors) = std::fs::read_dir("/proc/self/fd") {
             // One of them is the directory being read.
             self.process_fds.set(descriptors.count() as i64 - 1);
+        }
+    }
+
+    fn read_usage(&self) {
+        self.tasks.set(registry::count() as i64);
+        for kind in Kind::ALL {
+            let (used, name) = (usage::of_kind(kind), kind.name());
+            for (counter, now) in [(&self.allocated, used.allocated), (&self.freed, used.freed)] {
+                let counter = counter.with_label_values(&[name]);
+                counter.inc_by(now.saturating_sub(counter.get()));
+            }
+            raise(&self.busy_seconds.with_label_values(&[name]), used.busy.as_secs_f64());
+            for reason in For::ALL {
+                let waited = used.waited(reason).as_secs_f64();
+                raise(&self.wait_seconds.with_label_values(&[name, reason.name()]), waited);
+            }
         }
     }
 
@@ -190,6 +222,11 @@ impl Metrics {
         set(&self.jemalloc_resident, stats::resident::read());
         set(&self.jemalloc_retained, stats::retained::read());
     }
+}
+
+/// Brings a counter up to what somebody else has counted.
+fn raise(counter: &Counter, to: f64) {
+    counter.inc_by((to - counter.get()).max(0.0));
 }
 
 /// What Linux says of this process.

@@ -10,15 +10,17 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("fault", &[]),
     ("lifecycle", &[]),
     ("health", &[]),
-    ("metrics", &[]),
+    ("stack", &[]),
+    ("task", &["stack"]),
+    ("metrics", &["task"]),
     ("telemetry", &["config"]),
-    ("db", &["config", "fault"]),
-    ("partner", &["config", "fault", "metrics"]),
-    ("kafka", &["config", "fault", "metrics"]),
-    ("queue", &["config", "fault", "health", "lifecycle", "metrics"]),
-    ("profiling", &["config"]),
-    ("admin", &["config", "health", "metrics", "profiling"]),
-    ("events", &["config", "db", "fault", "health", "kafka", "lifecycle", "metrics", "partner", "queue"]),
+    ("db", &["config", "fault", "task"]),
+    ("partner", &["config", "fault", "metrics", "task"]),
+    ("kafka", &["config", "fault", "metrics", "task"]),
+    ("queue", &["config", "fault", "health", "lifecycle", "metrics", "task"]),
+    ("profiling", &["config", "stack", "task"]),
+    ("admin", &["config", "health", "metrics", "profiling", "task"]),
+    ("events", &["config", "db", "fault", "health", "kafka", "lifecycle", "metrics", "partner", "queue", "task"]),
     (
         "app",
         &[
@@ -34,11 +36,25 @@ const ROOMS: &[(&str, &[&str])] = &[
             "partner",
             "profiling",
             "queue",
+            "task",
         ],
     ),
     (
         "cli",
-        &["app", "config", "db", "events", "fault", "kafka", "metrics", "partner", "profiling", "queue", "telemetry"],
+        &[
+            "app",
+            "config",
+            "db",
+            "events",
+            "fault",
+            "kafka",
+            "metrics",
+            "partner",
+            "profiling",
+            "queue",
+            "task",
+            "telemetry",
+        ],
     ),
 ];
 
@@ -161,12 +177,31 @@ fn each_vendor_has_its_place() {
             ("sqlx::query", "db", room == "db"),
             ("rdkafka", "kafka", room == "kafka"),
             ("jemalloc_pprof", "profiling", room == "profiling"),
-            ("pprof_util", "profiling", room == "profiling"),
             ("local_stack", "no room of the service", false),
         ] {
             if code.contains(word) && !allowed {
                 wrong.push(format!("{below} names {word}, whose place is {place}"));
             }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+/// A task that is spawned elsewhere is in no list of tasks, and what it uses is charged to nobody.
+#[test]
+fn tasks_are_spawned_in_one_place() {
+    let mut wrong = Vec::new();
+    for path in files(&source()) {
+        let below = path.strip_prefix(source()).expect("a file of src").to_string_lossy().into_owned();
+        let all = code(&path);
+        // Tests may spawn what they like; they are at the end of a file, or in files of their own.
+        let code = all.split("#[cfg(test)]").next().unwrap_or_default();
+        if room(&path) == "task" || below.contains("tests") {
+            continue;
+        }
+        let spawns = ["tokio::spawn(", "tokio::task::spawn", "set.spawn(", "runtime.spawn(", "Handle::spawn"];
+        for word in spawns.into_iter().filter(|word| code.contains(word)) {
+            wrong.push(format!("{below}: {word}…) is for `task` alone; call task::spawn or its like"));
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");

@@ -20,6 +20,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use tower_service::Service;
 
 use crate::config;
+use crate::task;
 
 /// Connections at a time.
 const CONNECTIONS: usize = 32;
@@ -67,7 +68,7 @@ pub async fn serve(listener: TcpListener, router: Router, longest: Duration, sto
                 {
                     oldest.abort();
                 }
-                open.push_back(connections.spawn(async move {
+                open.push_back(task::spawn_in(&mut connections, "connection", async move {
                     // An error here is a client that went away, was too slow or spoke no HTTP: its own affair.
                     let _ = tokio::time::timeout(longest, answer(stream, peer, router)).await;
                 }));

@@ -19,6 +19,7 @@ use crate::metrics::Metrics;
 use crate::partner::Partner;
 use crate::profiling;
 use crate::queue::sqs::Sqs;
+use crate::task;
 
 pub(super) const HELP: &str = "\
 Needs: all settings that `serve` needs; what is wrong with them is told first, all at once. Of Postgres a connection, of \
@@ -123,7 +124,7 @@ async fn heap_profile(config: &config::Profiling) -> Vec<Finding> {
     if !config.enabled {
         return vec![Finding::ok("profiling", "is off (profiling.enabled)")];
     }
-    let dumped = tokio::task::spawn_blocking(|| {
+    let dumped = task::spawn_blocking(|| {
         profiling::sample_allocations(true)?;
         profiling::try_heap_dump()
     });

@@ -74,7 +74,7 @@ fn interrupt() -> anyhow::Result<Stop> {
     let (sender, stop) = watch::channel(false);
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::spawn(async move {
+    crate::task::spawn("interrupt", async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}

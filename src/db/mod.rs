@@ -38,12 +38,14 @@ pub mod valuations;
 
 use std::time::Duration;
 
+use futures::{FutureExt, TryFutureExt};
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
 use sqlx::{ConnectOptions, Connection};
 use tokio::time::{Instant, timeout};
 
 use self::pooled::Pooled;
 use crate::config::{self, Backoff};
+use crate::task::{For, wait};
 
 /// The migrations, compiled in.
 static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!();
@@ -171,15 +173,21 @@ impl Database {
     }
 
     /// A connection of the pool, within `database.acquire_timeout`.
-    async fn connection(&self) -> sqlx::Result<Pooled> {
-        self.pool.acquire().await.map(Pooled::new)
+    // Not async: the wait belongs to the place of the call.
+    #[track_caller]
+    fn connection(&self) -> impl Future<Output = sqlx::Result<Pooled>> {
+        wait(For::Database, self.pool.acquire()).map_ok(Pooled::new)
     }
 
     /// The client-side bound on a statement.
-    async fn bounded<T>(&self, work: impl Future<Output = sqlx::Result<T>>) -> sqlx::Result<T> {
-        timeout(self.bound, work).await.unwrap_or_else(|_| {
-            let problem = format!("no answer within {:?}", self.bound);
-            Err(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, problem)))
+    #[track_caller]
+    fn bounded<T>(&self, work: impl Future<Output = sqlx::Result<T>>) -> impl Future<Output = sqlx::Result<T>> {
+        let bound = self.bound;
+        wait(For::Database, timeout(bound, work)).map(move |answered| {
+            answered.unwrap_or_else(|_| {
+                let problem = format!("no answer within {bound:?}");
+                Err(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, problem)))
+            })
         })
     }
 }

@@ -11,6 +11,8 @@ use sqlx::postgres::{PgConnection, Postgres};
 use tokio::runtime::Handle;
 use tokio::time::timeout;
 
+use crate::task;
+
 /// How long a connection may take to answer before it goes back to the pool; one that does not is closed. As long as sqlx
 /// gives a connection that is to be closed.
 pub(super) const GIVE_BACK: Duration = Duration::from_secs(5);
@@ -40,7 +42,8 @@ impl Drop for Pooled {
             && let Ok(runtime) = Handle::try_current()
         {
             // Given up, the connection is dropped, which closes it and frees its slot.
-            runtime.spawn(timeout(GIVE_BACK, self.connection.return_to_pool()));
+            let _runtime = runtime.enter();
+            task::spawn("return of a connection", timeout(GIVE_BACK, self.connection.return_to_pool()));
         }
     }
 }

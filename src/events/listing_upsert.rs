@@ -6,6 +6,7 @@ use crate::db::listings::{Listing, Upsert};
 use crate::db::{Database, DbError};
 use crate::fault;
 use crate::queue::{Outcome, Refusal};
+use crate::task::{Stage, in_stage};
 
 /// Reads and checks the data of an upsert event.
 pub(super) fn decode(event: &Event<'_>) -> Result<Listing, Refusal> {
@@ -18,7 +19,7 @@ pub(super) fn decode(event: &Event<'_>) -> Result<Listing, Refusal> {
 pub(super) async fn handle(database: &Database, event: &Event<'_>, listing: &Listing) -> Result<Outcome, Refusal> {
     let digest = event.digest()?;
     fault::point("upsert.before_commit", &event.id);
-    let upserted = database.upsert_listing(listing, event.time, &event.id, &digest).await;
+    let upserted = in_stage(Stage::Write, database.upsert_listing(listing, event.time, &event.id, &digest)).await;
     fault::point("upsert.after_commit", &event.id);
     Ok(match upserted {
         Ok(Upsert::Written) => Outcome::Done { rows: 1, note: "".into() },

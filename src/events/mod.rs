@@ -31,6 +31,7 @@ use crate::metrics::Metrics;
 use crate::partner::Partner;
 use crate::queue::sqs::{Queue, Sqs, SqsError};
 use crate::queue::{Delivery, Handler, Outcome, Refusal};
+use crate::task::{self, Kind};
 pub use ended::Ended;
 use envelope::Event;
 pub use gate::Gate;
@@ -139,7 +140,9 @@ impl Events {
             return Err(Refusal { code: "too_many_attempts", reason });
         }
         let event = Event::decode(&delivery.message.body)?;
-        delivery.identify(request::kind(&event)?, &event.id);
+        let kind = request::kind(&event)?;
+        delivery.identify(kind, &event.id);
+        task::identify(Kind::named(kind), &event.id);
         fault::point("events.begin", &event.id);
         match Request::decode(&event)? {
             Request::Upsert(listing) => listing_upsert::handle(&self.database, &event, &listing).await,

@@ -18,6 +18,7 @@ use crate::fault;
 use crate::kafka::{Published, Record, Records, Valuation};
 use crate::queue::lease::{Role, StopReason};
 use crate::queue::{Delivery, Outcome, Refusal};
+use crate::task::{Stage, in_stage};
 
 /// Kept of the time to stop for giving the run and the message back.
 const HANDOVER: Duration = Duration::from_secs(1);
@@ -116,7 +117,7 @@ async fn publish(
 ) -> Ended {
     let records = Records::new(run_id, publication.completed_at, publication.traceparent.as_deref());
     let limit = events.publish_page_size;
-    let read = |cursor| events.database.read_valuations(run_id, cursor, limit);
+    let read = |cursor| in_stage(Stage::Read, events.database.read_valuations(run_id, cursor, limit));
     let mut stopped = std::pin::pin!(delivery.lease.stopped());
     let mut probation = std::pin::pin!(tokio::time::sleep(PROBATION));
     let (mut rows, mut quarantined) = (0, 0);
@@ -128,12 +129,12 @@ async fn publish(
     while let Some(last) = page.last().map(|valuation| valuation.listing_id) {
         let next = async { if page.len() < limit { Ok(Vec::new()) } else { read(last).await } };
         let batch: Vec<Record> = page.iter().map(|valuation| records.record(&input(valuation))).collect();
-        let sent = async {
+        let sent = in_stage(Stage::Publish, async {
             fault::point("publish.before_send", &event.id);
             let published = events.publisher.publish_page(&batch).await;
             fault::point("publish.after_reports", &event.id);
             published
-        };
+        });
         let both = async { tokio::try_join!(sent.map_err(anyhow::Error::from), next.map_err(anyhow::Error::from)) };
         let mut both = Box::pin(both);
         let (published, next_page) = loop {
@@ -159,7 +160,8 @@ async fn publish(
         let done =
             PublishedPage { after, last, published: published.records as i64, quarantined: quarantine(&published) };
         fault::point("publication.before_advance", &event.id);
-        let advanced = events.database.advance_publication(&event.id, publication.token, &done).await;
+        let advanced =
+            in_stage(Stage::Write, events.database.advance_publication(&event.id, publication.token, &done)).await;
         fault::point("publication.after_advance", &event.id);
         match advanced {
             Ok(true) => {

@@ -17,6 +17,7 @@ use tokio::sync::Notify;
 
 use super::client::ClientLog;
 use crate::metrics::Metrics;
+use crate::task::{For, wait};
 
 /// Every record of a page has met its end: it was delivered, or it is refused for good.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -204,7 +205,7 @@ impl Page {
     /// Waits until every record sent was reported of. To be called once, when all were handed over.
     pub async fn wait(&self) -> Reports {
         self.count_down();
-        self.done.notified().await;
+        wait(For::Kafka, self.done.notified()).await;
         let delivered = self.delivered.load(Ordering::Relaxed);
         let failures = std::mem::take(&mut *self.failures.lock().unwrap_or_else(PoisonError::into_inner));
         Reports { delivered, failures }

@@ -19,6 +19,7 @@ use super::topic::{self, TopicError, TopicInfo};
 use crate::config;
 use crate::fault;
 use crate::metrics::Metrics;
+use crate::task;
 
 /// How long a page waits when librdkafka's queue is full. Reports make room within a round trip.
 const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(2);
@@ -174,7 +175,7 @@ impl Publisher {
     /// Replaces `ended` by a fresh producer, unless another page did so already.
     async fn replace(&self, ended: Arc<Producer>) {
         let shared = Arc::clone(&self.shared);
-        let replaced = tokio::task::spawn_blocking(move || {
+        let replaced = task::spawn_blocking(move || {
             let mut producer = shared.producer.lock().unwrap_or_else(PoisonError::into_inner);
             if Arc::ptr_eq(&producer, &ended) {
                 *producer = start(&shared.client, &shared.metrics)?;
@@ -191,7 +192,7 @@ impl Publisher {
     /// whose future was abandoned: [`Publisher::publish_page`] waits for its own.
     pub async fn flush(&self, timeout: Duration) -> bool {
         let producer = self.shared.producer();
-        let flushed = tokio::task::spawn_blocking(move || producer.flush(timeout).is_ok());
+        let flushed = task::spawn_blocking(move || producer.flush(timeout).is_ok());
         flushed.await.unwrap_or(false)
     }
 
@@ -199,7 +200,7 @@ impl Publisher {
     pub async fn check(&self, timeout: Duration) -> Result<TopicInfo, TopicError> {
         let producer = self.shared.producer();
         let shared = Arc::clone(&self.shared);
-        let asked = tokio::task::spawn_blocking(move || {
+        let asked = task::spawn_blocking(move || {
             let client = producer.client();
             topic::look_at(client, client.context().log(), &shared.kafka, timeout)
         });

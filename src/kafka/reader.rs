@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 use super::client::{self, ClientLog};
 use super::topic::look_at;
 use crate::config;
+use crate::task;
 
 /// Records handed over together, at most.
 const BATCH: usize = 1_000;
@@ -116,7 +117,7 @@ impl TopicReader {
     /// silence for `patience`. The reading stops when the receiver is dropped.
     pub fn read(self, patience: Duration) -> mpsc::Receiver<Result<Vec<StoredRecord>, ReadError>> {
         let (sender, receiver) = mpsc::channel(AHEAD);
-        tokio::task::spawn_blocking(move || {
+        task::spawn_blocking(move || {
             if let Err(error) = self.read_blocking(patience, &sender) {
                 // Nobody listens any more where this fails.
                 let _ = sender.blocking_send(Err(error));
@@ -216,6 +217,6 @@ async fn blocking<T: Send + 'static>(
     topic: String,
     work: impl FnOnce() -> Result<T, ReadError> + Send + 'static,
 ) -> Result<T, ReadError> {
-    let done = tokio::task::spawn_blocking(work).await;
+    let done = task::spawn_blocking(work).await;
     done.unwrap_or_else(|_| Err(ReadError { topic, problem: "the reading was interrupted; try again".to_owned() }))
 }

@@ -9,6 +9,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
 use super::client::{self, ClientLog};
 use crate::config;
+use crate::task;
 
 /// What the brokers say of the topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,8 +92,7 @@ fn admin(kafka: &config::Kafka) -> Result<Admin, TopicError> {
 
 async fn ask(admin: &Admin, kafka: &config::Kafka, timeout: Duration) -> Result<TopicInfo, TopicError> {
     let (admin, settings) = (Arc::clone(admin), kafka.clone());
-    let asked =
-        tokio::task::spawn_blocking(move || look_at(admin.inner(), admin.inner().context(), &settings, timeout)).await;
+    let asked = task::spawn_blocking(move || look_at(admin.inner(), admin.inner().context(), &settings, timeout)).await;
     asked.unwrap_or_else(|_| Err(TopicError::interrupted(kafka)))
 }
 

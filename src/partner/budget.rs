@@ -10,6 +10,7 @@ use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::window::Window;
+use crate::task::{For, wait};
 
 /// How much lateness of its own the pace makes up for, by sends closer together. A timer of tokio wakes up to a
 /// millisecond late, a busy runtime some more.
@@ -61,24 +62,27 @@ impl Budget {
 
     /// Waits for a place among the calls in flight, first come, first served.
     pub(super) async fn permit(&self) -> Permit {
-        let place = Arc::clone(&self.places).acquire_owned().await;
+        let place = wait(For::Permit, Arc::clone(&self.places).acquire_owned()).await;
         Permit { _place: place.expect("the semaphore is never closed") }
     }
 
     /// Waits to be among those that prepare their send, first come, first served, and for the end of a pause: a connection
     /// that is opened during one may be closed for its idleness before the pause ends. To be held until the send.
     pub(super) async fn prepare(&self) -> SemaphorePermit<'_> {
-        let preparing = self.preparing.acquire().await.expect("the semaphore is never closed");
+        let preparing = wait(For::Permit, self.preparing.acquire()).await.expect("the semaphore is never closed");
         self.pause_over().await;
         preparing
     }
 
     /// Waits for the moment of one send, first come, first served. The send must be made in the poll that returns.
     pub(super) async fn grant(&self) {
-        match &self.pace {
-            Some(pace) => pace.grant(self).await,
-            None => self.pause_over().await,
-        }
+        let granted = async {
+            match &self.pace {
+                Some(pace) => pace.grant(self).await,
+                None => self.pause_over().await,
+            }
+        };
+        wait(For::Pacing, granted).await;
     }
 
     async fn pause_over(&self) {

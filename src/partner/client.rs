@@ -20,6 +20,7 @@ use super::wire::{Request, RunKey, Valuation};
 use crate::config;
 use crate::fault;
 use crate::metrics::Metrics;
+use crate::task::{For, wait};
 
 /// Sends requests and reads answers.
 pub(super) struct Client {
@@ -162,7 +163,7 @@ impl Client {
             let started = Instant::now();
             let in_flight = InFlight::new(&self.counters.in_flight);
             let mut exchange = Exchange::new(&mut *connection.io, self.max_response_bytes);
-            let ended = timeout(limit, exchange.run(message)).await;
+            let ended = wait(For::Partner, timeout(limit, exchange.run(message))).await;
             drop(in_flight);
             let took = started.elapsed();
             if connection.used && closed_unanswered(&ended, &exchange) {

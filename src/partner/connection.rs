@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context as TaskContext, Poll};
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::ring};
 
 use super::http1::Io;
+use crate::task::{self, lock};
 
 /// How long addresses are used before they are resolved again. A thousand connections at once are one look-up.
 const RESOLVE_EVERY: Duration = Duration::from_secs(5);
@@ -190,7 +191,7 @@ impl Pool {
         let mut idle = self.lock();
         idle.connections.push((Instant::now(), connection));
         if !std::mem::replace(&mut idle.reaping, true) {
-            tokio::spawn(Pool::reap(Arc::downgrade(self)));
+            task::spawn("idle connections", Pool::reap(Arc::downgrade(self)));
         }
     }
 
@@ -221,7 +222,7 @@ impl Pool {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Idle> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.idle)
     }
 }
 

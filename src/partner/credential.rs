@@ -9,6 +9,7 @@ use anyhow::{Context, bail};
 use tokio::time::Instant;
 
 use crate::config::{self, Secret};
+use crate::task;
 
 /// How often the file is looked at, while calls are made.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
@@ -70,7 +71,7 @@ impl Credential {
     /// Reads the file again if it changed. The value in use stays while the file cannot be used.
     pub(super) async fn refresh(self: Arc<Self>) {
         // Reading may block, on a network file system for long.
-        let read = tokio::task::spawn_blocking(move || self.reload());
+        let read = task::spawn_blocking(move || self.reload());
         read.await.unwrap_or_else(|error| tracing::error!(%error, "reading the partner's credential panicked"));
     }
 

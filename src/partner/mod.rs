@@ -47,6 +47,7 @@ use retry_budget::RetryBudget;
 use crate::config;
 use crate::fault;
 use crate::metrics::Metrics;
+use crate::task::{For, wait};
 
 /// The most of a [`Verdict::Failed`]'s reason, in bytes.
 const MAX_REASON_BYTES: usize = 200;
@@ -116,7 +117,9 @@ impl Partner {
         let mut patience = Patience::new(settings);
         let mut tried = false;
         loop {
-            let Some(mut pass) = run.while_open(breaker.admit()).await else { return Verdict::NotSent };
+            let Some(mut pass) = run.while_open(wait(For::Partner, breaker.admit())).await else {
+                return Verdict::NotSent;
+            };
             // A probe is free: there is one at a time, and all else waits for it.
             let repeat = tried && !pass.is_probe();
             // Boxed: repeats are rare, and the future of every call would have room for this wait.

@@ -10,12 +10,14 @@
 //! of the answer. A listing in backoff has none, though it keeps its permit.
 
 use std::fmt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use prometheus::IntGauge;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::Instant;
+
+use crate::task::{For, lock, wait};
 
 /// What a cut leaves of the window: as CUBIC (RFC 9438) does, and the adaptive retries of AWS's SDKs.
 const CUT: f64 = 0.7;
@@ -82,7 +84,7 @@ impl Window {
 
     /// Waits for a place, first come, first served.
     pub(super) async fn enter(&self) -> Place<'_> {
-        let permit = self.places.acquire().await.expect("the semaphore is never closed");
+        let permit = wait(For::Permit, self.places.acquire()).await.expect("the semaphore is never closed");
         Place { window: self, permit: Some(permit), cuts: self.lock().size.cuts }
     }
 
@@ -100,7 +102,7 @@ impl Window {
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // Nothing in here panics half-way through a change.
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 }
 

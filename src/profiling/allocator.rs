@@ -5,6 +5,9 @@ use std::ffi::c_char;
 use anyhow::Context as _;
 use jemalloc_pprof::PROF_CTL;
 
+use super::sampling::{self, Stacks};
+use super::{heap, symbols};
+
 /// A pointer to a C string, which is what jemalloc reads.
 #[repr(transparent)]
 pub struct MallocConf(*const c_char);
@@ -17,6 +20,8 @@ unsafe impl Sync for MallocConf {}
 /// - `prof:true,prof_active:true`: samples from the first allocation on, because what is allocated before sampling
 ///   starts is in no profile for ever. `prof` cannot be switched on later.
 /// - `lg_prof_sample:19`: one sample in 512 KiB on average. At 100 MB allocated a second that is 0.1 to 0.4 % of a core.
+/// - `prof_accum:true`: counts what was freed as well, for `allocs`. The allocator then keeps each stack that it ever met,
+///   for each thread: bounded by the code's paths, and by threads being few and long-lived.
 /// - `background_thread:true`: freed memory goes back to the system also when nothing is allocated any more, and not on
 ///   the account of whoever allocates next.
 /// - `dirty_decay_ms:3000`: freed pages go back along a curve that ends after three seconds. Under load they are used
@@ -25,7 +30,7 @@ unsafe impl Sync for MallocConf {}
 ///   leave them in the resident set until the machine runs short of memory.
 #[unsafe(export_name = "malloc_conf")]
 pub static MALLOC_CONF: MallocConf = MallocConf(
-    c"prof:true,prof_active:true,lg_prof_sample:19,background_thread:true,dirty_decay_ms:3000,muzzy_decay_ms:0"
+    c"prof:true,prof_active:true,prof_accum:true,lg_prof_sample:19,background_thread:true,dirty_decay_ms:3000,muzzy_decay_ms:0"
         .as_ptr(),
 );
 
@@ -39,7 +44,40 @@ pub fn sample_allocations(enabled: bool) -> anyhow::Result<()> {
         }
         return Ok(());
     };
+    if enabled {
+        try_out();
+    }
     let mut control = control.try_lock().context("profiling.enabled: a profile is being taken")?;
     let changed = if enabled { control.activate() } else { control.deactivate() };
     changed.context("profiling.enabled: the allocator does not take prof.active")
+}
+
+/// Installs the hook that labels samples, and tells what profiles will lack in this process. Each is a reason for a worse
+/// profile and none for no service.
+fn try_out() {
+    match sampling::install() {
+        Ok(Stacks::FramePointers) => {}
+        Ok(Stacks::Unwinder) => tracing::warn!(
+            "this program was built without frame pointers: samples of memory cost ten times as much; build it with -C force-frame-pointers=yes"
+        ),
+        Err(error) => tracing::warn!(
+            error = format!("{error:#}"),
+            "heap profiles cannot tell whose memory it is, all of it is labelled service"
+        ),
+    }
+    match symbols::program_has_symbols() {
+        Ok(true) => {}
+        Ok(false) => {
+            tracing::warn!("this program was stripped of its symbols: profiles show addresses instead of functions")
+        }
+        Err(error) => tracing::warn!(
+            error = format!("{error:#}"),
+            "this program's file cannot be read: profiles show addresses instead of functions"
+        ),
+    }
+    if !heap::counts_totals() {
+        tracing::warn!(
+            "the allocator was started without prof_accum:true: allocs is refused, heap has no totals; take prof_accum:false out of MALLOC_CONF"
+        );
+    }
 }

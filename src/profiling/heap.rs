@@ -1,22 +1,135 @@
-//! The heap profile: what is allocated and not freed, by stack.
+//! Memory by stack and by kind of event: what is held (`heap`) and what was ever allocated (`allocs`).
 
-use std::collections::HashMap;
-use std::ffi::{CString, c_void};
+use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, BufReader};
 use std::os::fd::{AsRawFd as _, FromRawFd as _};
+use std::ptr;
 
 use anyhow::{Context as _, anyhow};
 use jemalloc_pprof::PROF_CTL;
-use pprof_util::{StackProfile, parse_jeheap};
 use tikv_jemalloc_ctl::raw;
 
-/// Takes a profile: gzipped pprof with symbols inside. Blocks for up to a second, so not for an async thread.
-pub(super) fn profile() -> anyhow::Result<Vec<u8>> {
-    let mut profile = parse_jeheap(BufReader::new(dump()?), mappings::MAPPINGS.as_deref())?;
-    let _symbols = SymbolCache;
+use super::objects::Objects;
+use super::pprof::{Builder, Label, Profile, ValueType, combine};
+use super::{jeheap, now, sampling, symbols};
+use crate::task::mark::{Mark, Stage};
+
+/// The label with the kind of event that a sample belongs to; memory of no event is `service`.
+pub const EVENT_KIND: &str = "event_kind";
+
+/// The label with the part of an event's work: `read`, `call`, `write`, `publish`. Other work has none.
+pub const STAGE: &str = "stage";
+
+/// The labels of what was done under a mark.
+pub(super) fn labels(mark: Mark) -> Vec<Label> {
+    let mut labels = vec![Label::text(EVENT_KIND, mark.kind.name())];
+    if mark.stage != Stage::Other {
+        labels.push(Label::text(STAGE, mark.stage.name()));
+    }
+    labels
+}
+
+/// What readers look at first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum View {
+    /// What is held.
+    Heap,
+    /// What was allocated since the start.
+    Allocs,
+}
+
+impl View {
+    fn sample_type(self) -> &'static str {
+        match self {
+            View::Heap => "inuse_space",
+            View::Allocs => "alloc_space",
+        }
+    }
+}
+
+/// Takes a profile with Go's four sample types, its functions named. Blocks for up to a second, so not for an async thread.
+pub(super) fn profile(view: View) -> anyhow::Result<Profile> {
+    let _unsampled = Unsampled::this_thread();
+    if view == View::Allocs && !counts_totals() {
+        anyhow::bail!("the allocator was started without prof_accum:true; put it into MALLOC_CONF, and restart");
+    }
+    let mut builder = Builder::new(Profile {
+        sample_types: vec![
+            ValueType::new("alloc_objects", "count"),
+            ValueType::new("alloc_space", "bytes"),
+            ValueType::new("inuse_objects", "count"),
+            ValueType::new("inuse_space", "bytes"),
+        ],
+        default_sample_type: view.sample_type().to_owned(),
+        period_type: ValueType::new("space", "bytes"),
+        time_nanos: now(),
+        comments: vec![concat!("write-api ", env!("CARGO_PKG_VERSION")).to_owned()],
+        ..Profile::default()
+    });
+    let objects = Objects::of_this_process();
+    objects.program_first(&mut builder);
+    let mut places = Vec::new();
+    let period = jeheap::read(BufReader::new(dump()?), |stack| {
+        let (mark, addresses) = match stack.addresses.split_last() {
+            Some((last, addresses)) if let Some(mark) = sampling::mark_at(*last) => (mark, addresses),
+            _ => (Mark::NONE, stack.addresses.as_slice()),
+        };
+        places.clear();
+        // A return address is that of the next instruction, which may belong to another line or function.
+        places.extend(addresses.iter().map(|address| objects.location(&mut builder, address.saturating_sub(1))));
+        let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        let (total, live) = (stack.total, stack.live);
+        let values = [total.objects, total.bytes, live.objects, live.bytes].map(number);
+        builder.add(&places, &values, &labels(mark));
+    })?;
+    let mut profile = builder.finish();
+    profile.period = i64::try_from(period).unwrap_or(i64::MAX);
+    symbols::resolve(&mut profile);
     drop_allocator_frames(&mut profile);
-    Ok(profile.to_pprof(("inuse_space", "bytes"), ("space", "bytes"), None))
+    // Stacks that differed in the allocator only are one now, and nothing names its functions any more.
+    combine(&[(&profile, 1)]).context("putting equal stacks together")
+}
+
+/// Whether the allocator counts what was freed as well.
+pub(super) fn counts_totals() -> bool {
+    // SAFETY: a bool, by the allocator's manual.
+    unsafe { raw::read(b"opt.prof_accum\0") }.unwrap_or(false)
+}
+
+/// Gives freed memory that the allocator keeps back to the system: what this thread has for itself, and all unused pages.
+pub(super) fn give_back() -> anyhow::Result<()> {
+    // That number stands for all arenas.
+    for control in [c"thread.tcache.flush", c"arena.4096.purge"] {
+        // SAFETY: neither takes or gives a value, by the allocator's manual.
+        let code = unsafe {
+            tikv_jemalloc_sys::mallctl(control.as_ptr(), ptr::null_mut(), ptr::null_mut(), ptr::null_mut(), 0)
+        };
+        anyhow::ensure!(code == 0, "the allocator refuses {control:?}: {}", io::Error::from_raw_os_error(code));
+    }
+    Ok(())
+}
+
+/// A thread whose allocations are not sampled: what taking a profile needs belongs to no profile, and the allocator would
+/// keep the stacks of a thread that ends for ever.
+struct Unsampled {
+    former: Option<bool>,
+}
+
+impl Unsampled {
+    fn this_thread() -> Self {
+        // SAFETY: a bool, by the allocator's manual.
+        Unsampled { former: unsafe { raw::update(b"thread.prof.active\0", false) }.ok() }
+    }
+}
+
+impl Drop for Unsampled {
+    fn drop(&mut self) {
+        if let Some(former) = self.former {
+            // SAFETY: as above. It was possible to switch it off, so it can be switched on.
+            let _ = unsafe { raw::write(b"thread.prof.active\0", former) };
+        }
+    }
 }
 
 /// The allocator's dump, as text. It writes to a path only; this one leads to memory, so that neither a read-only root
@@ -53,48 +166,40 @@ fn memory_file() -> io::Result<File> {
     }
 }
 
-/// Empties the cache of symbols when it goes: tens of megabytes, needed again only for the next profile.
-struct SymbolCache;
-
-impl Drop for SymbolCache {
-    fn drop(&mut self) {
-        backtrace::clear_symbol_cache();
-    }
-}
-
 /// Takes the allocator's own frames off the stacks. They stand first on every one of them, and with them all memory
-/// would be charged to the function with which jemalloc reads the stack.
-fn drop_allocator_frames(profile: &mut StackProfile) {
-    let mut known = HashMap::new();
-    for (stack, _) in &mut profile.stacks {
-        // The caller comes before the callee.
-        while let Some(&address) = stack.addrs.last()
-            && stack.addrs.len() > 1
-            && *known.entry(address).or_insert_with(|| is_in_allocator(address))
-        {
-            stack.addrs.pop();
+/// would be charged to the function with which the allocator reads the stack.
+fn drop_allocator_frames(profile: &mut Profile) {
+    let functions: Vec<bool> = profile.functions.iter().map(|function| is_allocator(&function.name)).collect();
+    // Where a function of the allocator was inlined into another, that other stays.
+    for location in &mut profile.locations {
+        let inner = location.lines.iter().take_while(|line| functions[line.function]).count();
+        if inner < location.lines.len() {
+            location.lines.drain(..inner);
         }
     }
-}
-
-fn is_in_allocator(return_address: usize) -> bool {
-    let mut found = false;
-    // The same step back as the encoder's, so that both see the same function.
-    backtrace::resolve((return_address - 1) as *mut c_void, |symbol| {
-        found |= symbol.name().is_some_and(|name| is_allocator(&format!("{name:#}")));
-    });
-    found
+    let locations: Vec<bool> = profile
+        .locations
+        .iter()
+        .map(|location| !location.lines.is_empty() && location.lines.iter().all(|line| functions[line.function]))
+        .collect();
+    for sample in &mut profile.samples {
+        // One stays, so that nothing is left without a stack.
+        let most = sample.locations.len().saturating_sub(1);
+        let inner = sample.locations.iter().take(most).take_while(|index| locations[**index]).count();
+        sample.locations.drain(..inner);
+    }
 }
 
 /// Functions between a Rust collection, or C code, and the system's memory. Static functions of jemalloc go by their plain
 /// names; what the symbol table does not name stays.
 fn is_allocator(function: &str) -> bool {
     const EXACT: [&str; 6] = ["malloc", "calloc", "realloc", "posix_memalign", "aligned_alloc", "do_rallocx"];
-    const PREFIXES: [&str; 10] = [
+    const PREFIXES: [&str; 11] = [
         "_rjem_",
         "je_",
         "prof_",
         "imalloc",
+        "write_api::profiling::sampling::",
         "__rust_",
         "__rustc::__",
         "alloc::alloc::",

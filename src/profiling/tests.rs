@@ -1,6 +1,4 @@
 use std::hint::black_box;
-use std::io::Read as _;
-use std::process::Command;
 
 use axum::body::Body;
 use base64::Engine as _;
@@ -9,6 +7,8 @@ use tower_service::Service;
 
 use super::*;
 use crate::config::{Profiling, Secret};
+use crate::task::mark::{self, Kind, Mark, Stage};
+use crate::task::usage;
 
 /// Held by tests that take profiles: the allocator's profiler is one for the process.
 static PROFILER: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
@@ -111,68 +111,182 @@ fn leaking_function_of_the_test() -> Vec<Vec<u8>> {
     held
 }
 
-async fn heap_profile() -> Vec<u8> {
-    let (status, body, response) = ask(None, "GET", "/debug/pprof/heap", &[("host", "localhost")]).await;
-    assert_eq!(status, 200, "{}", String::from_utf8_lossy(&body));
-    assert_eq!(response.headers()["content-disposition"], "attachment; filename=\"heap\"");
+async fn body_of(path: &str) -> Vec<u8> {
+    let (status, body, _) = ask(None, "GET", path, &[("host", "localhost")]).await;
+    assert_eq!(status, 200, "{path}: {}", String::from_utf8_lossy(&body));
     body
 }
 
-/// The symbols and other texts of a profile.
-fn texts(profile: &[u8]) -> String {
-    let mut bytes = Vec::new();
-    flate2::read::GzDecoder::new(profile).read_to_end(&mut bytes).expect("gzip");
-    String::from_utf8_lossy(&bytes).into_owned()
+async fn profile_at(path: &str) -> Profile {
+    Profile::decode(&body_of(path).await).unwrap()
 }
 
-/// The text of `go tool pprof`; `None` where there is no `go`.
-fn go_tool_pprof(arguments: &[&str]) -> Option<String> {
-    let output = match Command::new("go").args(["tool", "pprof"]).args(arguments).output() {
-        Ok(output) => output,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            eprintln!("NOT TESTED: `go tool pprof` is not installed (Debian: golang-go)");
-            return None;
-        }
-        Err(error) => panic!("go tool pprof: {error}"),
+/// All functions that a profile names.
+fn functions(profile: &Profile) -> Vec<&str> {
+    profile.functions.iter().map(|function| function.name.as_str()).collect()
+}
+
+/// The sum of a sample type over the stacks with such a function, and with such a label if one is given.
+fn sum(profile: &Profile, sample_type: &str, function: &str, label: Option<(&str, &str)>) -> i64 {
+    let index = profile.sample_type(sample_type).unwrap();
+    let fits = |sample: &&pprof::Sample| {
+        pprof::frames(profile, sample).iter().any(|name| name.ends_with(function))
+            && label.is_none_or(|(key, text)| sample.label(key) == Some(text))
     };
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    Some(String::from_utf8(output.stdout).unwrap())
+    profile.samples.iter().filter(fits).map(|sample| sample.values[index]).sum()
 }
 
-/// The columns flat, flat%, sum%, cum, cum% of a function in the text of `go tool pprof -top`.
-fn row<'a>(top: &'a str, function: &str) -> Vec<&'a str> {
-    let line = top.lines().find(|line| line.trim_end().ends_with(function));
-    line.unwrap_or_else(|| panic!("{function} is not in {top}")).split_whitespace().take(5).collect()
+/// What [`leaking_function_of_the_test`] holds. Blocks of that size are scaled too, by a ten-millionth, and rounded.
+fn assert_64_mib(bytes: i64) {
+    const MIB_64: i64 = 64 << 20;
+    assert!((MIB_64..MIB_64 + 64).contains(&bytes), "{bytes} bytes are not {MIB_64}");
 }
 
 #[tokio::test]
-async fn a_heap_profile_names_who_holds_memory_and_go_reads_it() {
+async fn a_profile_has_the_four_sample_types_of_gos() {
     let _alone = PROFILER.lock().await;
-    sample_allocations(true).expect("MALLOC_CONF was read by the allocator");
-    let early = heap_profile().await;
+    sample_allocations(true).unwrap();
+    for (name, default) in [("heap", "inuse_space"), ("allocs", "alloc_space")] {
+        let (status, body, response) =
+            ask(None, "GET", &format!("/debug/pprof/{name}"), &[("host", "localhost")]).await;
+        assert_eq!(status, 200);
+        assert_eq!(response.headers()["content-disposition"], format!("attachment; filename=\"{name}\"").as_str());
+        let profile = Profile::decode(&body).unwrap();
+        let types: Vec<String> =
+            profile.sample_types.iter().map(|pprof::ValueType { kind, unit }| format!("{kind}/{unit}")).collect();
+        assert_eq!(types, ["alloc_objects/count", "alloc_space/bytes", "inuse_objects/count", "inuse_space/bytes"]);
+        assert_eq!(profile.default_sample_type, default);
+        assert_eq!((profile.period_type.kind.as_str(), profile.period), ("space", 1 << 19));
+        assert!(profile.time_nanos > 0);
+        assert!(profile.mappings[0].has_functions, "{:?}", profile.mappings);
+    }
+}
+
+#[tokio::test]
+async fn what_is_freed_leaves_the_heap_and_stays_in_allocs() {
+    let _alone = PROFILER.lock().await;
+    sample_allocations(true).unwrap();
+    let name = "leaking_function_of_the_test";
+    let early = profile_at("/debug/pprof/allocs").await;
     let held = leaking_function_of_the_test();
-    let late = heap_profile().await;
-    assert!(!texts(&early).contains("leaking_function_of_the_test"));
-    assert!(texts(&late).contains("leaking_function_of_the_test"), "{}", texts(&late));
-    assert!(!texts(&late).contains("prof_backtrace"), "the allocator's own frames are left out");
+    let late = profile_at("/debug/pprof/allocs").await;
     drop(held);
-
-    let directory = tempfile::tempdir().unwrap();
-    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
-    std::fs::write(path("early"), early).unwrap();
-    std::fs::write(path("late"), late).unwrap();
-    if let Some(top) = go_tool_pprof(&["-top", "-cum", "-unit=mb", &path("late")]) {
-        let megabytes: f64 = row(&top, "leaking_function_of_the_test")[3].trim_end_matches("MB").parse().unwrap();
-        assert!((60.0..75.0).contains(&megabytes), "64 MiB are held: {top}");
+    let last = profile_at("/debug/pprof/allocs").await;
+    let grown = |profile: &Profile, kind| sum(profile, kind, name, None) - sum(&early, kind, name, None);
+    assert_eq!([grown(&late, "inuse_objects"), grown(&late, "alloc_objects")], [8, 8]);
+    assert_64_mib(grown(&late, "inuse_space"));
+    assert_64_mib(grown(&late, "alloc_space"));
+    assert_eq!([grown(&last, "inuse_objects"), grown(&last, "inuse_space")], [0, 0]);
+    assert_eq!(grown(&last, "alloc_objects"), 8);
+    assert_64_mib(grown(&last, "alloc_space"));
+    let functions = functions(&late);
+    for allocators in ["prof_backtrace", "_rjem_", "do_rallocx", "by_frame_pointers"] {
+        assert!(!functions.iter().any(|name| name.contains(allocators)), "{allocators}");
     }
-    if let Some(top) = go_tool_pprof(&["-top", "-unit=mb", "-base", &path("early"), &path("late")]) {
-        let flat: f64 = row(&top, "alloc::vec::from_elem")[0].trim_end_matches("MB").parse().unwrap();
-        assert!((60.0..75.0).contains(&flat), "the flat view names who asked, not the allocator: {top}");
-    }
+}
 
+#[tokio::test]
+async fn memory_is_labelled_with_the_kind_of_event_that_allocated_it() {
+    let _alone = PROFILER.lock().await;
+    sample_allocations(true).unwrap();
+    let name = "leaking_function_of_the_test";
+    let mark = |kind, stage| Mark { kind, stage };
+    let early = profile_at("/debug/pprof/heap").await;
+    let ours = mark::under(mark(Kind::ValuationsRefresh, Stage::Call), leaking_function_of_the_test);
+    let plain = leaking_function_of_the_test();
+    let late = profile_at("/debug/pprof/heap").await;
+    let held = |profile: &Profile, key, text| sum(profile, "inuse_space", name, Some((key, text)));
+    let grown = |key, text| held(&late, key, text) - held(&early, key, text);
+    assert_64_mib(grown("event_kind", "valuations.refresh"));
+    assert_64_mib(grown("stage", "call"));
+    assert_64_mib(grown("event_kind", "service"));
+    for sample in &late.samples {
+        assert!(sample.label("event_kind").is_some(), "{sample:?}");
+        assert!(sample.labels.len() <= 2, "each label once: {sample:?}");
+    }
+    // Whoever frees it: it is the kind's that allocated it.
+    mark::under(mark(Kind::ListingUpsert, Stage::Write), || drop(ours));
+    let last = profile_at("/debug/pprof/heap").await;
+    assert_eq!(held(&last, "event_kind", "valuations.refresh"), held(&early, "event_kind", "valuations.refresh"));
+    drop(plain);
+}
+
+#[tokio::test]
+async fn what_samples_say_of_a_kind_is_what_the_allocator_counted() {
+    let _alone = PROFILER.lock().await;
+    sample_allocations(true).unwrap();
+    let allocated = |profile: &Profile| sum(profile, "alloc_space", "", Some(("event_kind", "planted")));
+    let (early, counted) = (profile_at("/debug/pprof/allocs").await, usage::of_kind(Kind::Planted).allocated);
+    // 8 GiB in blocks of many sizes, of which about 16,000 are sampled: right to one in a hundred.
+    mark::under(Mark { kind: Kind::Planted, stage: Stage::Other }, || {
+        for round in 0..131_072_usize {
+            drop(black_box(Vec::<u8>::with_capacity(1 + round * 7919 % 131_072)));
+        }
+    });
+    let (late, recounted) = (profile_at("/debug/pprof/allocs").await, usage::of_kind(Kind::Planted).allocated);
+    let (sampled, exact) = ((allocated(&late) - allocated(&early)) as f64, (recounted - counted) as f64);
+    assert!(exact > 7e9, "{exact}");
+    assert!((sampled / exact - 1.0).abs() < 0.05, "{sampled} bytes by samples, {exact} by the allocator's count");
+}
+
+#[tokio::test]
+async fn a_difference_shows_what_changed_meanwhile() {
+    let _alone = PROFILER.lock().await;
+    sample_allocations(true).unwrap();
+    let before = leaking_function_of_the_test();
+    let held = std::thread::spawn(|| {
+        std::thread::sleep(Duration::from_millis(700));
+        let held = leaking_function_of_the_test();
+        // Until the second profile is taken.
+        std::thread::sleep(Duration::from_secs(4));
+        held
+    });
+    let (status, body, response) = ask(None, "GET", "/debug/pprof/heap?seconds=2", &[("host", "localhost")]).await;
+    assert_eq!(status, 200);
+    assert_eq!(response.headers()["content-disposition"], "attachment; filename=\"heap-delta\"");
+    let difference = Profile::decode(&body).unwrap();
+    assert_64_mib(sum(&difference, "inuse_space", "leaking_function_of_the_test", None));
+    assert!((1_900_000_000..10_000_000_000).contains(&difference.duration_nanos), "{}", difference.duration_nanos);
+    drop(held.join().unwrap());
+    drop(before);
+}
+
+#[tokio::test]
+async fn other_forms_are_for_those_without_go() {
+    let _alone = PROFILER.lock().await;
+    sample_allocations(true).unwrap();
+    let held = mark::under(Mark { kind: Kind::ValuationsPublish, stage: Stage::Publish }, leaking_function_of_the_test);
+    let text = String::from_utf8(body_of("/debug/pprof/heap?debug=1&gc=1").await).unwrap();
+    assert!(text.starts_with("heap profile: ") && text.lines().next().unwrap().ends_with("@ heap/524288"), "{text}");
+    assert!(text.contains("leaking_function_of_the_test\n"), "{text}");
+    assert!(text.contains("\n# labels: {\"event_kind\":\"valuations.publish\", \"stage\":\"publish\"}\n"), "{text}");
+
+    let collapsed = String::from_utf8(body_of("/debug/pprof/heap?format=collapsed").await).unwrap();
+    let ours = |line: &&str| {
+        line.starts_with("valuations.publish;publish;")
+            && line.contains(";write_api::profiling::tests::leaking_function_")
+    };
+    let line = collapsed.lines().find(ours).expect(&collapsed);
+    assert_64_mib(line.rsplit(' ').next().unwrap().parse().unwrap());
+
+    let svg = String::from_utf8(body_of("/debug/pprof/allocs?format=svg").await).unwrap();
+    assert!(svg.contains("allocs: alloc_space") && svg.contains("leaking_function_of_the_test"), "{svg}");
+    drop(held);
+    for query in ["seconds=0", "seconds=1000", "seconds=1&debug=1", "format=pdf"] {
+        let path = format!("/debug/pprof/heap?{query}");
+        let (status, _, response) = ask(None, "GET", &path, &[("host", "localhost")]).await;
+        assert_eq!((status, response.headers()["x-go-pprof"].to_str().unwrap()), (400, "1"), "{query}");
+    }
+}
+
+#[tokio::test]
+async fn what_samples_nothing_shows_nothing_new() {
+    let _alone = PROFILER.lock().await;
+    sample_allocations(true).unwrap();
     sample_allocations(false).unwrap();
     let unseen = leaking_function_of_the_test();
-    assert!(!texts(&heap_profile().await).contains("leaking_function_of_the_test"), "sampling is off");
+    let profile = profile_at("/debug/pprof/heap").await;
+    assert!(!functions(&profile).iter().any(|name| name.ends_with("leaking_function_of_the_test")), "sampling is off");
     drop(unseen);
     sample_allocations(true).unwrap();
 }

@@ -24,6 +24,7 @@ use crate::fault;
 use crate::health::{Beat, Dependency};
 use crate::lifecycle::{Company, Stop};
 use crate::metrics::Metrics;
+use crate::task;
 
 /// How often a loop that waits for permits says that it is alive.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
@@ -101,7 +102,7 @@ pub async fn consume(parts: ConsumerParts, company: Company) {
     });
     let mut loops = JoinSet::new();
     for number in 0..polls {
-        loops.spawn(consumer.clone().poll_loop(number));
+        task::spawn_in(&mut loops, "poll", consumer.clone().poll_loop(number));
     }
     stop.draining().await;
     // All permits back: every task has ended its message. Tasks hear of the end of draining themselves.
@@ -282,7 +283,7 @@ impl Consumer {
                     );
                     let delivery = Delivery::new(message, self.parts.lane, lease);
                     self.at_work.fetch_add(1, Ordering::Relaxed);
-                    tokio::spawn(self.clone().work(delivery, permit));
+                    task::spawn_event("event", self.clone().work(delivery, permit));
                 }
                 outcome
             }
@@ -352,10 +353,17 @@ impl Consumer {
         let duration_ms = took.as_secs_f64() * 1000.0;
         let attempt = delivery.message.receive_count;
         let (lane, message_id) = (self.parts.lane, delivery.message.id.as_str());
+        let used = task::ledger().map(|ledger| ledger.read()).unwrap_or_default();
+        let (allocated_bytes, freed_bytes, polls) = (used.allocated, used.freed, used.polls);
+        let milliseconds = |duration: Duration| (duration.as_secs_f64() * 1e6).round() / 1e3;
+        let busy_ms = milliseconds(used.busy);
+        let waits = used.waits_by_name().map(|(name, waited)| format!("{name}={}", milliseconds(waited)));
+        let waited_ms = waits.collect::<Vec<_>>().join(" ");
         macro_rules! line {
             ($level:ident, $text:literal $(, $field:ident)*) => {
                 tracing::$level!(
-                    event_id, kind, lane, message_id, attempt, duration_ms, outcome = outcome.name() $(, $field)*, $text
+                    event_id, kind, lane, message_id, attempt, duration_ms, busy_ms, waited_ms, allocated_bytes,
+                    freed_bytes, polls, outcome = outcome.name() $(, $field)*, $text
                 )
             };
         }

@@ -10,6 +10,7 @@ use tokio::time::{Instant, timeout_at};
 use super::lease::Lease;
 use super::sqs::{BATCH, Queue, Sqs};
 use crate::fault;
+use crate::task;
 
 /// Delete calls in flight a lane.
 const CALLS: usize = 4;
@@ -33,7 +34,7 @@ impl Deleter {
     pub fn start(sqs: Sqs, queue: Queue, linger: Duration) -> Self {
         // Bounded: if deletes do not get through, finishing slows down, and with it receiving.
         let (sender, receiver) = mpsc::channel(CALLS * BATCH);
-        Deleter { sender, task: tokio::spawn(collect(sqs, queue, linger, receiver)) }
+        Deleter { sender, task: task::spawn("deleter", collect(sqs, queue, linger, receiver)) }
     }
 
     /// Hands over a finished message.
@@ -63,7 +64,7 @@ async fn collect(sqs: Sqs, queue: Queue, linger: Duration, mut receiver: mpsc::R
         }
         let permit = calls.clone().acquire_owned().await.expect("the semaphore is never closed");
         let (sqs, queue) = (sqs.clone(), queue.clone());
-        tokio::spawn(async move {
+        task::spawn("delete", async move {
             delete(&sqs, &queue, batch).await;
             drop(permit);
         });

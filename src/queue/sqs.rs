@@ -20,12 +20,14 @@ use aws_sdk_sqs::types::{
     MessageSystemAttributeName, QueueAttributeName, SendMessageBatchRequestEntry,
 };
 use aws_smithy_http_client::tls;
+use futures::FutureExt;
 use tokio::time::Instant;
 
 use super::{Message, Refusal};
 use crate::config;
 use crate::fault;
 use crate::metrics::Metrics;
+use crate::task::{For, wait};
 
 /// The most entries of one batch call, and messages of one receive.
 pub const BATCH: usize = 10;
@@ -175,19 +177,20 @@ impl Sqs {
     }
 
     /// Bounds a whole call, retries and credentials included: a second line behind the SDK's own attempt timeout.
-    async fn bounded<T>(
+    // Not async: the wait belongs to the place of the call.
+    #[track_caller]
+    fn bounded<T>(
         &self,
         action: &'static str,
         queue: &str,
         bound: Duration,
         call: impl Future<Output = Result<T, SqsError>>,
-    ) -> Result<T, SqsError> {
-        let result = match tokio::time::timeout(bound, call).await {
-            Ok(result) => result,
-            Err(_) => Err(SqsError::no_answer(action, queue, bound)),
-        };
-        self.count(action, &result);
-        result
+    ) -> impl Future<Output = Result<T, SqsError>> {
+        wait(For::Queue, tokio::time::timeout(bound, call)).map(move |answered| {
+            let result = answered.unwrap_or_else(|_| Err(SqsError::no_answer(action, queue, bound)));
+            self.count(action, &result);
+            result
+        })
     }
 
     /// Looks a queue up by name.

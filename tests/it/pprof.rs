@@ -1,4 +1,4 @@
-//! Heap profiles of the running service, read with Go's own tools as an operator would.
+//! Profiles of the running service, read with Go's own tools as an operator would.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -102,6 +102,226 @@ async fn go_tool_pprof_shows_what_grew_between_two_files() -> Result<()> {
     ensure!(functions(&grown).iter().any(|(bytes, name)| *bytes > 0 && name.contains("valuations_refresh")), "{grown}");
     let nothing = go_pprof(&directory, &[&top[..], &["-base", &late, &late]].concat())?;
     ensure!(total(&nothing) == 0, "a profile differs from itself:\n{nothing}");
+    world.finish(service).await
+}
+
+#[tokio::test]
+async fn go_tool_pprof_tells_memory_by_kind_of_event() -> Result<()> {
+    let (world, service) = busy().await?;
+    let directory = world.path("");
+    let save = async |name: &str| -> Result<String> {
+        let (status, profile) = http_client::get(&format!("{}/debug/pprof/{name}", service.profiling_url())).await?;
+        ensure!(status.is_success(), "{status}: {}", text(&profile));
+        let path = world.path(name);
+        std::fs::write(&path, profile)?;
+        Ok(path.display().to_string())
+    };
+    let (heap, allocs) = (save("heap").await?, save("allocs").await?);
+
+    let tags = go_pprof(&directory, &["-tags", "-unit=B", &heap])?;
+    for label in ["event_kind: Total", "stage: Total", "valuations.refresh", "service", "call"] {
+        ensure!(tags.contains(label), "{label} is not in {tags}");
+    }
+    let top = ["-top", "-cum", "-unit=B", "-nodefraction=0"];
+    let total = |arguments: &[&str], file: &str| -> Result<i64> {
+        let report = go_pprof(&directory, &[&top[..], arguments, &[file]].concat())?;
+        Ok(functions(&report).iter().map(|(bytes, _)| *bytes).max().unwrap_or(0))
+    };
+    // A thousand calls are out and nothing else is at work.
+    let refresh = total(&["-tagfocus=event_kind=valuations.refresh"], &heap)?;
+    let calls = total(&["-tagfocus=stage=call"], &heap)?;
+    ensure!(refresh >= 1_000 * 1024, "{refresh} bytes for a thousand calls");
+    ensure!(calls > refresh / 2 && calls <= refresh, "{calls} of {refresh} bytes for calls");
+    ensure!(total(&["-tagfocus=event_kind=valuations.publish"], &heap)? == 0, "nothing was published yet");
+    // Together they are all there is.
+    let roots = go_pprof(&directory, &[&top[..], &["-tagroot=event_kind", &heap]].concat())?;
+    let root = |name: &str| functions(&roots).iter().find(|(_, function)| *function == name).map(|(bytes, _)| *bytes);
+    let (service_s, refresh_s) = (root("service"), root("valuations.refresh"));
+    ensure!(refresh_s == Some(refresh), "{refresh_s:?} is not {refresh}:\n{roots}");
+    let header = roots.lines().find(|line| line.contains("% of ")).context("no header")?.to_owned();
+    let all: i64 = header
+        .split("% of ")
+        .nth(1)
+        .and_then(|rest| rest.split("B total").next()?.parse().ok())
+        .with_context(|| format!("no total in {header:?}"))?;
+    ensure!(service_s.unwrap_or(0) + refresh == all, "{service_s:?} and {refresh} are not {all}");
+
+    let report = go_pprof(&directory, &["-top", &allocs])?;
+    ensure!(report.contains("Type: alloc_space"), "{report}");
+    ensure!(total(&["-sample_index=alloc_space"], &heap)? > total(&["-sample_index=inuse_space"], &heap)?);
+    let raw = go_pprof(&directory, &["-raw", &allocs])?;
+    ensure!(raw.contains("alloc_objects/count alloc_space/bytes[dflt] inuse_objects/count inuse_space/bytes"), "{raw}");
+    ensure!(raw.contains("PeriodType: space bytes") && raw.contains("event_kind:[valuations.refresh]"), "{raw}");
+    // Taking the first of the two is no work of the service, and not in the second.
+    ensure!(!raw.contains("profiling::heap::profile"), "{raw}");
+    // More than one file has code: the program and the C library at least, and each is known by its own build id.
+    let mappings = raw.split("Mappings").nth(1).context("no mappings")?;
+    ensure!(mappings.contains("write-api") && mappings.contains("libc.so"), "{mappings}");
+    world.finish(service).await
+}
+
+#[tokio::test]
+async fn the_memory_for_a_profile_goes_back() -> Result<()> {
+    const MIB: f64 = 1024.0 * 1024.0;
+    let world = World::new(Behaviour::default()).await?;
+    let service = world.serve().await?;
+    service.ready().await?;
+    let resident = async || service.metric("process_resident_memory_bytes").await;
+    let before = resident().await?;
+    for path in ["heap", "allocs?debug=1", "heap?format=svg"] {
+        let (status, profile) = http_client::get(&format!("{}/debug/pprof/{path}", service.profiling_url())).await?;
+        ensure!(status.is_success(), "{status}: {}", text(&profile));
+    }
+    until("memory within 20 MiB of what it was", Duration::from_secs(15), async || {
+        Ok((resident().await? < before + 20.0 * MIB).then_some(()))
+    })
+    .await?;
+    world.finish(service).await
+}
+
+#[tokio::test]
+async fn a_difference_needs_no_file() -> Result<()> {
+    let world = slow_world().await?;
+    let service = world.serve().await?;
+    service.ready().await?;
+    let url = format!("{}/debug/pprof/heap?seconds=5", service.profiling_url());
+    let difference = tokio::spawn(async move { http_client::get(&url).await });
+    world.refresh(&[])?;
+    until("calls", SOON, async || Ok((world.partner.stats().in_flight == 1_000).then_some(()))).await?;
+    let (status, profile) = difference.await??;
+    ensure!(status.is_success(), "{status}: {}", text(&profile));
+    let path = world.path("heap-delta");
+    std::fs::write(&path, profile)?;
+    let file = path.display().to_string();
+    let directory = world.path("");
+    let report = go_pprof(&directory, &["-top", "-cum", "-unit=B", "-nodefraction=0", &file])?;
+    ensure!(report.contains("Duration: "), "{report}");
+    ensure!(
+        functions(&report).iter().any(|(bytes, name)| *bytes > 0 && name.contains("valuations_refresh")),
+        "{report}"
+    );
+    world.finish(service).await
+}
+
+/// Every profile in every form it has, in the middle of a run: what Go's tools and people are promised.
+#[tokio::test]
+async fn every_mode_has_every_form() -> Result<()> {
+    let (world, service) = busy().await?;
+    let directory = world.path("");
+    let get = async |path: &str| -> Result<Vec<u8>> {
+        let (status, body) = http_client::get(&format!("{}/debug/pprof/{path}", service.profiling_url())).await?;
+        ensure!(status.is_success(), "{path}: {status}: {}", text(&body));
+        Ok(body.to_vec())
+    };
+    let opened = async |path: &str| -> Result<String> {
+        let file = world.path("profile");
+        std::fs::write(&file, get(path).await?)?;
+        let file = file.display().to_string();
+        let report = go_pprof(&directory, &["-top", "-nodefraction=0", &file])?;
+        ensure!(report.contains("Showing nodes"), "{path}: {report}");
+        Ok(go_pprof(&directory, &["-raw", &file])? + &report)
+    };
+    for (mode, types) in [
+        ("heap", "alloc_objects/count alloc_space/bytes inuse_objects/count inuse_space/bytes[dflt]"),
+        ("allocs", "alloc_objects/count alloc_space/bytes[dflt] inuse_objects/count inuse_space/bytes"),
+        ("goroutine", "goroutine/count[dflt] waits/count"),
+        ("threadcreate", "threadcreate/count"),
+        ("block", "contentions/count delay/nanoseconds[dflt]"),
+        ("mutex", "contentions/count delay/nanoseconds[dflt]"),
+    ] {
+        let report = opened(mode).await?;
+        ensure!(report.contains(types), "{mode}: {report}");
+        let delta = opened(&format!("{mode}?seconds=1")).await?;
+        ensure!(delta.contains(types) && delta.contains("Duration: "), "{mode}?seconds=1: {delta}");
+        let people = text(&get(&format!("{mode}?debug=1")).await?);
+        ensure!(
+            !people.contains('\u{fffd}') && people.contains(if mode == "mutex" { "mutex" } else { "@" }),
+            "{mode}: {people}"
+        );
+        let lines = text(&get(&format!("{mode}?format=collapsed")).await?);
+        ensure!(lines.lines().all(|line| line.rsplit(' ').next().is_some_and(|n| n.parse::<i64>().is_ok())), "{lines}");
+        let svg = text(&get(&format!("{mode}?format=svg")).await?);
+        ensure!(svg.contains("<svg") && svg.trim_end().ends_with("</svg>"), "{mode}: {svg}");
+    }
+    let cpu = opened("profile?seconds=2&hz=250").await?;
+    ensure!(cpu.contains("samples/count cpu/nanoseconds[dflt]"), "{cpu}");
+    ensure!(cpu.contains("PeriodType: cpu nanoseconds") && cpu.contains("Period: 4000000"), "{cpu}");
+    for format in ["collapsed", "svg"] {
+        get(&format!("profile?seconds=1&format={format}")).await?;
+    }
+
+    // What they show: a thousand calls that wait, in the one task of the run.
+    let tasks = text(&get("goroutine?debug=1").await?);
+    ensure!(tasks.contains("1000 @ partner\tsrc/partner/client.rs:"), "{tasks}");
+    let tasks = text(&get("goroutine?debug=2").await?);
+    ensure!(tasks.contains("kind valuations.refresh, about ") && tasks.contains("created by src/queue/"), "{tasks}");
+    let trace: serde_json::Value = serde_json::from_slice(&get("trace?seconds=60").await?)?;
+    ensure!(
+        trace["traceEvents"].as_array().is_some_and(|events| events.iter().any(|e| e["name"] == "read")),
+        "{trace}"
+    );
+    let line = text(&get("cmdline").await?);
+    ensure!(line.contains("write-api\0serve"), "{line:?}");
+    let raw = opened("heap").await?;
+    let address = raw
+        .lines()
+        .find(|line| line.contains("write_api::"))
+        .and_then(|line| line.split_whitespace().find(|word| word.starts_with("0x")))
+        .context("no location of ours")?;
+    let named = text(&get(&format!("symbol?{address}")).await?);
+    ensure!(named.starts_with("num_symbols: 1\n") && named.contains("write_api"), "{address}: {named}");
+    let index = text(&get("").await?);
+    ensure!(["heap", "profile", "goroutine", "trace", "seconds=N"].iter().all(|word| index.contains(word)), "{index}");
+    world.finish(service).await
+}
+
+/// CPU time is charged to the kind of event that used it.
+#[tokio::test]
+async fn cpu_time_is_told_by_kind_of_event() -> Result<()> {
+    let mut world = World::new(Behaviour { latency_ms: 0, ..Behaviour::default() }).await?;
+    world.set("partner.rate_per_second", 0);
+    world.listings(20_000).await?;
+    let service = world.serve().await?;
+    service.ready().await?;
+    let url = format!("{}/debug/pprof/profile?seconds=3&hz=500", service.profiling_url());
+    let sampled = tokio::spawn(async move { http_client::get(&url).await });
+    let run = world.refresh(&[])?;
+    let (status, profile) = sampled.await??;
+    ensure!(status.is_success(), "{status}: {}", text(&profile));
+    let file = world.path("cpu").display().to_string();
+    std::fs::write(&file, profile)?;
+    let directory = world.path("");
+    let tags = go_pprof(&directory, &["-tags", &file])?;
+    for label in ["event_kind: Total", "valuations.refresh", "thread: Total", "worker", "stage: Total", "call"] {
+        ensure!(tags.contains(label), "{label} is not in {tags}");
+    }
+    let calls = go_pprof(&directory, &["-top", "-cum", "-tagfocus=stage=call", &file])?;
+    ensure!(calls.contains("partner::"), "{calls}");
+    let _ = run;
+    world.finish(service).await
+}
+
+/// A request that wants the place of another gets it, and the other is told.
+#[tokio::test]
+async fn a_profile_makes_room_for_one_that_is_wanted_more() -> Result<()> {
+    let world = World::new(Behaviour::default()).await?;
+    let service = world.serve().await?;
+    service.ready().await?;
+    let base = format!("{}/debug/pprof", service.profiling_url());
+    let long = tokio::spawn({
+        let url = format!("{base}/profile?seconds=60");
+        async move { http_client::get(&url).await }
+    });
+    let busy = until("the place to be taken", SOON, async || {
+        let (status, body) = http_client::get(&format!("{base}/heap")).await?;
+        Ok((status.as_u16() == 409).then(|| text(&body)))
+    })
+    .await?;
+    ensure!(busy.contains("profile for 127.0.0.1") && busy.contains("force=1"), "{busy}");
+    let (status, _) = http_client::get(&format!("{base}/heap?force=1")).await?;
+    ensure!(status.is_success(), "{status}");
+    let (status, told) = long.await??;
+    ensure!(status.as_u16() == 409 && text(&told).contains("taken by heap"), "{status}: {}", text(&told));
     world.finish(service).await
 }
 

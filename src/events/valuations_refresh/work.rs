@@ -22,6 +22,7 @@ use crate::fault;
 use crate::partner::{Permit, Request, RunKey, Verdict};
 use crate::queue::Delivery;
 use crate::queue::lease::StopReason;
+use crate::task::{For, Stage, in_stage, stage, wait};
 
 /// How long a handover before SQS's 12 h may wait for calls that are out.
 const HANDOVER: Duration = Duration::from_secs(30);
@@ -174,7 +175,8 @@ impl<'a, 'p> Work<'a, 'p> {
                 granted = &mut permit, if may_call => {
                     permit.set(self.events.partner.permit());
                     if let Some((row, page)) = self.next_row() {
-                        calls.push(self.call(row, page, granted));
+                        // The memory that a call needs before it is first polled is the call's as well.
+                        stage(Stage::Call, || calls.push(self.call(row, page, granted)));
                     }
                 }
                 () = optional(&mut outliving) => {
@@ -206,11 +208,12 @@ impl<'a, 'p> Work<'a, 'p> {
         let limit = NonZero::new(events.refresh.page_size).expect("config allows no empty pages");
         // Only what an earlier attempt may have left beyond the cursor has to be looked up.
         let resumed = run.attempts > 1;
-        async move {
-            let place = events.pages.clone().acquire_owned().await.expect("the semaphore is never closed");
+        in_stage(Stage::Read, async move {
+            let place =
+                wait(For::Permit, events.pages.clone().acquire_owned()).await.expect("the semaphore is never closed");
             let rows = events.database.read_page(&run.set, cursor, resumed, limit).await?;
             Ok((rows, place))
-        }
+        })
         .boxed()
     }
 
@@ -239,7 +242,7 @@ impl<'a, 'p> Work<'a, 'p> {
     fn call(&self, row: PageRow, page: PageNumber, permit: Permit) -> impl Future<Output = Answer> + use<'a> {
         let partner = &self.events.partner;
         let key = self.key.clone();
-        async move {
+        in_stage(Stage::Call, async move {
             let request = Request {
                 listing_id: row.listing_id,
                 zip_code: row.zip_code,
@@ -249,7 +252,7 @@ impl<'a, 'p> Work<'a, 'p> {
             };
             let verdict = partner.valuation(permit, &key, request).await;
             Answer { row, page, verdict }
-        }
+        })
     }
 
     /// Takes an answer into the batch. `false`: it is none, because the call was not sent.
@@ -279,12 +282,12 @@ impl<'a, 'p> Work<'a, 'p> {
         let answers = std::mem::take(&mut self.batch);
         let cursor = self.progress.cursor();
         let (events, run) = (self.events, self.run);
-        async move {
+        in_stage(Stage::Write, async move {
             fault::point("run.before_commit", &run.set.run_id);
             let done = events.database.commit_answers(&run.set.run_id, run.token, &answers, cursor).await;
             fault::point("run.after_commit", &run.set.run_id);
             done
-        }
+        })
         .boxed()
     }
 

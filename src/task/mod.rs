@@ -1,0 +1,58 @@
+//! What runs, whose work it is, and what it uses: the facts that profiles, metrics and log lines are made of.
+//!
+//! Every task of the service is spawned here ([`spawn`], [`spawn_event`]). While it is polled, its thread is marked with the
+//! kind of event that it works for (`mark`), which samples of memory and of CPU time take as their label; its memory, time and
+//! waits are charged to its event (`usage`); it is listed with where it was spawned and where it waits (`registry`).
+
+pub mod contention;
+pub mod mark;
+pub mod places;
+pub mod registry;
+pub mod trace;
+pub mod usage;
+pub mod waits;
+
+use std::panic::Location;
+
+use tokio::task::{AbortHandle, JoinHandle, JoinSet};
+
+pub use mark::{Kind, Mark, Stage, in_stage, stage};
+pub use places::For;
+pub use registry::{identify, ledger};
+pub use waits::{lock, wait};
+
+use registry::Tracked;
+
+/// Spawns a task that does the work of whoever spawns it: what it uses is charged to the same event.
+#[track_caller]
+pub fn spawn<F>(name: &'static str, future: F) -> JoinHandle<F::Output>
+where
+    F: Future<Output: Send> + Send + 'static,
+{
+    tokio::spawn(Tracked::inherit(name, Location::caller(), future))
+}
+
+/// Spawns a task for an event, whose kind is not known yet (see [`identify`]). What it uses is counted from zero.
+#[track_caller]
+pub fn spawn_event<F>(name: &'static str, future: F) -> JoinHandle<F::Output>
+where
+    F: Future<Output: Send> + Send + 'static,
+{
+    tokio::spawn(Tracked::fresh(name, Location::caller(), future))
+}
+
+/// As [`spawn`], into a set.
+#[track_caller]
+pub fn spawn_in<F>(set: &mut JoinSet<F::Output>, name: &'static str, future: F) -> AbortHandle
+where
+    F: Future<Output: Send> + Send + 'static,
+{
+    set.spawn(Tracked::inherit(name, Location::caller(), future))
+}
+
+/// Runs `work` on a thread for what blocks, with the mark of whoever asks.
+#[track_caller]
+pub fn spawn_blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+    let mark = mark::current();
+    tokio::task::spawn_blocking(move || mark::under(mark, work))
+}

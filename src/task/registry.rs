@@ -1,0 +1,312 @@
+//! The live tasks of the process, each with where it was spawned, whose work it does and where it waits.
+
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::panic::Location;
+use std::pin::Pin;
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use pin_project_lite::pin_project;
+
+use super::mark::{self, Entered, Kind, Mark, Stage};
+use super::trace;
+use super::usage::{Ledger, Polling};
+
+/// All of them, by number. Held for an insertion, a removal, or the copying of pointers.
+static TASKS: LazyLock<Mutex<HashMap<u64, Arc<Task>>>> = LazyLock::new(Mutex::default);
+
+static NEXT: AtomicU64 = AtomicU64::new(1);
+
+/// What times of polls are counted from.
+static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+thread_local! {
+    /// The task that this thread polls.
+    static CURRENT: Cell<*const Task> = const { Cell::new(ptr::null()) };
+}
+
+/// A live task.
+struct Task {
+    number: u64,
+    name: &'static str,
+    place: &'static Location<'static>,
+    spawned_at: Instant,
+    kind: AtomicU8,
+    /// What it works on, once that is known.
+    about: OnceLock<Box<str>>,
+    ledger: Arc<Ledger>,
+    polls: AtomicU64,
+    /// Nanoseconds from START to the beginning of the poll that goes on or, while it waits, to the end of the last one.
+    turned_at: AtomicU64,
+    running: AtomicU8,
+    waits_at: AtomicPtr<Location<'static>>,
+}
+
+/// A task as it was at one moment.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// Counted from 1 in the process.
+    pub number: u64,
+    /// What it is for.
+    pub name: &'static str,
+    /// Where it was spawned.
+    pub place: &'static Location<'static>,
+    /// Whose work it does.
+    pub kind: Kind,
+    /// What it works on, such as an event's id.
+    pub about: Option<Box<str>>,
+    /// Since it was spawned.
+    pub age: Duration,
+    /// So often it was polled.
+    pub polls: u64,
+    /// Whether a thread polls it right now.
+    pub running: bool,
+    /// How long this poll has taken, or how long ago the last one ended.
+    pub since: Duration,
+    /// The wait that the last poll ended in, where it is one of those that are counted.
+    pub waits_at: Option<&'static Location<'static>>,
+}
+
+fn tasks() -> MutexGuard<'static, HashMap<u64, Arc<Task>>> {
+    TASKS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// All tasks that live now, in the order in which they were spawned.
+pub fn live() -> Vec<Snapshot> {
+    let all: Vec<Arc<Task>> = tasks().values().cloned().collect();
+    let now = START.elapsed();
+    let mut snapshots: Vec<Snapshot> = all.iter().map(|task| task.snapshot(now)).collect();
+    snapshots.sort_unstable_by_key(|task| task.number);
+    snapshots
+}
+
+/// How many tasks live now.
+pub fn count() -> usize {
+    tasks().len()
+}
+
+/// Says whose work this task does from now on, and on what. Outside of a task it does nothing.
+pub fn identify(kind: Kind, about: &str) {
+    with_current(|task| {
+        task.kind.store(kind as u8, Ordering::Relaxed);
+        let _ = task.about.set(about.into());
+        mark::set_kind(kind);
+    });
+}
+
+/// What the event that this task works for has used; nothing outside of a task.
+pub fn ledger() -> Option<Arc<Ledger>> {
+    with_current(|task| Arc::clone(&task.ledger))
+}
+
+/// The number of the task that is being polled; 0 outside of one.
+pub(super) fn number() -> u32 {
+    with_current(|task| task.number as u32).unwrap_or(0)
+}
+
+/// Notes where the task that is being polled waits.
+pub(super) fn waits_at(place: Option<&'static Location<'static>>) {
+    with_current(|task| {
+        let place = place.map_or(ptr::null_mut(), |place| ptr::from_ref(place).cast_mut());
+        task.waits_at.store(place, Ordering::Relaxed);
+    });
+}
+
+fn with_current<T>(work: impl FnOnce(&Task) -> T) -> Option<T> {
+    // SAFETY: the poll that set it holds the task.
+    unsafe { CURRENT.get().as_ref() }.map(work)
+}
+
+impl Task {
+    fn snapshot(&self, now: Duration) -> Snapshot {
+        let waits_at = self.waits_at.load(Ordering::Relaxed);
+        let running = self.running.load(Ordering::Relaxed) != 0;
+        Snapshot {
+            number: self.number,
+            name: self.name,
+            place: self.place,
+            kind: Kind::ALL[usize::from(self.kind.load(Ordering::Relaxed))],
+            about: self.about.get().cloned(),
+            age: self.spawned_at.elapsed(),
+            polls: self.polls.load(Ordering::Relaxed),
+            running,
+            since: now.saturating_sub(Duration::from_nanos(self.turned_at.load(Ordering::Relaxed))),
+            // SAFETY: null, or put there from a static reference.
+            waits_at: unsafe { waits_at.as_ref() }.filter(|_| !running),
+        }
+    }
+}
+
+/// In the table from its making to its drop.
+struct Registered {
+    task: Arc<Task>,
+    is_event: bool,
+}
+
+impl Registered {
+    fn new(name: &'static str, place: &'static Location<'static>, event: Option<(Kind, Arc<Ledger>)>) -> Self {
+        let is_event = event.is_none();
+        let (kind, ledger) = event.unwrap_or_else(|| (Kind::Service, Arc::default()));
+        let task = Arc::new(Task {
+            number: NEXT.fetch_add(1, Ordering::Relaxed),
+            name,
+            place,
+            spawned_at: Instant::now(),
+            kind: AtomicU8::new(kind as u8),
+            about: OnceLock::new(),
+            ledger,
+            polls: AtomicU64::new(0),
+            turned_at: AtomicU64::new(START.elapsed().as_nanos() as u64),
+            running: AtomicU8::new(0),
+            waits_at: AtomicPtr::new(ptr::null_mut()),
+        });
+        tasks().insert(task.number, Arc::clone(&task));
+        Registered { task, is_event }
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        let task = &self.task;
+        tasks().remove(&task.number);
+        if self.is_event {
+            let kind = Kind::ALL[usize::from(task.kind.load(Ordering::Relaxed))];
+            trace::note(Mark { kind, stage: Stage::Other }, task.number as u32, task.spawned_at);
+        }
+    }
+}
+
+pin_project! {
+    /// A future whose polls are known to the registry and charged to its event.
+    pub struct Tracked<F> {
+        // Dropped after the future: what the future frees when it is dropped unfinished is not charged, but it is listed.
+        #[pin]
+        future: F,
+        task: Registered,
+    }
+}
+
+impl<F: Future> Tracked<F> {
+    /// A task for the work of whoever makes it: of the same kind, on the same ledger.
+    pub(super) fn inherit(name: &'static str, place: &'static Location<'static>, future: F) -> Self {
+        let event = (mark::current().kind, ledger().unwrap_or_default());
+        Tracked { future, task: Registered::new(name, place, Some(event)) }
+    }
+
+    /// A task with a ledger of its own.
+    pub(super) fn fresh(name: &'static str, place: &'static Location<'static>, future: F) -> Self {
+        Tracked { future, task: Registered::new(name, place, None) }
+    }
+}
+
+impl<F: Future> Future for Tracked<F> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
+        let this = self.project();
+        let _turn = Turn::begin(&this.task.task);
+        this.future.poll(context)
+    }
+}
+
+/// A poll of a task.
+struct Turn<'a> {
+    task: &'a Task,
+    former: *const Task,
+    // In this order: what was used is charged to the mark before that goes.
+    _entered: Entered,
+    _polling: Polling,
+}
+
+impl<'a> Turn<'a> {
+    fn begin(task: &'a Task) -> Self {
+        let now = Instant::now();
+        let polling = Polling::begin(&task.ledger, now);
+        let kind = Kind::ALL[usize::from(task.kind.load(Ordering::Relaxed))];
+        let entered = Entered::new(Mark { kind, stage: Stage::Other });
+        task.polls.fetch_add(1, Ordering::Relaxed);
+        task.turned_at.store((now - *START).as_nanos() as u64, Ordering::Relaxed);
+        task.running.store(1, Ordering::Relaxed);
+        Turn { task, former: CURRENT.replace(task), _entered: entered, _polling: polling }
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        CURRENT.set(self.former);
+        self.task.running.store(0, Ordering::Relaxed);
+        self.task.turned_at.store(START.elapsed().as_nanos() as u64, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::hint::black_box;
+
+    use super::*;
+    use crate::task::{spawn, spawn_event};
+
+    fn named(name: &str) -> Option<Snapshot> {
+        live().into_iter().find(|task| task.name == name)
+    }
+
+    #[tokio::test]
+    async fn a_task_is_listed_while_it_lives() {
+        let (go, wait) = tokio::sync::oneshot::channel::<()>();
+        let task = spawn("listed", async move {
+            identify(Kind::ListingUpsert, "event 7");
+            let _ = wait.await;
+        });
+        while named("listed").is_none_or(|task| task.polls == 0 || task.running) {
+            tokio::task::yield_now().await;
+        }
+        let seen = named("listed").unwrap();
+        assert!(seen.place.file().ends_with("registry.rs"), "{seen:?}");
+        assert_eq!((seen.kind, seen.about.as_deref()), (Kind::ListingUpsert, Some("event 7")));
+        go.send(()).unwrap();
+        task.await.unwrap();
+        assert!(named("listed").is_none());
+    }
+
+    #[tokio::test]
+    async fn a_task_that_panics_or_is_aborted_is_not_listed() {
+        let task = spawn("panics", async { panic!("as a handler might") });
+        assert!(task.await.unwrap_err().is_panic());
+        assert!(named("panics").is_none());
+        let task = spawn("aborted", std::future::pending::<()>());
+        task.abort();
+        assert!(task.await.unwrap_err().is_cancelled());
+        assert!(named("aborted").is_none());
+        assert_eq!(mark::current(), Mark::NONE);
+    }
+
+    #[tokio::test]
+    async fn an_event_is_charged_to_the_byte_with_the_tasks_that_it_spawns() {
+        let used = spawn_event("event", async {
+            identify(Kind::ValuationsRefresh, "event 8");
+            let before = ledger().unwrap().read();
+            let kept = black_box(vec![0_u8; 1 << 20]);
+            spawn("child", async {
+                assert_eq!(mark::current().kind, Kind::ValuationsRefresh);
+                drop(black_box(vec![1_u8; 1 << 21]));
+            })
+            .await
+            .unwrap();
+            tokio::task::yield_now().await;
+            let after = ledger().unwrap().read();
+            drop(kept);
+            (before, after)
+        });
+        let (before, after) = used.await.unwrap();
+        let (allocated, freed) = (after.allocated - before.allocated, after.freed - before.freed);
+        let (kept, dropped) = (1 << 20, 1 << 21);
+        // What the runtime itself needs for a task is in it as well.
+        assert!((kept + dropped..kept + dropped + 20_000).contains(&allocated), "{allocated}");
+        assert!((dropped..dropped + 20_000).contains(&freed), "{freed}");
+        assert!(after.polls > before.polls && after.busy > Duration::ZERO, "{after:?}");
+    }
+}

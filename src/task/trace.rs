@@ -1,0 +1,124 @@
+//! What was done last: a ring of the spans of events and of their stages.
+//!
+//! It is always on, so that what led to a moment can be looked at after it. A span is noted when it ends; one that is under way
+//! is not in it.
+
+use std::collections::VecDeque;
+use std::sync::{LazyLock, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::mark::{self, Mark};
+use super::registry;
+
+/// So many spans are kept. At 24 bytes each that is 400 KB.
+pub const MOST_SPANS: usize = 16 * 1024;
+
+/// What times are counted from.
+static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+static SPANS: Mutex<VecDeque<Packed>> = Mutex::new(VecDeque::new());
+
+/// A stretch of work that has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// Whose work, and which part of it; a whole event is [`Stage::Other`](super::Stage::Other).
+    pub mark: Mark,
+    /// The task that did it, by its number in the registry.
+    pub task: u32,
+    /// From the start of the process.
+    pub begin: Duration,
+    /// How long it took.
+    pub took: Duration,
+}
+
+/// A span in as little memory as it takes.
+#[derive(Clone, Copy)]
+struct Packed {
+    begin_nanoseconds: u64,
+    took_microseconds: u32,
+    task: u32,
+    mark: u8,
+}
+
+/// A span under way; noted when it is dropped.
+#[derive(Debug)]
+pub(super) struct Open {
+    mark: Mark,
+    task: u32,
+    since: Instant,
+}
+
+impl Open {
+    /// Begins now, for the task that is being polled.
+    pub fn begin() -> Self {
+        Open { mark: mark::current(), task: registry::number(), since: Instant::now() }
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        note(self.mark, self.task, self.since);
+    }
+}
+
+/// Notes a span that ends now.
+pub(super) fn note(mark: Mark, task: u32, since: Instant) {
+    let packed = Packed {
+        begin_nanoseconds: since.saturating_duration_since(*START).as_nanos() as u64,
+        took_microseconds: u32::try_from(since.elapsed().as_micros()).unwrap_or(u32::MAX),
+        task,
+        mark: mark.index() as u8,
+    };
+    let mut spans = SPANS.lock().unwrap_or_else(PoisonError::into_inner);
+    if spans.len() == MOST_SPANS {
+        spans.pop_front();
+    }
+    spans.push_back(packed);
+}
+
+/// Spans that ended within the last `within`, in the order in which they ended; and the time now, counted as theirs.
+pub fn last(within: Duration) -> (Vec<Span>, Duration) {
+    let now = START.elapsed();
+    let since = now.saturating_sub(within);
+    let packed: Vec<Packed> = SPANS.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
+    let spans = packed.into_iter().map(|packed| Span {
+        mark: Mark::from_index(packed.mark.into()),
+        task: packed.task,
+        begin: Duration::from_nanos(packed.begin_nanoseconds),
+        took: Duration::from_micros(packed.took_microseconds.into()),
+    });
+    (spans.filter(|span| span.begin + span.took >= since).collect(), now)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::task::{Kind, Stage, identify, in_stage, spawn_event};
+
+    #[tokio::test]
+    async fn an_event_and_its_stages_leave_spans() {
+        let task = spawn_event("traced", async {
+            identify(Kind::Planted, "event 10");
+            in_stage(Stage::Publish, tokio::time::sleep(Duration::from_millis(10))).await;
+            registry::number()
+        });
+        let number = task.await.unwrap();
+        let (spans, now) = last(Duration::from_secs(60));
+        let ours: Vec<Span> = spans.into_iter().filter(|span| span.task == number).collect();
+        let stages: Vec<Stage> = ours.iter().map(|span| span.mark.stage).collect();
+        assert_eq!(stages, [Stage::Publish, Stage::Other], "{ours:?}");
+        let [stage, event] = ours[..] else { panic!("{ours:?}") };
+        assert_eq!(event.mark.kind, Kind::Planted);
+        assert!(stage.took >= Duration::from_millis(10) && event.took >= stage.took, "{ours:?}");
+        assert!(event.begin <= stage.begin && event.begin + event.took <= now + Duration::from_millis(1), "{ours:?}");
+    }
+
+    #[test]
+    fn the_oldest_make_room() {
+        let mark = Mark { kind: Kind::Planted, stage: Stage::Read };
+        for _ in 0..MOST_SPANS + 10 {
+            note(mark, 7, Instant::now());
+        }
+        assert_eq!(last(Duration::from_secs(3600)).0.len(), MOST_SPANS);
+    }
+}

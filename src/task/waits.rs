@@ -1,0 +1,153 @@
+//! Waits that are counted: by place, by event, and with stacks where they are long.
+
+use std::panic::Location;
+use std::pin::Pin;
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use pin_project_lite::pin_project;
+
+use super::mark::{self, Mark};
+use super::places::{For, Waiting};
+use super::{contention, registry, usage};
+
+/// A wait under way. Dropping it ends it and counts it, also where nobody waits any longer.
+struct Counted {
+    waiting: Waiting,
+    reason: For,
+    mark: Mark,
+    since: Instant,
+}
+
+impl Counted {
+    fn begin(place: &'static Location<'static>, reason: For) -> Self {
+        let mark = mark::current();
+        Counted { waiting: Waiting::begin(place, reason, mark.kind), reason, mark, since: Instant::now() }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let took = self.since.elapsed();
+        self.waiting.ended(took);
+        usage::waited(self.mark, self.reason, took);
+        contention::sample(self.reason, self.mark, took);
+    }
+}
+
+pin_project! {
+    /// A future whose time is counted as waiting from its first poll that does not finish it.
+    #[must_use = "futures do nothing unless polled"]
+    pub struct Wait<F> {
+        #[pin]
+        future: F,
+        place: &'static Location<'static>,
+        reason: For,
+        counted: Option<Counted>,
+    }
+}
+
+impl<F: Future> Future for Wait<F> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
+        let this = self.project();
+        let polled = this.future.poll(context);
+        if polled.is_pending() {
+            this.counted.get_or_insert_with(|| Counted::begin(this.place, *this.reason));
+            registry::waits_at(Some(this.place));
+        } else if this.counted.take().is_some() {
+            registry::waits_at(None);
+        }
+        polled
+    }
+}
+
+/// Counts the time for which `future` is not ready as waiting, at the place of the call.
+#[track_caller]
+pub fn wait<F: Future>(reason: For, future: F) -> Wait<F> {
+    Wait { future, place: Location::caller(), reason, counted: None }
+}
+
+/// Locks `mutex`, poisoned or not, and counts the wait where another thread holds it.
+#[track_caller]
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    match mutex.try_lock() {
+        Ok(guard) => guard,
+        Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+        Err(TryLockError::WouldBlock) => {
+            let _counted = Counted::begin(Location::caller(), For::Lock);
+            mutex.lock().unwrap_or_else(PoisonError::into_inner)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::task::places::{self, Waited};
+    use crate::task::{spawn_event, usage::Used};
+
+    fn waited(line: u32) -> Waited {
+        let here = |place: &'static Location<'static>| place.file() == file!() && place.line() == line;
+        let rows = places::rows().into_iter().filter(|row| row.place.is_some_and(here));
+        rows.map(|row| row.waited).next().unwrap_or_default()
+    }
+
+    #[tokio::test]
+    async fn a_wait_is_counted_at_its_place_and_for_its_event() {
+        let (go, gone) = tokio::sync::oneshot::channel::<()>();
+        let line = line!() + 2;
+        let event = spawn_event("waits", async move {
+            wait(For::Database, gone).await.unwrap();
+            // What is ready at once has not waited.
+            wait(For::Kafka, async {}).await;
+            registry::ledger().unwrap().read()
+        });
+        while waited(line).now == 0 {
+            tokio::task::yield_now().await;
+        }
+        let place = registry::live().into_iter().find(|task| task.name == "waits").unwrap().waits_at.unwrap();
+        assert_eq!(place.line(), line);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        go.send(()).unwrap();
+        let used: Used = event.await.unwrap();
+        assert!(used.waited(For::Database) >= Duration::from_millis(20), "{used:?}");
+        assert_eq!(used.waited(For::Kafka), Duration::ZERO);
+        let Waited { now, count, total } = waited(line);
+        assert!((now, count) == (0, 1) && total >= Duration::from_millis(20), "{now} {count} {total:?}");
+    }
+
+    #[tokio::test]
+    async fn a_wait_that_is_given_up_is_counted_as_well() {
+        let line = line!() + 1;
+        let given_up = wait(For::Permit, std::future::pending::<()>());
+        assert!(tokio::time::timeout(Duration::from_millis(10), given_up).await.is_err());
+        let Waited { now, count, total } = waited(line);
+        assert!((now, count) == (0, 1) && total >= Duration::from_millis(10), "{now} {count} {total:?}");
+    }
+
+    #[test]
+    fn only_a_lock_that_is_held_is_waited_for() {
+        let mutex = Arc::new(Mutex::new(()));
+        let line = line!() + 1;
+        let locked = |mutex: &Mutex<()>| drop(lock(mutex));
+        locked(&mutex);
+        assert_eq!(waited(line).count, 0);
+        let held = mutex.lock().unwrap();
+        let other = std::thread::spawn({
+            let mutex = Arc::clone(&mutex);
+            move || locked(&mutex)
+        });
+        while waited(line).now == 0 {
+            std::thread::yield_now();
+        }
+        drop(held);
+        other.join().unwrap();
+        assert_eq!((waited(line).now, waited(line).count), (0, 1));
+    }
+}
