@@ -100,11 +100,13 @@ impl Handler for Panicking {
 
     fn conclude<'a>(&'a self, delivery: &'a Delivery) -> BoxFuture<'a, ()> {
         async move {
-            if delivery.message.body.starts_with("bad-") && self.first_refused.lock().unwrap().is_none() {
+            if delivery.message.body.starts_with("bad-")
+                && self.first_refused.lock().expect("no panic holds it").is_none()
+            {
                 let name = aws_sdk_sqs::types::QueueAttributeName::ApproximateNumberOfMessages;
                 let asked = self.sqs.get_queue_attributes().queue_url(&self.dead_letters).attribute_names(name.clone());
-                let attributes = asked.send().await.unwrap().attributes.unwrap_or_default();
-                *self.first_refused.lock().unwrap() = attributes.get(&name).cloned();
+                let attributes = asked.send().await.expect("SQS answers").attributes.unwrap_or_default();
+                *self.first_refused.lock().expect("no panic holds it") = attributes.get(&name).cloned();
             }
             self.events.conclude(delivery).await;
         }
