@@ -62,21 +62,25 @@ fn place(place: Option<&Location>) -> String {
 
 /// The tasks in groups of the same state and places (`debug=1`), the largest group first, then the waits under way.
 pub(super) fn grouped(tasks: &[Snapshot]) -> String {
-    let mut groups: BTreeMap<(&str, &str, String, String, String), (usize, Duration)> = BTreeMap::new();
+    // By what is the same in a group, which is its text: how many there are, and the age of the oldest.
+    let mut groups: BTreeMap<String, (usize, Duration)> = BTreeMap::new();
     for task in tasks {
-        let key = (task.name, task.kind.name(), state(task), place(task.waits_at), place(Some(task.place)));
-        let group = groups.entry(key).or_default();
-        *group = (group.0 + 1, group.1.max(task.age));
+        let same = format!(
+            "{}\n# labels: {{{EVENT_KIND:?}:{:?}}}\n#\t{}\t{}\n#\tspawned\t{}",
+            task.name,
+            task.kind.name(),
+            state(task),
+            place(task.waits_at),
+            place(Some(task.place))
+        );
+        let (count, oldest) = groups.entry(same).or_default();
+        (*count, *oldest) = (*count + 1, task.age.max(*oldest));
     }
     let mut groups: Vec<_> = groups.into_iter().collect();
     groups.sort_by_key(|(_, (count, _))| std::cmp::Reverse(*count));
     let mut text = format!("goroutine profile: total {}\n", tasks.len());
-    for ((name, kind, state, waits_at, spawned), (count, oldest)) in groups {
-        let _ = write!(
-            text,
-            "{count} @ {name}\n# labels: {{{EVENT_KIND:?}:{kind:?}}}\n#\t{state}\t{waits_at}\n#\tspawned\t{spawned}\n#\toldest\t{}\n\n",
-            seconds(oldest)
-        );
+    for (same, (count, oldest)) in groups {
+        let _ = write!(text, "{count} @ {same}\n#\toldest\t{}\n\n", seconds(oldest));
     }
     text.push_str("waits under way (several side by side in one task count each):\n");
     let mut rows: Vec<_> = places::rows().into_iter().filter(|row| row.waited.now > 0).collect();

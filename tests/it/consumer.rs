@@ -38,8 +38,8 @@ use crate::harness::{Lane, SOON, World};
 
 const TIME: &str = "2026-01-31T02:00:00Z";
 
-/// Messages of the load, unless the environment says otherwise: `WRITE_API_TEST_MESSAGES=1000000` for a long one.
-const MESSAGES: &str = "WRITE_API_TEST_MESSAGES";
+/// Messages of the load, unless the environment says otherwise: `TEST_MESSAGES=1000000` for a long one.
+const MESSAGES: &str = "TEST_MESSAGES";
 
 /// The lane's limit of events in flight.
 const PERMITS: usize = 40;
@@ -100,11 +100,13 @@ impl Handler for Panicking {
 
     fn conclude<'a>(&'a self, delivery: &'a Delivery) -> BoxFuture<'a, ()> {
         async move {
-            if delivery.message.body.starts_with("bad-") && self.first_refused.lock().unwrap().is_none() {
+            if delivery.message.body.starts_with("bad-")
+                && self.first_refused.lock().expect("no panic holds it").is_none()
+            {
                 let name = aws_sdk_sqs::types::QueueAttributeName::ApproximateNumberOfMessages;
                 let asked = self.sqs.get_queue_attributes().queue_url(&self.dead_letters).attribute_names(name.clone());
-                let attributes = asked.send().await.unwrap().attributes.unwrap_or_default();
-                *self.first_refused.lock().unwrap() = attributes.get(&name).cloned();
+                let attributes = asked.send().await.expect("SQS answers").attributes.unwrap_or_default();
+                *self.first_refused.lock().expect("no panic holds it") = attributes.get(&name).cloned();
             }
             self.events.conclude(delivery).await;
         }
@@ -116,7 +118,7 @@ impl Handler for Panicking {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "a process of its own, started by the tests below"]
 async fn consumer_process() -> Result<()> {
-    let variables = env::vars().filter(|(name, _)| !name.starts_with("WRITE_API_TEST_"));
+    let variables = env::vars();
     let config = Config::load(None, variables, &[]).map_err(|errors| anyhow::anyhow!("{errors:?}"))?;
     let (metrics, health) = (Arc::new(Metrics::new()), Health::new());
     let database = Database::new(&config.database)?;
@@ -153,7 +155,7 @@ async fn consumer_process() -> Result<()> {
             metrics: metrics.clone(),
         },
         sqs: way_to_sqs.client().await,
-        dead_letters: env::var("WRITE_API_TEST_DEAD_LETTERS")?,
+        dead_letters: env::var("TEST_DEAD_LETTERS")?,
         in_hand: AtomicUsize::new(0),
         most_in_hand: AtomicUsize::new(0),
         receives: AtomicUsize::new(0),
@@ -208,9 +210,7 @@ impl Consumer {
     fn start(world: &World) -> Result<Self> {
         let mut command = tokio::process::Command::new(env::current_exe()?);
         command.args(["consumer::consumer_process", "--exact", "--ignored", "--nocapture"]);
-        command
-            .envs(world.environment().variables())
-            .env("WRITE_API_TEST_DEAD_LETTERS", world.dead_letter_url(Lane::Events));
+        command.envs(world.environment().variables()).env("TEST_DEAD_LETTERS", world.dead_letter_url(Lane::Events));
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(std::fs::File::create(world.path("consumer.log"))?);
         let mut child = command.kill_on_drop(true).spawn()?;
         let output = BufReader::new(child.stdout.take().context("no output")?);

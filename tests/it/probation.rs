@@ -13,7 +13,7 @@ const PROBATION: Duration = Duration::from_secs(120);
 #[tokio::test]
 async fn a_suspect_that_waits_for_its_partner_lets_others_be_alone_and_is_not_charged_for_them() -> Result<()> {
     let mut world = World::new(Behaviour { latency_ms: 600_000, ..Behaviour::default() }).await?;
-    world.set("partner.request_timeout", "10m").set("partner.total_timeout", "1h").set("shutdown.grace", "4s");
+    world.set("partner.request_timeout", "7m").set("partner.total_timeout", "1h").set("shutdown.grace", "4s");
     world.set("queue.wait_time", "1s").set("queue.visibility_timeout", "3s");
     world.listings(10).await?;
     let ids = ["one", "other"];

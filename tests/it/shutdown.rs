@@ -250,7 +250,7 @@ async fn a_kafka_that_is_away_does_not_cost_the_outbox_its_last_turn() -> Result
     kafka.create_topic(&world.environment().names().topic, 12).await?;
     world.set("kafka.brokers", kafka.bootstrap()).set("shutdown.grace", "5s").set("queue.wait_time", "1s");
     // Only a commit of this process or the stop itself makes the relay look.
-    world.set("outbox.poll_interval", "1m").set("queue.visibility_timeout", "60s");
+    world.set("outbox.poll_interval", "1m").set("queue.visibility_timeout", "15s");
     world.listings(50).await?;
     let service = world.serve().await?;
     service.expect_errors();

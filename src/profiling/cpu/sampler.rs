@@ -378,11 +378,24 @@ mod tests {
             move || {
                 let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
                 while !stop.load(Ordering::Relaxed) {
+                    // Half of the time anything at all, else what looks like an address.
+                    let mask = if seed.is_multiple_of(2) { !7 } else { 0x7fff_ffff_fff8_u64 };
                     // SAFETY: the frame pointer is put back.
                     unsafe {
                         std::arch::asm!(
-                            "push rbp", "mov rbp, {0}", "mov rcx, 1000", "2:", "imul rbp, rbp, 1664525", "add rbp, rsp", "and rbp, {mask}", "dec rcx", "jnz 2b", "pop rbp",
-                            inout(reg) seed, mask = in(reg) if seed % 2 == 0 { !7u64 } else { 0x7fff_ffff_fff8 }, out("rcx") _,
+                            "push rbp",
+                            "mov rbp, {seed}",
+                            "mov rcx, 1000",
+                            "2:",
+                            "imul rbp, rbp, 1664525",
+                            "add rbp, rsp",
+                            "and rbp, {mask}",
+                            "dec rcx",
+                            "jnz 2b",
+                            "pop rbp",
+                            seed = in(reg) seed,
+                            mask = in(reg) mask,
+                            out("rcx") _,
                         );
                     }
                     seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1);
