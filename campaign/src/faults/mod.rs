@@ -7,7 +7,6 @@ mod clock;
 pub mod disk;
 mod early;
 mod kafka;
-mod memory;
 mod partner;
 pub mod points;
 mod postgres;
@@ -47,8 +46,6 @@ pub enum Kind {
     Poison,
     /// A publish event before its run is complete.
     PublishEarly,
-    /// A process that gets no more memory.
-    MemoryCap,
     /// The wall clock of a process jumps and jumps back.
     Clock,
     /// The disk with the database's tables is full for some seconds.
@@ -78,7 +75,6 @@ pub const KINDS: &[(&str, Kind)] = &[
     ("stall", Kind::Stall),
     ("poison", Kind::Poison),
     ("publish-early", Kind::PublishEarly),
-    ("memory-cap", Kind::MemoryCap),
     ("clock", Kind::Clock),
     ("disk-full", Kind::DiskFull),
     ("partner-429", Kind::Partner(partner::Schedule::TooMany)),
@@ -149,7 +145,6 @@ impl Kind {
             Self::Stop
             | Self::Stall
             | Self::PublishEarly
-            | Self::MemoryCap
             | Self::Clock
             | Self::DiskFull
             | Self::Partner(_)
@@ -205,7 +200,6 @@ impl Kind {
                 | Self::Stop
                 | Self::CrashPoint
                 | Self::PublishEarly
-                | Self::MemoryCap
                 | Self::Clock
                 | Self::Partner(_)
                 | Self::Kafka(_)
@@ -276,7 +270,6 @@ impl<'a> Scene<'a> {
             Kind::Stall => points::stall(self, point.unwrap_or_default()).await?,
             Kind::Poison => points::poison(self).await?,
             Kind::PublishEarly => early::publish(self).await?,
-            Kind::MemoryCap => memory::cap(self).await?,
             Kind::Clock => clock::shift(self).await?,
             Kind::DiskFull => disk::full(self).await?,
             Kind::Partner(schedule) => partner::inject(self, schedule).await?,

@@ -50,7 +50,7 @@ async fn owned(scene: &Scene<'_>) -> Result<BTreeMap<String, i64>> {
 
 /// Waits while a run is owned that has died already since its last progress. Three such deaths in a row quarantine an event
 /// by right; a kill at random is not what that is for, so no run gets more than two.
-pub(super) async fn spare_the_hopeless(scene: &Scene<'_>) -> Result<()> {
+async fn spare_the_hopeless(scene: &Scene<'_>) -> Result<()> {
     let deadline = Instant::now() + BUSY_LIMIT;
     loop {
         let owned = owned(scene).await?;
