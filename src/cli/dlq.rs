@@ -100,7 +100,7 @@ fn partial(lane: LaneName, missed: Missed) -> String {
     let lane = lane.as_str();
     match missed {
         Missed::Hidden(number) => format!(
-            "{lane}: about {} could not be seen: another command or a consumer has received them; try again in a minute",
+            "{lane}: about {} could not be seen: another command or a consumer has received them, or SQS's count is behind; try again in a minute",
             count(number, "more letter")
         ),
         Missed::TooMany => format!(
@@ -131,9 +131,11 @@ fn interrupt() -> anyhow::Result<Stop> {
     Ok(stop)
 }
 
+const INTERRUPTED: &str = "interrupted; what was only looked at is back in its queue";
+
 /// What to say where a signal came.
 fn interrupted() -> anyhow::Error {
-    anyhow::anyhow!("interrupted; what was only looked at is back in its queue")
+    anyhow::anyhow!(INTERRUPTED)
 }
 
 /// A lane and its dead-letter queue.

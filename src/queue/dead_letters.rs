@@ -4,7 +4,7 @@
 //! each message is seen once, and gives everything back at the end. Memory follows the number of messages: a few hundred
 //! bytes each, their bodies not counted, which the caller keeps or drops.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::HashSet;
 use std::time::Duration;
 
 use futures::{StreamExt, stream};
@@ -34,6 +34,14 @@ const LOOKS_FOR_UNSEEN: u32 = 2;
 /// each twice a minute: nearly as many as [`MOST_HELD`].
 const BATCHES_AT_ONCE: usize = 32;
 
+/// So often in the time that messages stay hidden it is looked which are to be extended. One that could not be is tried again
+/// at the next look, and not at once.
+const LOOKS_FOR_DUE: u32 = 16;
+
+/// Given to a receive that is on its way when the reading is to stop: what SQS hides by it can only be given back if its
+/// answer is seen.
+const LAST_ANSWER: Duration = Duration::from_millis(1_500);
+
 /// SQS lets 120,000 messages of a queue be received and not deleted, and then answers receives with nothing, as if it were
 /// empty.
 pub const MOST_HELD: usize = 100_000;
@@ -45,8 +53,10 @@ pub struct Reader {
     visibility: Duration,
     stop: watch::Receiver<bool>,
     seen: HashSet<String>,
-    held: VecDeque<Held>,
-    deleted: u64,
+    held: Vec<Held>,
+    next_look: Instant,
+    /// Messages by SQS's count before the first delete. Its counts lag up to a minute behind deletes.
+    before_deletes: Option<u64>,
     quiet: u32,
     repeated: u32,
     looked: u32,
@@ -56,12 +66,24 @@ pub struct Reader {
 /// Why a reading is not the whole queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Missed {
-    /// By SQS's count about so many messages are there that did not show themselves: somebody else has received them.
+    /// By SQS's count about so many messages are there that did not show themselves: somebody else has received them, or
+    /// the count is behind.
     Hidden(u64),
     /// [`MOST_HELD`] messages are held, and more would not be shown.
     TooMany,
     /// What was held became visible again faster than SQS could be asked to keep it.
     TooSlow,
+}
+
+/// Whether a message is still hidden because of us.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Hold {
+    /// It is.
+    Ours,
+    /// Its time was over, and somebody else has it or had it.
+    Lost,
+    /// SQS could not be asked, and why.
+    Unknown(String),
 }
 
 /// A message that is hidden because of us.
@@ -81,8 +103,9 @@ impl Reader {
             visibility: visibility.min(MOST_VISIBILITY),
             stop,
             seen: HashSet::new(),
-            held: VecDeque::new(),
-            deleted: 0,
+            held: Vec::new(),
+            next_look: Instant::now(),
+            before_deletes: None,
             quiet: 0,
             repeated: 0,
             looked: 0,
@@ -122,7 +145,10 @@ impl Reader {
                     }
                 }
             }
-            let letters = self.sqs.receive_dead_letters(&self.dead, WAIT, self.visibility).await?;
+            let letters = tokio::select! {
+                letters = self.sqs.receive_dead_letters(&self.dead, WAIT, self.visibility) => letters?,
+                () = stopped(self.stop.clone(), LAST_ANSWER) => return Ok(None),
+            };
             let is_empty = letters.is_empty();
             let new = self.hold(letters);
             if !new.is_empty() {
@@ -146,7 +172,7 @@ impl Reader {
                 // SQS may deliver a message once more, and then the newest receipt is the one that counts.
                 self.held.retain(|held| held.id != message.id);
             }
-            self.held.push_back(Held {
+            self.held.push(Held {
                 id: message.id.clone(),
                 receipt: message.receipt.clone(),
                 until: message.received_at + self.visibility,
@@ -158,17 +184,26 @@ impl Reader {
         new
     }
 
-    /// About how many messages are in the queue, hidden or not, beside those that were seen.
+    /// About how many messages are in the queue, hidden or not, beside those that were seen: now, or before the first
+    /// delete. What came since the first delete and was seen hides as many.
     async fn unseen(&self) -> Result<u64, SqsError> {
-        let known = (self.seen.len() as u64).saturating_sub(self.deleted);
-        Ok(self.sqs.depth(&self.dead).await?.saturating_sub(known))
+        let all = match self.before_deletes {
+            Some(all) => all,
+            None => self.sqs.depth(&self.dead).await?,
+        };
+        Ok(all.saturating_sub(self.seen.len() as u64))
     }
 
     /// Extends what has half of its time left, once; to be called between messages. What SQS does not extend is delivered
     /// again, and known. A stop ends it between batches.
     pub async fn keep(&mut self) {
-        let due_until = Instant::now() + self.visibility / 2;
-        let (due, rest): (VecDeque<Held>, VecDeque<Held>) =
+        let now = Instant::now();
+        if now < self.next_look {
+            return;
+        }
+        self.next_look = now + self.visibility / LOOKS_FOR_DUE;
+        let due_until = now + self.visibility / 2;
+        let (due, rest): (Vec<Held>, Vec<Held>) =
             std::mem::take(&mut self.held).into_iter().partition(|held| held.until < due_until);
         self.held = rest;
         if due.is_empty() {
@@ -203,28 +238,44 @@ impl Reader {
         }
     }
 
-    /// Makes sure that a message that was read is still ours, before something is done that cannot be taken back; `false`:
-    /// its time was over, and somebody else has it or had it.
-    pub async fn is_held(&mut self, id: &str) -> bool {
-        let Some(at) = self.held.iter().position(|held| held.id == id) else { return false };
-        if self.held[at].until > Instant::now() {
-            return true;
+    /// Asks SQS whether a message that was read is still ours, and hides it for its whole time once more. SQS answers the
+    /// delete of a message that another has received since as if it had been done, and deletes nothing.
+    pub async fn ask(&mut self, id: &str) -> Hold {
+        let Some(at) = self.held.iter().position(|held| held.id == id) else { return Hold::Lost };
+        let entry = [(self.held[at].receipt.clone(), self.visibility)];
+        let asked_at = Instant::now();
+        match self.sqs.change_visibility(&self.dead, &entry).await.map(|mut answers| answers.pop()) {
+            Ok(Some(Extension::Extended)) => {
+                self.held[at].until = asked_at + self.visibility;
+                Hold::Ours
+            }
+            Ok(Some(Extension::Refused(_))) => {
+                self.held.swap_remove(at);
+                Hold::Lost
+            }
+            Ok(Some(Extension::Failed(why))) => Hold::Unknown(why),
+            Ok(None) => Hold::Unknown("SQS did not answer".to_owned()),
+            Err(error) => Hold::Unknown(error.to_string()),
         }
-        // Nobody says whether it was received by another meanwhile, but SQS refuses a receipt that is not the newest.
-        let held = self.held.remove(at).into_iter().collect();
-        let (kept, error) = extend(&self.sqs, &self.dead, held, self.visibility).await;
-        let is_held = error.is_none() && !kept.is_empty();
-        self.held.extend(kept);
-        is_held
+    }
+
+    /// As [`ask`](Self::ask), but asks only about a message whose time is over.
+    pub async fn hold_of(&mut self, id: &str) -> Hold {
+        match self.held.iter().find(|held| held.id == id) {
+            Some(held) if held.until > Instant::now() => Hold::Ours,
+            _ => self.ask(id).await,
+        }
     }
 
     /// Deletes a message that was read; `false`: SQS did not do it, and the message is still there.
     pub async fn delete(&mut self, id: &str) -> Result<bool, SqsError> {
         let Some(at) = self.held.iter().position(|held| held.id == id) else { return Ok(false) };
+        if self.before_deletes.is_none() {
+            self.before_deletes = Some(self.sqs.depth(&self.dead).await?);
+        }
         let deleted = self.sqs.delete(&self.dead, &[self.held[at].receipt.clone()]).await? == 0;
         if deleted {
-            self.held.remove(at);
-            self.deleted += 1;
+            self.held.swap_remove(at);
         }
         Ok(deleted)
     }
@@ -246,8 +297,18 @@ impl Reader {
     }
 }
 
+/// Ends `grace` after the stop.
+async fn stopped(mut stop: watch::Receiver<bool>, grace: Duration) {
+    match stop.wait_for(|stop| *stop).await {
+        Ok(_) => {}
+        // Nobody is left who could say so.
+        Err(_) => return std::future::pending().await,
+    }
+    tokio::time::sleep(grace).await;
+}
+
 /// Extends one batch, and returns what is still ours of it: a receipt that SQS refused is of no use any more. What was not
-/// extended now keeps its old time, and is due again at the next pass.
+/// extended now keeps its old time, and is due again at the next look.
 async fn extend(sqs: &Sqs, dead: &Queue, batch: Vec<Held>, visibility: Duration) -> (Vec<Held>, Option<SqsError>) {
     let entries: Vec<_> = batch.iter().map(|held| (held.receipt.clone(), visibility)).collect();
     let asked_at = Instant::now();

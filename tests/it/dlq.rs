@@ -416,8 +416,12 @@ async fn a_list_of_thousands_ends_though_calls_are_slow_and_at_once_when_interru
     unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) };
     let output = child.wait_with_output()?;
     let took = begun.elapsed();
-    ensure!(output.status.code() == Some(1), "{output:?}");
+    ensure!(output.status.code() == Some(1), "{:?}: {}", output.status, text(&output.stderr));
     ensure!(took < Duration::from_secs(4), "{took:?} from the signal to the end");
+    let told = text(&output.stdout);
+    let last: Value = serde_json::from_str(told.lines().last().unwrap_or_default())?;
+    ensure!(last["partial"].to_string().contains("interrupted"), "{last}");
+    ensure!(told.lines().count() > 2_000, "what was read is told: {} lines", told.lines().count());
     ensure!(dead_depth(&world, Lane::Events).await? == (LETTERS as u64, 0), "not all was given back");
 
     let begun = Instant::now();
@@ -446,6 +450,11 @@ async fn what_somebody_else_has_received_is_told_and_is_no_success() -> Result<(
         ensure!(output.status.code() == Some(1) && told.contains("about 2 more letters"), "{verb:?}: {output:?}");
         ensure!(!verb.contains(&"--json") || text(&output.stdout).contains("\"partial\""), "{output:?}");
     }
+    let seen = text(&world.cli(&["dlq", "list", "--json"])?.stdout);
+    let seen: Value = serde_json::from_str(seen.lines().next().unwrap_or_default())?;
+    let id = seen["event_id"].as_str().context("an id")?;
+    let output = world.cli(&["dlq", "show", id])?;
+    ensure!(output.status.code() == Some(1) && text(&output.stdout).contains(id), "a copy may be hidden: {output:?}");
     Ok(())
 }
 
@@ -491,5 +500,41 @@ async fn a_letter_that_was_sent_and_not_deleted_is_told_as_that() -> Result<()> 
     let told = text(&output.stdout);
     ensure!(told.matches("redriven, not deleted").count() == 1 && told.contains("2 letters redriven"), "{told}");
     ensure!(output.status.code() == Some(1), "{output:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_letter_that_another_received_while_it_was_sent_is_told_as_that() -> Result<()> {
+    let mut world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    put_dead(&world, Lane::Events, &upsert(1), &[]).await?;
+    let proxy = proxy(&mut world).await?;
+    // SQS says that a delete by an old receipt was done, and does nothing.
+    proxy.order(SqsFault::StaleReceipt, u64::MAX);
+    let output = world.cli(&["dlq", "redrive", "--all"])?;
+    let told = text(&output.stdout);
+    ensure!(told.contains("redriven, not deleted") && told.contains("somebody else has it"), "{told}");
+    ensure!(output.status.code() == Some(1), "{output:?}");
+    ensure!(take_all(&world, Lane::Events, "").await?.len() == 1, "it was sent");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_letter_of_which_sqs_does_not_say_whose_it_is_is_left() -> Result<()> {
+    const LETTERS: i64 = 6;
+    let mut world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    world.set("queue.visibility_timeout", "2s");
+    put_many(&world, Lane::Events, LETTERS).await?;
+    let proxy = proxy(&mut world).await?;
+    proxy.order(SqsFault::ExtensionFails, u64::MAX);
+    // The rate outlasts the time for which letters are hidden, and no extension is carried out.
+    let output = world.cli(&["dlq", "redrive", "--all", "--rate", "1"])?;
+    let told = text(&output.stdout);
+    let (sent, left) = (told.matches("redriven  events").count(), told.matches("left  events").count());
+    ensure!(sent > 0 && left > 0 && sent + left == LETTERS as usize, "{told}");
+    ensure!(told.matches("SQS did not say whether somebody else has it").count() == left, "{told}");
+    ensure!(output.status.code() == Some(1), "{output:?}");
+    ensure!(take_all(&world, Lane::Events, "").await?.len() == sent, "{told}");
     Ok(())
 }

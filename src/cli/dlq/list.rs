@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::filter::Filters;
 use super::letter::Letter;
-use super::{DeadLane, Stop, dead_lanes, interrupted, next_letters, partial};
+use super::{DeadLane, INTERRUPTED, Stop, dead_lanes, next_letters, partial};
 use crate::cli::{count, print};
 use crate::config::Config;
 use crate::queue::dead_letters::Reader;
@@ -27,7 +27,7 @@ Examples:
 
 AGE is since the message was sent to the dead-letter queue, or, where SQS itself moved it, since its producer sent it. RE \
 counts how often it was redriven. Letters that another command or a consumer has received are hidden: the list then says \
-so, with --json in a last line {\"partial\": [...]}. It sees at most 100,000 letters of a lane, because SQS shows no more at \
+so, as it does when it is interrupted, with --json in a last line {\"partial\": [...]}. It sees at most 100,000 letters of a lane, because SQS shows no more at \
 once.
 
 Exit codes: 0 listed, also if there is nothing, 1 failed, interrupted, or not all could be seen, 64 wrong usage, 78 wrong configuration.";
@@ -38,7 +38,7 @@ Needs: as `write-api dlq list`.
 Example:
   write-api dlq show nightly-1
 
-Exit codes: 0 shown, 1 no such letter, failed or interrupted, 64 wrong usage, 78 wrong configuration.";
+Exit codes: 0 shown, 1 no such letter, failed, interrupted, or not all could be seen, 64 wrong usage, 78 wrong configuration.";
 
 /// Which letters.
 #[derive(Debug, Args)]
@@ -110,7 +110,8 @@ pub(super) async fn show(config: &Config, sqs: &Sqs, stop: &Stop, options: &Show
             false => write!(out, "{}{}", if index > 0 { "\n" } else { "" }, letter.page())?,
         }
     }
-    print(out)
+    print(out)?;
+    found.whole()
 }
 
 /// What a look found.
@@ -124,7 +125,7 @@ impl Found {
     /// An error if it is not all there is.
     fn whole(&self) -> anyhow::Result<()> {
         if !self.partial.is_empty() {
-            bail!("the list is not the whole: {}", self.partial.join("; "));
+            bail!("this is not the whole: {}", self.partial.join("; "));
         }
         Ok(())
     }
@@ -142,7 +143,7 @@ async fn look(config: &Config, sqs: &Sqs, stop: &Stop, filters: &Filters, limit:
     }
     found.letters.truncate(limit.map_or(usize::MAX, |limit| limit as usize));
     if *stop.borrow() {
-        return Err(interrupted());
+        found.partial.push(INTERRUPTED.to_owned());
     }
     Ok(found)
 }

@@ -20,7 +20,7 @@ use crate::cli::count;
 use crate::config::Config;
 use crate::db::Database;
 use crate::fault;
-use crate::queue::dead_letters::Reader;
+use crate::queue::dead_letters::{Hold, Reader};
 use crate::queue::sqs::{Queue, Sqs, SqsError};
 
 /// After so many redrives a letter is left unless it is forced: whatever refuses it has not been mended.
@@ -189,15 +189,22 @@ impl Redrive<'_> {
             tell("would redrive", letter, why)?;
         } else {
             pace.tick().await;
-            if !self.reader.is_held(&letter.message_id).await {
-                // A copy of it may be ours still, and is left as well: whoever has this one may be sending it.
-                return left(&copies, "its time was over, and somebody else may have it; redrive again", sums);
+            // A copy of it may be ours still, and is left as well: whoever has this one may be sending it.
+            match self.reader.hold_of(&letter.message_id).await {
+                Hold::Ours => {}
+                Hold::Lost => {
+                    return left(&copies, "its time was over, and somebody else may have it; redrive again", sums);
+                }
+                Hold::Unknown(why) => {
+                    let why = format!("SQS did not say whether somebody else has it; redrive again: {why}");
+                    return left(&copies, &why, sums);
+                }
             }
             match self.send(letter).await? {
                 Fate::Redriven(why) => tell("redriven", letter, &why)?,
-                Fate::NotDeleted => {
+                Fate::NotDeleted(why) => {
                     sums.not_deleted += 1;
-                    tell("redriven, not deleted", letter, STILL_THERE)?;
+                    tell("redriven, not deleted", letter, &why)?;
                 }
                 Fate::Refused(why) => return left(&copies, &format!("SQS refuses it: {why}"), sums),
             }
@@ -252,6 +259,18 @@ impl Redrive<'_> {
             }
         };
         fault::point("redrive.after_send", id);
+        let mut why = Vec::new();
+        if goes_on {
+            why.push("its quarantined run goes on");
+        }
+        if !counted {
+            why.push("without its count of redrives, for which it has no room");
+        }
+        // The send may have taken longer than the letter was ours. Where SQS cannot be asked, the delete tells.
+        if self.reader.ask(id).await == Hold::Lost {
+            why.insert(0, SOMEBODY_HAS_IT);
+            return Ok(Fate::NotDeleted(why.join("; ")));
+        }
         let deleted = self
             .reader
             .delete(id)
@@ -259,14 +278,8 @@ impl Redrive<'_> {
             .with_context(|| format!("message {id} was sent, and is still in the dead-letter queue"))?;
         fault::point("redrive.after_delete", id);
         if !deleted {
-            return Ok(Fate::NotDeleted);
-        }
-        let mut why = Vec::new();
-        if goes_on {
-            why.push("its quarantined run goes on");
-        }
-        if !counted {
-            why.push("without its count of redrives, for which it has no room");
+            why.insert(0, STILL_THERE);
+            return Ok(Fate::NotDeleted(why.join("; ")));
         }
         Ok(Fate::Redriven(why.join("; ")))
     }
@@ -292,13 +305,14 @@ impl Redrive<'_> {
 }
 
 const STILL_THERE: &str = "SQS did not delete it: it is still in the dead-letter queue, and will be a copy there";
+const SOMEBODY_HAS_IT: &str = "its time was over, and somebody else has it: it will be a copy in the dead-letter queue";
 
 /// What became of a letter.
 enum Fate {
     /// It was sent and deleted, and what there is to say besides.
     Redriven(String),
-    /// It was sent, and not deleted.
-    NotDeleted,
+    /// It was sent, and not deleted: why not, and what there is to say besides.
+    NotDeleted(String),
     /// SQS will not have it, and says why.
     Refused(String),
 }
