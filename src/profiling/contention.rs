@@ -46,7 +46,7 @@ pub(super) fn profile(which: Which) -> Profile {
         period_type: ValueType::new("contentions", "count"),
         period: 1,
         comments: vec![format!(
-            "one stack for each {:?} of waiting on average; longer waits always. Exact figures by place: goroutine?debug=1, and write_api_waits_* in /metrics",
+            "one stack for each {:?} of waiting on average; longer waits always. Exact figures by place: goroutine?debug=1, and write_api_wait_seconds_total in /metrics",
             rate(which)
         )],
         time_nanos: now(),
@@ -70,7 +70,7 @@ pub(super) fn profile(which: Which) -> Profile {
 
 fn rate(which: Which) -> Duration {
     match which {
-        Which::Block => contention::rate(),
+        Which::Block => contention::RATE,
         Which::Mutex => contention::LOCK_RATE,
     }
 }

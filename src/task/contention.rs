@@ -1,11 +1,10 @@
 //! Stacks of waits, sampled by their length.
 //!
-//! A wait is taken with a probability that is its length over [`rate`], and a longer one always; what is taken stands for those
+//! A wait is taken with a probability that is its length over [`RATE`], and a longer one always; what is taken stands for those
 //! that were not, so that counts and times are right on average (as in Go's runtime, `runtime.SetBlockProfileRate`). The
 //! exact figures, without stacks, are in [`places`](super::places).
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -22,8 +21,8 @@ const MOST_STACKS: usize = 4096;
 /// For one stack on average of so much waiting at locks, which are short.
 pub const LOCK_RATE: Duration = Duration::from_micros(100);
 
-/// Nanoseconds of all other waiting for one stack on average.
-static RATE: AtomicU64 = AtomicU64::new(1_000_000_000);
+/// For one stack on average of so much of all other waiting.
+pub const RATE: Duration = Duration::from_secs(1);
 
 /// Where it waited, for what, and whose work it was.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -47,16 +46,6 @@ pub struct Contended {
 
 static STACKS: LazyLock<Mutex<HashMap<Key, Contended>>> = LazyLock::new(Mutex::default);
 
-/// For one stack on average of so much waiting, locks apart.
-pub fn rate() -> Duration {
-    Duration::from_nanos(RATE.load(Ordering::Relaxed))
-}
-
-/// Changes the rate; at zero nothing is sampled.
-pub fn set_rate(rate: Duration) {
-    RATE.store(rate.as_nanos() as u64, Ordering::Relaxed);
-}
-
 /// Everything that was sampled since the start.
 pub fn sampled() -> HashMap<Key, Contended> {
     STACKS.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -64,7 +53,7 @@ pub fn sampled() -> HashMap<Key, Contended> {
 
 /// What a wait stands for, if it is taken; `luck` is even between 0 and 1.
 fn weight(took: Duration, rate: Duration, luck: f64) -> Option<Contended> {
-    if rate.is_zero() || took.is_zero() {
+    if took.is_zero() {
         return None;
     }
     let (took, rate) = (took.as_nanos() as f64, rate.as_nanos() as f64);
@@ -76,11 +65,7 @@ fn weight(took: Duration, rate: Duration, luck: f64) -> Option<Contended> {
 
 /// Takes the stack of a wait that has just ended, or does not.
 pub(super) fn sample(reason: For, mark: Mark, took: Duration) {
-    let rate = match (reason, rate()) {
-        (_, off) if off.is_zero() => off,
-        (For::Lock, _) => LOCK_RATE,
-        (_, rate) => rate,
-    };
+    let rate = if reason == For::Lock { LOCK_RATE } else { RATE };
     let Some(weight) = weight(took, rate, fastrand::f64()) else { return };
     let mut frames = [0; DEPTH];
     let length = stack::own(&mut frames);
@@ -113,7 +98,7 @@ mod tests {
             assert!((sum.count / draws - 1.0).abs() < 0.01, "{took:?}: {sum:?}");
             assert!((sum.nanoseconds / draws / took.as_nanos() as f64 - 1.0).abs() < 0.01, "{took:?}: {sum:?}");
         }
-        assert_eq!(weight(Duration::from_secs(1), Duration::ZERO, 0.0), None);
+        assert_eq!(weight(Duration::ZERO, rate, 0.0), None);
     }
 
     #[test]
