@@ -17,11 +17,13 @@ WORKDIR /build
 COPY .cargo .cargo/
 COPY Cargo.toml Cargo.lock ./
 COPY local-stack/Cargo.toml local-stack/
-# A member of the workspace that no image needs: it stays an empty crate.
+# Members of the workspace that no image needs: they stay empty crates.
+COPY bench/Cargo.toml bench/
 COPY campaign/Cargo.toml campaign/
-RUN mkdir src local-stack/src campaign/src \
-    && touch src/lib.rs local-stack/src/lib.rs campaign/src/lib.rs \
-    && echo 'fn main() {}' | tee src/main.rs local-stack/src/main.rs >campaign/src/main.rs \
+RUN mkdir -p src local-stack/src campaign/src bench/src/bars bench/src/before_after examples \
+    && touch src/lib.rs local-stack/src/lib.rs campaign/src/lib.rs bench/src/lib.rs \
+    && echo 'fn main() {}' | tee src/main.rs local-stack/src/main.rs campaign/src/main.rs bench/src/bars/main.rs \
+        bench/src/before_after/main.rs >examples/before.rs \
     && cargo build --release --locked --workspace --bins \
     && rm -r src local-stack/src
 COPY . .

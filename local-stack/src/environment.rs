@@ -76,19 +76,38 @@ impl Environment {
         let mut environment =
             Self { names, database_url, bootstrap, admin_port, profiling_port, variables: credentials.into() };
 
-        let names = environment.names.clone();
         environment.set("aws.region", REGION);
         environment.set("aws.endpoint_url", stack.sqs().endpoint());
-        environment.set("lanes.events.queue", &names.events_queue);
-        environment.set("lanes.valuations.queue", &names.valuations_queue);
-        environment.set("lanes.post_processing.queue", &names.post_processing_queue);
         environment.set("database.url", &environment.database_url.clone());
         environment.set("partner.base_url", partner_url);
         environment.set("kafka.brokers", &environment.bootstrap.clone());
-        environment.set("kafka.topic", &names.topic);
-        environment.set("admin.listen", &format!("127.0.0.1:{admin_port}"));
-        environment.set("profiling.listen", &format!("127.0.0.1:{profiling_port}"));
+        environment.set("kafka.topic", &environment.names.topic.clone());
+        environment.set_own();
         Ok(environment)
+    }
+
+    /// The same with queues and ports of its own, for another service on the same database and topic. An emulator may still
+    /// give a message to a poll whose process is gone, so what starts after another one is better off with other queues.
+    pub fn beside(&self) -> Result<Self> {
+        let Names { database, topic, .. } = self.names.clone();
+        let mut environment = Self {
+            names: Names { database, topic, ..Names::unique() },
+            admin_port: machine::free_port()?,
+            profiling_port: machine::free_port()?,
+            ..self.clone()
+        };
+        environment.set_own();
+        Ok(environment)
+    }
+
+    /// What no two services share.
+    fn set_own(&mut self) {
+        let Names { events_queue, valuations_queue, post_processing_queue, .. } = self.names.clone();
+        self.set("lanes.events.queue", &events_queue);
+        self.set("lanes.valuations.queue", &valuations_queue);
+        self.set("lanes.post_processing.queue", &post_processing_queue);
+        self.set("admin.listen", &format!("127.0.0.1:{}", self.admin_port));
+        self.set("profiling.listen", &format!("127.0.0.1:{}", self.profiling_port));
     }
 
     /// Sets the service's setting `key`, written as in its configuration file: `queue.wait_time`.

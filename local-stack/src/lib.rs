@@ -9,7 +9,8 @@
 //! - [`wire::Wire`] stands between the service and a neighbour and can be cut;
 //! - [`SqsProxy`] and [`PostgresProxy`] speak their protocols and do one thing wrong when told to;
 //! - [`kafka::Gateway`] demands TLS and passwords of Kafka clients, by certificates of an [`Authority`];
-//! - [`Process`] starts a child that never outlives this process;
+//! - [`Process`] starts a child that never outlives this process, [`Program`] the service as a user would;
+//! - [`Sampler`] watches the memory and the processor time of a process, [`Exposition`] is what it says of itself;
 //! - [`http_client`] asks a server one thing.
 //!
 //! ```no_run
@@ -25,9 +26,11 @@
 //! # }
 //! ```
 
+mod arithmetic;
 mod background;
 mod certificates;
 mod environment;
+mod exposition;
 pub mod http_client;
 pub mod kafka;
 mod machine;
@@ -36,15 +39,19 @@ pub mod partner;
 mod postgres;
 mod postgres_proxy;
 mod process;
+mod program;
 mod python;
+mod sampling;
 mod scratch;
 mod sqs;
 mod sqs_proxy;
 mod stack;
 pub mod wire;
 
+pub use arithmetic::{Bound, Histogram, Ideal, ideal};
 pub use certificates::{Authority, Certificate};
 pub use environment::{Environment, Names};
+pub use exposition::Exposition;
 pub use kafka::{Kafka, KafkaTap, TapRecord};
 pub use machine::{cache_directory, free_port, profile_directory, workspace_binary};
 pub use orders::Hit;
@@ -52,7 +59,9 @@ pub use partner::{Behaviour, PartnerStub};
 pub use postgres::{Postgres, PostgresOptions};
 pub use postgres_proxy::{PgFault, PostgresProxy};
 pub use process::{Ending, Process};
+pub use program::{Program, allow_open_files};
 pub use python::Virtualenv;
+pub use sampling::{Memory, Sample, Sampler, peak};
 pub use sqs::Sqs;
 pub use sqs_proxy::{Scope, SqsFault, SqsProxy};
 pub use stack::{Stack, StackOptions, shared};

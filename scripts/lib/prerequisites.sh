@@ -1,6 +1,11 @@
 # Sourced by the scripts beside this directory: installs what is missing on a fresh Debian machine and leaves alone what
 # is there. With apt where it may be used (root), else it names what is missing.
 
+# Cargo compiles a dependency with the features that any target of a command needs, those of tests included (tokio's paused
+# clock). Programs are therefore built beside one test: then their dependencies are those of the tests, and not a second copy
+# that takes minutes. The test is one of the local stack's, which needs nothing of the service.
+AS_FOR_TESTS=(--locked --workspace --test restarts)
+
 need() { # need COMMAND PACKAGE
     command -v "$1" >/dev/null 2>&1 && return
     install_package "$2" "$1"

@@ -43,12 +43,14 @@ async fn a_suspect_that_waits_for_its_partner_lets_others_be_alone_and_is_not_ch
     world.run_until(second, PROBATION, |run| run.owned).await?;
     ensure!(deaths(first).await? == 0, "it gave its pass back and is still suspected");
     ensure!(deaths(second).await? == 2, "it has only just begun");
+    let begun = world.run(first).await?.context("it was there")?.attempts;
     service.kill().await?;
 
     let service = world.serve().await?;
     let letters = world.wait_for_dead_letters_within(Lane::Valuations, 1, LONG).await?;
     ensure!(letters[0].code() == "quarantined" && letters[0].body.contains(second), "{letters:?}");
-    let run = world.run_until(first, LONG, |run| run.owned).await?;
+    // Until it is claimed anew, the row still names the killed process as its owner.
+    let run = world.run_until(first, LONG, |run| run.owned && run.attempts > begun).await?;
     ensure!(run.state == "running" && deaths(first).await? == 1, "charged for the other: {run:?}");
     world.partner.control(|behaviour| behaviour.latency_ms = 0)?;
     // What is out is asked again by whoever comes next.

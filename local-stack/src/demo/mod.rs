@@ -1,18 +1,14 @@
 //! `local-stack demo`: the nightly event, from SQS to Kafka, with every figure counted by somebody else than the service.
 //!
 //! - [`story`] starts everything and compares, [`watch`] sends the events and looks on;
-//! - [`service`], [`queues`], [`database`], [`sampling`] and [`exposition`] are what it starts and where it looks;
+//! - [`queues`] and [`database`] are where it looks;
 //! - [`report`] holds the figures and says which are wrong;
 //! - [`progress`] and [`summary`] are what a person sees.
 
-mod arithmetic;
 mod database;
-mod exposition;
 mod progress;
 mod queues;
 mod report;
-mod sampling;
-mod service;
 mod story;
 mod summary;
 mod watch;

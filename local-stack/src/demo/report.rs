@@ -1,12 +1,11 @@
 //! Every figure of a demo, and which of them are wrong.
 
 use local_stack::partner::Stats;
+use local_stack::{Histogram, Ideal, Memory, Sample};
 use serde::Serialize;
 
 use super::Settings;
-use super::arithmetic::{Histogram, Ideal};
 use super::database::{Run, Valuations};
-use super::sampling::{Memory, Sample};
 
 /// All figures of one demo. Names carry the units.
 #[derive(Debug, Serialize)]
@@ -225,8 +224,8 @@ impl Report {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use super::super::arithmetic::Bound;
     use super::*;
+    use local_stack::Bound;
 
     /// A demo of ten listings in which everything went well.
     pub(in crate::demo) fn good() -> Report {

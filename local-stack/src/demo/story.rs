@@ -4,15 +4,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use local_stack::{Behaviour, Environment, KafkaTap, Names, PartnerStub, Process, Stack, StackOptions};
+use local_stack::{
+    Behaviour, Environment, KafkaTap, Names, PartnerStub, Process, Program, Sampler, Stack, StackOptions, ideal, peak,
+};
 
-use super::arithmetic::ideal;
 use super::database::Database;
 use super::progress::Progress;
 use super::queues::Queues;
 use super::report::{Cpu, FastEvents, KafkaRecords, Machine, MemoryFigures, QueueFigures, Report, Rows, Stages};
-use super::sampling::{Sampler, peak};
-use super::service::{self, Program};
 use super::summary::{Addresses, thousands};
 use super::watch::Watch;
 use super::{REAL_LISTINGS, Settings};
@@ -56,7 +55,7 @@ impl Told {
 
 /// Starts everything, sends the events, watches, and compares.
 pub(super) async fn tell(settings: &Settings) -> Result<Told> {
-    service::allow_open_files()?;
+    local_stack::allow_open_files()?;
     let mut progress = Progress::start();
     let latency = f64::from(settings.partner_latency_ms) / 1e3;
     let selectable = settings.limit.min(settings.seed_count);
@@ -83,7 +82,7 @@ pub(super) async fn tell(settings: &Settings) -> Result<Told> {
     let tap = KafkaTap::counting(stack.kafka().bootstrap(), &environment.names().topic)?;
     let mut database = Database::connect(environment.database_url()).await?;
     let queues = Queues::new(&stack, environment.names().clone()).await;
-    let program = Program::new(settings.service_binary.as_deref(), environment)?;
+    let program = Program::new(settings.service_binary.as_deref(), environment, "demo")?;
 
     progress.step("write-api setup: schema, queues, topic");
     program.run(&["setup"]).await?;

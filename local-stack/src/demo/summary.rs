@@ -2,9 +2,8 @@
 
 use std::fmt::Write;
 
-use super::arithmetic::Bound;
 use super::report::Report;
-use super::sampling::Memory;
+use local_stack::{Bound, Memory};
 
 /// Columns before the figures.
 const NAMES: usize = 15;

@@ -3,16 +3,12 @@
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
-use local_stack::{KafkaTap, PartnerStub, Process};
+use local_stack::{Exposition, Histogram, Ideal, KafkaTap, Memory, PartnerStub, Process, Program, Sampler};
 
 use super::Settings;
-use super::arithmetic::{Histogram, Ideal};
 use super::database::{Database, Run};
-use super::exposition::Exposition;
 use super::progress::{Moment, Progress};
 use super::queues::Queues;
-use super::sampling::{Memory, Sampler};
-use super::service::Program;
 use super::summary::thousands;
 
 /// How often the database and the stub are asked how far everything is.

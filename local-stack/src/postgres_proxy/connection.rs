@@ -1,5 +1,6 @@
 //! One connection of the proxy, and what all of them share.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -30,15 +31,21 @@ pub(super) struct Shared {
     target: String,
     /// Changed when all connections are to be closed.
     cuts: watch::Sender<u64>,
+    /// How often each statement was executed, by its text. There are as many as the client's code has.
+    statements: Mutex<BTreeMap<String, u64>>,
 }
 
 impl Shared {
     pub(super) fn new(target: String, orders: Orders<PgFault>) -> Self {
-        Self { orders, target, cuts: watch::Sender::new(0) }
+        Self { orders, target, cuts: watch::Sender::new(0), statements: Mutex::default() }
     }
 
     pub(super) fn cut(&self) {
         self.cuts.send_modify(|cuts| *cuts += 1);
+    }
+
+    pub(super) fn statements(&self) -> MutexGuard<'_, BTreeMap<String, u64>> {
+        self.statements.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What happens to the next bytes, whatever they are.
@@ -152,6 +159,9 @@ async fn to_server(mut from: ReadHalf<'_>, mut to: WriteHalf<'_>, shared: &Share
         let mut out = BytesMut::new();
         while let Some(frame) = Frame::take(&mut buffer)? {
             let executed = lock(talk).client(&frame);
+            if let Some(sql) = &executed {
+                *shared.statements().entry(sql.clone()).or_default() += 1;
+            }
             let taken = executed.as_deref().and_then(|sql| shared.take_for(sql));
             if let (Some(sql), Some(taken)) = (executed, taken) {
                 if matches!(taken.fault, PgFault::CutBeforeExecute { .. }) {

@@ -123,6 +123,12 @@ impl PostgresProxy {
         self.shared.orders.clear();
     }
 
+    /// How often each statement was executed, by its text.
+    #[must_use]
+    pub fn statements(&self) -> BTreeMap<String, u64> {
+        self.shared.statements().clone()
+    }
+
     /// How often each fault has really happened, by [name](PgFault::name).
     #[must_use]
     pub fn hits(&self) -> BTreeMap<String, u64> {

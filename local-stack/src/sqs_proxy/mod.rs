@@ -73,6 +73,12 @@ impl SqsProxy {
         self.state.orders.clear();
     }
 
+    /// The calls that have come in, by action (`ReceiveMessage`).
+    #[must_use]
+    pub fn calls(&self) -> BTreeMap<String, u64> {
+        self.state.calls().clone()
+    }
+
     /// How often each fault has really happened, by [name](SqsFault::name).
     #[must_use]
     pub fn hits(&self) -> BTreeMap<String, u64> {

@@ -5,7 +5,7 @@ use serde::Serialize;
 /// What holds a run back when everything else is perfect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Bound {
+pub enum Bound {
     /// Requests a second.
     Rate,
     /// Calls in flight, each taking the latency.
@@ -14,14 +14,16 @@ pub(super) enum Bound {
 
 /// The least time from the first call of a run to its last answer.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub(super) struct Ideal {
-    pub(super) seconds: f64,
-    pub(super) bound: Bound,
+pub struct Ideal {
+    /// In seconds.
+    pub seconds: f64,
+    /// What makes it so long.
+    pub bound: Bound,
 }
 
 /// The ideal of `rows` calls at `rate` a second (0: no limit), `in_flight` at once, `latency` seconds each; `None` when
 /// nothing holds them back.
-pub(super) fn ideal(rows: u32, rate: u32, in_flight: u32, latency: f64) -> Option<Ideal> {
+pub fn ideal(rows: u32, rate: u32, in_flight: u32, latency: f64) -> Option<Ideal> {
     if rows == 0 {
         return None;
     }
@@ -37,25 +39,26 @@ pub(super) fn ideal(rows: u32, rate: u32, in_flight: u32, latency: f64) -> Optio
 
 /// Counts of a histogram by upper bound, ascending, each bucket with only its own; the last bound is infinite.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(super) struct Histogram {
-    pub(super) buckets: Vec<(f64, f64)>,
+pub struct Histogram {
+    /// Upper bound and count.
+    pub buckets: Vec<(f64, f64)>,
 }
 
 impl Histogram {
     /// All observations.
-    pub(super) fn count(&self) -> f64 {
+    pub fn count(&self) -> f64 {
         self.buckets.iter().map(|(_, count)| count).sum()
     }
 
     /// What was observed since `earlier`, an older state of the same histogram or an empty one.
-    pub(super) fn since(&self, earlier: &Self) -> Self {
+    pub fn since(&self, earlier: &Self) -> Self {
         let before = |bound: f64| earlier.buckets.iter().find(|(b, _)| *b == bound).map_or(0.0, |(_, count)| *count);
         Self { buckets: self.buckets.iter().map(|(bound, count)| (*bound, count - before(*bound))).collect() }
     }
 
     /// The value that the ratio `quantile` of the observations does not exceed, taking those of a bucket as spread
     /// evenly over it. Beyond the last finite bound nothing is known: that bound is given. `None` without observations.
-    pub(super) fn quantile(&self, quantile: f64) -> Option<f64> {
+    pub fn quantile(&self, quantile: f64) -> Option<f64> {
         let count = self.count();
         let rank = quantile * count;
         let (mut below, mut lower) = (0.0, 0.0);

@@ -4,8 +4,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use crate::environment::Environment;
+use crate::http_client;
+use crate::machine;
+use crate::process::{Ending, Process};
 use anyhow::{Context, Result, ensure};
-use local_stack::{Ending, Environment, Process, http_client};
 
 /// From the start of `serve` to its first "ready".
 const READY_LIMIT: Duration = Duration::from_secs(60);
@@ -16,7 +19,7 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The program, with the variables that point it at the stack.
 #[derive(Debug)]
-pub(super) struct Program {
+pub struct Program {
     binary: PathBuf,
     environment: Environment,
     log: PathBuf,
@@ -24,17 +27,19 @@ pub(super) struct Program {
 }
 
 impl Program {
-    /// Empties the log files of an earlier demo.
-    pub(super) fn new(binary: Option<&Path>, environment: Environment) -> Result<Self> {
+    /// The program at `binary`, by default the one built beside this. Its logs are kept under `name`; those of an earlier
+    /// time are emptied.
+    pub fn new(binary: Option<&Path>, environment: Environment, name: &str) -> Result<Self> {
         let binary = match binary {
             Some(binary) => binary.to_owned(),
-            None => local_stack::workspace_binary("write-api")?,
+            None => machine::workspace_binary("write-api")?,
         };
         // Through the directory this was started in, because the child has the same.
         ensure!(binary.is_file(), "{} is no file: --service-binary takes the path of write-api", binary.display());
         let binary = binary.canonicalize().with_context(|| format!("cannot resolve {}", binary.display()))?;
-        let directory = local_stack::cache_directory()?;
-        let (log, steps_log) = (directory.join("demo-serve.log"), directory.join("demo-steps.log"));
+        let directory = machine::cache_directory()?;
+        let (log, steps_log) =
+            (directory.join(format!("{name}-serve.log")), directory.join(format!("{name}-steps.log")));
         for log in [&log, &steps_log] {
             std::fs::write(log, "").with_context(|| format!("cannot write {}", log.display()))?;
         }
@@ -42,34 +47,34 @@ impl Program {
     }
 
     /// Whether the program was built without optimising everything, going by where it lies.
-    pub(super) fn is_development_build(&self) -> bool {
+    pub fn is_development_build(&self) -> bool {
         self.binary.parent().is_some_and(|directory| directory.ends_with("debug"))
     }
 
     /// Where the output of `serve` goes.
-    pub(super) fn log(&self) -> &Path {
+    pub fn log(&self) -> &Path {
         &self.log
     }
 
     /// Where the program lies.
-    pub(super) fn binary(&self) -> &Path {
+    pub fn binary(&self) -> &Path {
         &self.binary
     }
 
     /// The stack as the program sees it.
-    pub(super) fn environment(&self) -> &Environment {
+    pub fn environment(&self) -> &Environment {
         &self.environment
     }
 
     /// Starts a verb and leaves it running.
-    pub(super) fn start(&self, arguments: &[&str]) -> Result<Process> {
+    pub fn start(&self, arguments: &[&str]) -> Result<Process> {
         self.start_with(arguments, &self.steps_log)
     }
 
     fn start_with(&self, arguments: &[&str], log: &Path) -> Result<Process> {
         let mut command = Command::new(&self.binary);
         command.args(arguments);
-        // Settings in the shell that the demo was started from would make it another demo.
+        // Settings in the shell that this was started from would make it something else.
         let inherited = std::env::vars_os().map(|(name, _)| name);
         for name in inherited.filter(|name| {
             let name = name.to_string_lossy();
@@ -78,12 +83,13 @@ impl Program {
             command.env_remove(name);
         }
         command.envs(self.environment.variables());
-        let name = format!("write-api {}", arguments.first().unwrap_or(&""));
+        let program = self.binary.file_name().unwrap_or_default().to_string_lossy();
+        let name = format!("{program} {}", arguments.first().unwrap_or(&""));
         Process::spawn(&name, command, log, None, Ending::graceful(STOP_LIMIT))
     }
 
     /// Runs a verb to its end.
-    pub(super) async fn run(&self, arguments: &[&str]) -> Result<()> {
+    pub async fn run(&self, arguments: &[&str]) -> Result<()> {
         let process = self.start(arguments)?;
         loop {
             if let Some(status) = process.exited()? {
@@ -96,8 +102,13 @@ impl Program {
     }
 
     /// Starts `serve` and waits until it can work.
-    pub(super) async fn serve(&self) -> Result<Process> {
-        let process = self.start_with(&["serve"], &self.log)?;
+    pub async fn serve(&self) -> Result<Process> {
+        self.serve_as(&["serve"]).await
+    }
+
+    /// Starts the program with these arguments, which make it a service, and waits until it can work.
+    pub async fn serve_as(&self, arguments: &[&str]) -> Result<Process> {
+        let process = self.start_with(arguments, &self.log)?;
         let url = format!("{}/readyz", self.environment.admin_url());
         let probe = async || http_client::get(&url).await.ok().filter(|(status, _)| status.is_success());
         process.ready(READY_LIMIT, probe).await?;
@@ -105,7 +116,7 @@ impl Program {
     }
 
     /// Lines of the log that are warnings or errors.
-    pub(super) fn warnings(&self) -> Result<u64> {
+    pub fn warnings(&self) -> Result<u64> {
         let log = std::fs::read_to_string(&self.log).with_context(|| format!("cannot read {}", self.log.display()))?;
         Ok(count_warnings(&log))
     }
@@ -118,7 +129,7 @@ fn count_warnings(log: &str) -> u64 {
 
 /// Allows this process, and the children that it starts from now on, as many open files as may be: with 1,000 calls in
 /// flight the partner stub here and the service there have more connections than the usual limit of 1,024.
-pub(super) fn allow_open_files() -> Result<()> {
+pub fn allow_open_files() -> Result<()> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     let failed = || std::io::Error::last_os_error();
     // SAFETY: both calls are given a valid structure.

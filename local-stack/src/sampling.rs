@@ -1,4 +1,4 @@
-//! Memory and processor time of the service, as Linux counts them.
+//! Memory and processor time of a process, as Linux counts them.
 
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,25 +13,26 @@ const INTERVAL: Duration = Duration::from_millis(100);
 
 /// Memory of a process at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub(super) struct Memory {
+pub struct Memory {
     /// Resident memory in MiB.
-    pub(super) rss_mib: f64,
+    pub rss_mib: f64,
     /// The part of it that is not a file's, in MiB: heap and stacks.
-    pub(super) anonymous_mib: f64,
+    pub anonymous_mib: f64,
 }
 
 /// [`Memory`] with its time.
 #[derive(Clone, Copy, Debug, Serialize)]
-pub(super) struct Sample {
+pub struct Sample {
     /// Since the sampling was started, in seconds.
-    pub(super) seconds: f64,
+    pub seconds: f64,
+    /// What was found then.
     #[serde(flatten)]
-    pub(super) memory: Memory,
+    pub memory: Memory,
 }
 
 /// Samples a process ten times a second, until dropped.
 #[derive(Debug)]
-pub(super) struct Sampler {
+pub struct Sampler {
     process: u32,
     started: Instant,
     samples: Arc<Mutex<Vec<Sample>>>,
@@ -41,7 +42,7 @@ pub(super) struct Sampler {
 
 impl Sampler {
     /// Starts to sample the process with this id.
-    pub(super) fn start(process: u32) -> Result<Self> {
+    pub fn start(process: u32) -> Result<Self> {
         let (samples, ended) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicBool::new(false)));
         let started = Instant::now();
         let sample = {
@@ -61,26 +62,26 @@ impl Sampler {
     }
 
     /// Seconds since the sampling was started.
-    pub(super) fn now(&self) -> f64 {
+    pub fn now(&self) -> f64 {
         self.started.elapsed().as_secs_f64()
     }
 
     /// Memory at this moment.
-    pub(super) fn memory(&self) -> Result<Memory> {
+    pub fn memory(&self) -> Result<Memory> {
         memory_of(self.process)
     }
 
     /// Processor time used so far, user and system together, in seconds.
-    pub(super) fn cpu_seconds(&self) -> Result<f64> {
+    pub fn cpu_seconds(&self) -> Result<f64> {
         let path = format!("/proc/{}/stat", self.process);
-        let stat = fs::read_to_string(&path).with_context(|| format!("cannot read {path}: has the service ended?"))?;
+        let stat = fs::read_to_string(&path).with_context(|| format!("cannot read {path}: has the process ended?"))?;
         let ticks = cpu_ticks(&stat).with_context(|| format!("{path} has no processor times"))?;
         // SAFETY: sysconf reads a constant of the system.
         Ok(ticks as f64 / unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as f64)
     }
 
     /// All samples from `seconds` on.
-    pub(super) fn samples_from(&self, seconds: f64) -> Vec<Sample> {
+    pub fn samples_from(&self, seconds: f64) -> Vec<Sample> {
         let samples = self.samples.lock().unwrap_or_else(PoisonError::into_inner);
         samples.iter().copied().filter(|sample| sample.seconds >= seconds).collect()
     }
@@ -96,7 +97,7 @@ impl Drop for Sampler {
 }
 
 /// The most of each figure, which need not be of the same moment.
-pub(super) fn peak(samples: &[Sample]) -> Option<Memory> {
+pub fn peak(samples: &[Sample]) -> Option<Memory> {
     samples.iter().map(|sample| sample.memory).reduce(|left, right| Memory {
         rss_mib: left.rss_mib.max(right.rss_mib),
         anonymous_mib: left.anonymous_mib.max(right.anonymous_mib),
@@ -105,7 +106,7 @@ pub(super) fn peak(samples: &[Sample]) -> Option<Memory> {
 
 fn memory_of(process: u32) -> Result<Memory> {
     let path = format!("/proc/{process}/status");
-    let status = fs::read_to_string(&path).with_context(|| format!("cannot read {path}: has the service ended?"))?;
+    let status = fs::read_to_string(&path).with_context(|| format!("cannot read {path}: has the process ended?"))?;
     memory_in(&status).with_context(|| format!("{path} has no VmRSS and RssAnon"))
 }
 

@@ -1,19 +1,20 @@
 //! What the service says of itself at /metrics, in Prometheus' text format.
 
 use anyhow::{Context, Result, ensure};
-use local_stack::http_client;
 
-use super::arithmetic::Histogram;
+use crate::arithmetic::Histogram;
+use crate::http_client;
 
 /// The fast kind of event, as metrics call it.
 const FAST: &str = r#"kind="listing.upsert""#;
 
 /// One reading of the page.
 #[derive(Clone, Debug)]
-pub(super) struct Exposition(String);
+pub struct Exposition(String);
 
 impl Exposition {
-    pub(super) async fn read(admin_url: &str) -> Result<Self> {
+    /// Reads the page of the service at `admin_url` (http://host:port).
+    pub async fn read(admin_url: &str) -> Result<Self> {
         let url = format!("{admin_url}/metrics");
         let (status, body) = http_client::get(&url).await?;
         ensure!(status.is_success(), "GET {url} answered {status}");
@@ -21,12 +22,12 @@ impl Exposition {
     }
 
     /// Fast events that were finished.
-    pub(super) fn fast_events_done(&self) -> u64 {
+    pub fn fast_events_done(&self) -> u64 {
         self.samples("write_api_events_total", &[FAST, r#"outcome="done""#]).map(|(_, value)| value as u64).sum()
     }
 
     /// Times of fast events from the start of their task to its outcome, in seconds.
-    pub(super) fn fast_event_seconds(&self) -> Histogram {
+    pub fn fast_event_seconds(&self) -> Histogram {
         let mut below = 0.0;
         let buckets = self.samples("write_api_event_duration_seconds_bucket", &[FAST]).filter_map(|(labels, value)| {
             let bound = labels.split_once(r#"le=""#)?.1.split('"').next()?;

@@ -1,0 +1,196 @@
+//! Loops that do one thing and nothing else, to measure the service by. Each runs in a process of its own, this program
+//! started again, so that its processor time is its own.
+
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use bytes::Bytes;
+use futures::future::try_join_all;
+use http_body_util::{BodyExt, Full};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use rdkafka::ClientConfig;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
+use serde::{Deserialize, Serialize};
+use sqlx::{Connection, PgConnection};
+
+/// The argument that makes this program one of the loops.
+pub(crate) const ARGUMENT: &str = "bare-loop";
+
+/// Calls in flight, as many as the service has.
+const IN_FLIGHT: u32 = 1_000;
+/// Rows of a page.
+const PAGE: i64 = 1_000;
+/// As the service's records are.
+const RECORD_BYTES: usize = 250;
+/// Polls of the queue at a time: as many as the service may have.
+const POLLS: usize = 8;
+
+/// What a loop did.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Loop {
+    pub(crate) count: f64,
+    pub(crate) seconds: f64,
+    /// User and system time of the process.
+    pub(crate) cpu_seconds: f64,
+}
+
+/// Runs a loop in a process of its own.
+pub(crate) async fn run(arguments: &[&str], variables: &[(&str, &str)]) -> Result<Loop> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg(ARGUMENT).args(arguments).envs(variables.iter().copied()).stdout(Stdio::piped());
+    let output = tokio::task::spawn_blocking(move || command.output()).await??;
+    ensure!(output.status.success(), "the bare loop {arguments:?} failed: {}", output.status);
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+/// The loop that was asked for; prints what it did.
+pub(crate) async fn main(arguments: &[String]) -> Result<()> {
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let began = Instant::now();
+    let count = match arguments[..] {
+        ["calls", url, count] => calls(url, count.parse()?).await?,
+        ["read", url, run] => read(url, run).await?,
+        ["produce", brokers, topic, count] => produce(brokers, topic, count.parse()?)?,
+        ["receive", endpoint, queue, count] => receive(endpoint, queue, count.parse()?).await?,
+        _ => bail!("no such loop: {arguments:?}"),
+    };
+    let seconds = began.elapsed().as_secs_f64();
+    println!("{}", serde_json::to_string(&Loop { count, seconds, cpu_seconds: cpu_seconds()? })?);
+    Ok(())
+}
+
+/// The partner calls of the service by hyper's own pooled client.
+async fn calls(url: &str, count: u32) -> Result<f64> {
+    let mut connector = HttpConnector::new();
+    connector.set_nodelay(true);
+    let client: Client<_, Full<Bytes>> = Client::builder(TokioExecutor::new()).build(connector);
+    let next = Arc::new(AtomicU32::new(0));
+    let url: Arc<str> = format!("{url}/v1/valuations").into();
+    let workers = (0..IN_FLIGHT).map(|_| {
+        let (client, next, url) = (client.clone(), next.clone(), url.clone());
+        tokio::spawn(async move {
+            loop {
+                let listing = next.fetch_add(1, Ordering::Relaxed);
+                if listing >= count {
+                    return anyhow::Ok(());
+                }
+                let body = format!(
+                    r#"{{"listing_id":{listing},"zip_code":98101,"list_price_cents":50000000,"bedrooms":3,"living_square_feet":1800}}"#
+                );
+                let request = http::Request::post(&*url)
+                    .header("content-type", "application/json")
+                    .header("idempotency-key", format!("bare-{count}:{listing}"))
+                    .body(Full::from(body))?;
+                let answer = client.request(request).await?;
+                ensure!(answer.status().is_success(), "the partner answered {}", answer.status());
+                answer.into_body().collect().await?;
+            }
+        })
+    });
+    for worker in try_join_all(workers).await? {
+        worker?;
+    }
+    Ok(count.into())
+}
+
+/// The valuations of a run, page by page.
+async fn read(url: &str, run: &str) -> Result<f64> {
+    let mut connection = PgConnection::connect(url).await?;
+    let (mut cursor, mut rows) = (i64::MIN, 0);
+    loop {
+        let page: Vec<(i64, i32, i64, Option<i64>, Option<f64>)> = sqlx::query_as(
+            "SELECT listing_id, zip_code, list_price_cents, valuation_cents, confidence
+             FROM valuations WHERE run_id = $1 AND listing_id > $2 ORDER BY listing_id LIMIT $3",
+        )
+        .bind(run)
+        .bind(cursor)
+        .bind(PAGE)
+        .fetch_all(&mut connection)
+        .await?;
+        let Some(last) = page.last() else { return Ok(f64::from(rows)) };
+        cursor = last.0;
+        rows += i32::try_from(page.len())?;
+    }
+}
+
+/// Records to the topic as fast as librdkafka takes them, with the service's guarantees.
+fn produce(brokers: &str, topic: &str, count: u32) -> Result<f64> {
+    let producer: BaseProducer = ClientConfig::new()
+        .set("bootstrap.servers", brokers)
+        .set("enable.idempotence", "true")
+        .set("compression.type", "lz4")
+        .create()?;
+    let payload = vec![b'x'; RECORD_BYTES];
+    for listing in 0..count {
+        let key = listing.to_string();
+        let mut record = BaseRecord::to(topic).key(&key).payload(&payload);
+        while let Err((error, back)) = producer.send(record) {
+            let KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull) = error else { return Err(error.into()) };
+            producer.poll(Duration::from_millis(10));
+            record = back;
+        }
+        producer.poll(Duration::ZERO);
+    }
+    producer.flush(Duration::from_secs(120))?;
+    Ok(count.into())
+}
+
+/// Messages received and deleted, ten at a time, and nothing done with them.
+async fn receive(endpoint: &str, queue: &str, count: u64) -> Result<f64> {
+    let client = aws_sdk_sqs::Client::new(
+        &aws_config::defaults(aws_config::BehaviorVersion::latest())
+            .http_client(aws_smithy_http_client::Builder::new().build_http())
+            .endpoint_url(endpoint)
+            .region(aws_sdk_sqs::config::Region::from_static("us-east-1"))
+            .load()
+            .await,
+    );
+    let url = bench::event::queue_url(&client, queue).await?;
+    let received = Arc::new(AtomicU64::new(0));
+    let polls = (0..POLLS).map(|_| {
+        let (client, url, received) = (client.clone(), url.clone(), received.clone());
+        tokio::spawn(async move {
+            while received.load(Ordering::Relaxed) < count {
+                let answer = client.receive_message().queue_url(&url).max_number_of_messages(10).wait_time_seconds(1);
+                let messages = answer.send().await?.messages.unwrap_or_default();
+                if messages.is_empty() {
+                    continue;
+                }
+                received.fetch_add(messages.len() as u64, Ordering::Relaxed);
+                let mut delete = client.delete_message_batch().queue_url(&url);
+                for (index, message) in messages.iter().enumerate() {
+                    let receipt = message.receipt_handle().context("a message without a receipt")?;
+                    delete = delete.entries(
+                        aws_sdk_sqs::types::DeleteMessageBatchRequestEntry::builder()
+                            .id(index.to_string())
+                            .receipt_handle(receipt)
+                            .build()?,
+                    );
+                }
+                delete.send().await?;
+            }
+            anyhow::Ok(())
+        })
+    });
+    for poll in try_join_all(polls).await? {
+        poll?;
+    }
+    Ok(received.load(Ordering::Relaxed) as f64)
+}
+
+/// Processor time of this process so far.
+fn cpu_seconds() -> Result<f64> {
+    // SAFETY: all zeros are a valid structure, which the call fills.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: it is given a valid structure.
+    let result = unsafe { libc::getrusage(libc::RUSAGE_SELF, &mut usage) };
+    ensure!(result == 0, "getrusage: {}", std::io::Error::last_os_error());
+    let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 / 1e6;
+    Ok(seconds(usage.ru_utime) + seconds(usage.ru_stime))
+}

@@ -1,0 +1,177 @@
+//! The stack that all bars are measured on, and services on it.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail, ensure};
+use bench::event::send_refresh;
+use local_stack::partner::Stats;
+use local_stack::{
+    Behaviour, Environment, Memory, Names, PartnerStub, Process, Program, Sampler, SqsProxy, Stack, StackOptions, peak,
+};
+use serde_json::json;
+use sqlx::{Connection, PgConnection};
+
+/// How often it is looked whether something is done.
+const LOOK: Duration = Duration::from_millis(10);
+/// How long an event may take.
+const PATIENCE: Duration = Duration::from_secs(900);
+
+/// Postgres with listings, Kafka, the partner; an SQS whose calls are counted.
+pub(crate) struct Ground {
+    pub(crate) partner: PartnerStub,
+    pub(crate) sqs: SqsProxy,
+    /// The producers', which is not counted.
+    pub(crate) client: aws_sdk_sqs::Client,
+    pub(crate) base: Environment,
+    seeded: u32,
+    pub(crate) stack: Stack,
+}
+
+impl Ground {
+    pub(crate) async fn start() -> Result<Self> {
+        local_stack::allow_open_files()?;
+        let partner = PartnerStub::start(Behaviour::default())?;
+        let stack = Stack::start(StackOptions::default()).await?;
+        let sqs = SqsProxy::start(stack.sqs().endpoint())?;
+        let base = Environment::create(&stack, Names::standard(), &partner.url()).await?;
+        Program::new(None, base.clone(), "bench")?.run(&["setup"]).await?;
+        Ok(Self { partner, sqs, client: stack.sqs().client().await, base, seeded: 0, stack })
+    }
+
+    /// Makes sure that there are so many listings.
+    pub(crate) async fn seed(&mut self, listings: u32) -> Result<()> {
+        if self.seeded < listings {
+            let program = Program::new(None, self.base.clone(), "bench")?;
+            program.run(&["seed", "--count", &listings.to_string()]).await?;
+            self.seeded = listings;
+        }
+        Ok(())
+    }
+
+    /// Settings for a service on the common data. No limit of the rate unless it is set.
+    pub(crate) async fn environment(&self, settings: &[(&str, &str)]) -> Result<Environment> {
+        let mut environment = self.base.beside()?;
+        environment.set("aws.endpoint_url", &self.sqs.endpoint());
+        environment.set("partner.rate_per_second", "0");
+        for (key, value) in settings {
+            environment.set(key, value);
+        }
+        Program::new(None, environment.clone(), "bench")?.run(&["setup"]).await?;
+        Ok(environment)
+    }
+
+    /// A service that waits for events.
+    pub(crate) async fn service(&self, settings: &[(&str, &str)]) -> Result<Service> {
+        Service::start(self.environment(settings).await?).await
+    }
+
+    /// How the partner answers from now on; its counts begin anew.
+    pub(crate) fn partner(&self, latency_ms: u64, rate_cap: u32) -> Result<()> {
+        self.partner.control(|behaviour| {
+            behaviour.latency_ms = latency_ms;
+            behaviour.rate_cap = rate_cap;
+        })?;
+        self.partner.reset();
+        Ok(())
+    }
+
+    /// SQS calls so far, by action.
+    pub(crate) fn sqs_calls(&self) -> BTreeMap<String, u64> {
+        self.sqs.calls()
+    }
+}
+
+/// A service that was started.
+pub(crate) struct Service {
+    pub(crate) program: Program,
+    pub(crate) process: Process,
+    pub(crate) sampler: Sampler,
+    pub(crate) database: PgConnection,
+}
+
+/// An event that is done. Times are in seconds since 1970.
+pub(crate) struct Done {
+    pub(crate) sent: f64,
+    pub(crate) complete: f64,
+    pub(crate) published: f64,
+    pub(crate) stats: Stats,
+    /// Of the service, from the sending until all was published.
+    pub(crate) cpu_seconds: f64,
+    pub(crate) before: Memory,
+    pub(crate) peak: Memory,
+}
+
+impl Service {
+    pub(crate) async fn start(environment: Environment) -> Result<Self> {
+        let database = PgConnection::connect(environment.database_url()).await.context("the database")?;
+        let program = Program::new(None, environment, "bench")?;
+        let process = program.serve().await?;
+        let sampler = Sampler::start(process.id())?;
+        Ok(Self { program, process, sampler, database })
+    }
+
+    /// Sends a slow event of so many listings; gives its id.
+    pub(crate) async fn send(&self, ground: &Ground, listings: u32) -> Result<String> {
+        let id = uuid::Uuid::new_v4().to_string();
+        let queue = &self.program.environment().names().events_queue;
+        send_refresh(&ground.client, queue, &id, json!({ "limit": listings })).await?;
+        Ok(id)
+    }
+
+    /// A slow event from its sending until all of it is published.
+    pub(crate) async fn refresh(&mut self, ground: &Ground, listings: u32) -> Result<Done> {
+        ground.partner.reset();
+        let (sent, sample) = (now(), self.sampler.now());
+        let (before, cpu) = (self.sampler.memory()?, self.sampler.cpu_seconds()?);
+        let id = self.send(ground, listings).await?;
+        let (complete, published) = self.published(&id).await?;
+        let cpu_seconds = self.sampler.cpu_seconds()? - cpu;
+        let peak = peak(&self.sampler.samples_from(sample)).context("no sample of the memory")?;
+        let stats = ground.partner.stats();
+        ensure!(stats.distinct_keys == u64::from(listings), "{} of {listings} listings valued", stats.distinct_keys);
+        Ok(Done { sent, complete, published, stats, cpu_seconds, before, peak })
+    }
+
+    /// Waits until all of the event is published; when its calls were done and when its records were sent.
+    pub(crate) async fn published(&mut self, id: &str) -> Result<(f64, f64)> {
+        let began = Instant::now();
+        loop {
+            if let Some(status) = self.process.exited()? {
+                bail!("write-api serve ended ({status}); the end of its log:\n{}", self.process.log_tail());
+            }
+            let times: Option<(f64, f64)> = sqlx::query_as(
+                "SELECT extract(epoch FROM r.completed_at)::float8, extract(epoch FROM p.completed_at)::float8
+                 FROM runs r JOIN publications p USING (run_id)
+                 WHERE run_id = $1 AND r.completed_at IS NOT NULL AND p.completed_at IS NOT NULL",
+            )
+            .bind(id)
+            .fetch_optional(&mut self.database)
+            .await?;
+            if let Some(times) = times {
+                return Ok(times);
+            }
+            ensure!(began.elapsed() < PATIENCE, "the event {id} is not done after {PATIENCE:?}");
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+}
+
+/// Seconds since 1970.
+pub(crate) fn now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+}
+
+/// Waits until `done`, at most `limit`; how long it took.
+pub(crate) async fn until(
+    what: &str,
+    limit: Duration,
+    mut done: impl AsyncFnMut() -> Result<bool>,
+) -> Result<Duration> {
+    let began = Instant::now();
+    while !done().await? {
+        ensure!(began.elapsed() < limit, "{what}: not within {limit:?}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    Ok(began.elapsed())
+}

@@ -1,0 +1,52 @@
+//! Bar 11: the service with its profiler and without, in turn.
+
+use anyhow::Result;
+
+use crate::ground::Ground;
+use crate::outcome::Outcome;
+
+/// Listings of an event, whose calls are answered at once.
+const LISTINGS: u32 = 60_000;
+
+pub(crate) async fn profiler_on(ground: &mut Ground, pairs: u32) -> Result<Vec<Outcome>> {
+    ground.seed(LISTINGS).await?;
+    ground.partner(0, 0)?;
+    let (mut ratios, mut memory_on, mut memory_off) = (Vec::new(), 0.0_f64, 0.0_f64);
+    for pair in 0..pairs {
+        let mut cpu = [0.0; 2];
+        // Who is first changes, so that what the first one warms up for the second is nobody's advantage.
+        for enabled in if pair % 2 == 0 { [true, false] } else { [false, true] } {
+            let mut service = ground.service(&[("profiling.enabled", if enabled { "true" } else { "false" })]).await?;
+            service.refresh(ground, 1_000).await?;
+            let done = service.refresh(ground, LISTINGS).await?;
+            cpu[usize::from(enabled)] = done.cpu_seconds;
+            let memory = if enabled { &mut memory_on } else { &mut memory_off };
+            *memory += done.peak.rss_mib / f64::from(pairs);
+        }
+        ratios.push(cpu[1] / cpu[0]);
+    }
+    let n = ratios.len() as f64;
+    let mean = ratios.iter().sum::<f64>() / n;
+    let deviation = (ratios.iter().map(|ratio| (ratio - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt();
+    let upper = mean + students_t(ratios.len()) * deviation / n.sqrt();
+    let outcome = Outcome::new(11, "profiler on")
+        .at_most("CPU on / off, upper 95 % bound", upper, 1.03)
+        .at_most("peak RSS on, MiB", memory_on, memory_off * 1.03 + 10.0)
+        .beside("CPU on / off, mean", mean)
+        .beside("peak RSS off, MiB", memory_off);
+    Ok(vec![if pairs < 30 {
+        outcome.not_measured(format!("{} of 30 pairs (--full); the profiler's own account of its time", 30 - pairs))
+    } else {
+        outcome.not_measured("the profiler's own account of its time")
+    }])
+}
+
+/// Student's t of the two-sided 95 % interval of a mean of `n` values.
+fn students_t(n: usize) -> f64 {
+    const BY_DEGREES: [f64; 10] = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228];
+    match n.saturating_sub(2) {
+        index if index < BY_DEGREES.len() => BY_DEGREES[index],
+        index if index < 28 => 2.1,
+        _ => 2.045,
+    }
+}

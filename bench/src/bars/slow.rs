@@ -1,0 +1,210 @@
+//! Bars of the slow event: 1 to 6, 9 and 10.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use local_stack::{Bound, PostgresProxy, ideal};
+
+use crate::bare;
+use crate::ground::{Done, Ground, Service};
+use crate::outcome::Outcome;
+
+/// Listings of the nightly event.
+const NIGHTLY: u32 = 17_000;
+/// Of one ten times as great.
+const GREAT: u32 = 170_000;
+/// And a hundred times.
+const HUGE: u32 = 1_700_000;
+/// An event before the one that is measured, so that connections, caches and the allocator are as they are in use.
+const WARM_UP_MS: u64 = 20;
+
+async fn rest(seconds: u64) {
+    tokio::time::sleep(Duration::from_secs(seconds)).await;
+}
+
+/// Bar 1.
+pub(crate) async fn rate_bound(ground: &mut Ground) -> Result<Vec<Outcome>> {
+    const RATE: u32 = 1_000;
+    ground.seed(NIGHTLY).await?;
+    ground.partner(250, RATE)?;
+    let mut service = ground.service(&[("partner.rate_per_second", "1000")]).await?;
+    let done = service.refresh(ground, NIGHTLY).await?;
+    let best = ideal(NIGHTLY, RATE, 1_000, 0.25).context("there is an ideal")?;
+    debug_assert_eq!(best.bound, Bound::Rate);
+    let took = done.complete - done.stats.first_call.context("no call")?;
+    let refused = done.stats.by_status.get(&429).copied().unwrap_or(0);
+    Ok(vec![
+        Outcome::new(1, "rate-bound")
+            .at_most("first call to run complete, against the ideal", took / best.seconds, 1.05)
+            .at_most("most calls in any sliding second", done.stats.max_in_one_second as f64, RATE.into())
+            .at_most("answers 429", refused as f64, 0.0),
+    ])
+}
+
+/// Bars 2, 4 and the first half of 6, which are of one run; and the second half of 6 unless `quick`.
+pub(crate) async fn latency_bound(ground: &mut Ground, quick: bool) -> Result<Vec<Outcome>> {
+    ground.seed(NIGHTLY).await?;
+    ground.partner(WARM_UP_MS, 0)?;
+    let mut service = ground.service(&[]).await?;
+    service.refresh(ground, NIGHTLY).await?;
+    rest(if quick { 5 } else { 30 }).await;
+    ground.partner(500, 0)?;
+    let done = service.refresh(ground, NIGHTLY).await?;
+    rest(10).await;
+    let after = service.sampler.memory()?;
+    let best = ideal(NIGHTLY, 0, 1_000, 0.5).context("there is an ideal")?;
+    let Done { before, peak, .. } = done;
+    let two = Outcome::new(2, "latency-bound")
+        .at_most("event sent to run complete, against the ideal", (done.complete - done.sent) / best.seconds, 1.06)
+        .at_least("most calls in flight", done.stats.max_in_flight as f64, 1_000.0)
+        .at_most("most calls in flight, never above", done.stats.max_in_flight as f64, 1_000.0)
+        .at_least("mean calls in flight, first call to last answer", done.stats.mean_in_flight, 940.0)
+        .beside("event sent to all published, s", done.published - done.sent);
+    let four = Outcome::new(4, "memory in the event")
+        .at_most("idle RSS, MiB", before.rss_mib, 26.0)
+        .at_most("idle RssAnon, MiB", before.anonymous_mib, 14.0)
+        .at_most("peak - idle, MiB", peak.rss_mib - before.rss_mib, 28.0);
+    let mut six = Outcome::new(6, "memory after").at_most(
+        "RSS 10 s after - idle, MiB",
+        after.rss_mib - before.rss_mib,
+        (before.rss_mib / 10.0).max(3.0),
+    );
+    if quick {
+        six = six.not_measured("50 events in a row");
+    } else {
+        let slope = slope_of_events(ground, &mut service, 50).await?;
+        six = six.at_most("50 events at 20 ms: slope's upper 95 % bound, MiB an event", slope, 0.05);
+    }
+    Ok(vec![two, four, six])
+}
+
+/// How RSS goes from event to event: the upper bound of the slope's 95 % confidence interval, by least squares.
+async fn slope_of_events(ground: &Ground, service: &mut Service, events: u32) -> Result<f64> {
+    ground.partner(20, 0)?;
+    let mut points = Vec::new();
+    for event in 0..events {
+        service.refresh(ground, NIGHTLY).await?;
+        points.push((f64::from(event), service.sampler.memory()?.rss_mib));
+    }
+    Ok(upper_slope(&points))
+}
+
+/// The upper end of the 95 % confidence interval of the slope of a line through the points.
+fn upper_slope(points: &[(f64, f64)]) -> f64 {
+    let n = points.len() as f64;
+    let (mean_x, mean_y) = points.iter().fold((0.0, 0.0), |sum, point| (sum.0 + point.0 / n, sum.1 + point.1 / n));
+    let xx: f64 = points.iter().map(|(x, _)| (x - mean_x).powi(2)).sum();
+    let xy: f64 = points.iter().map(|(x, y)| (x - mean_x) * (y - mean_y)).sum();
+    let slope = xy / xx;
+    let residues: f64 = points.iter().map(|(x, y)| (y - mean_y - slope * (x - mean_x)).powi(2)).sum();
+    // Student's t for 48 degrees of freedom; for a few points less it is hardly more.
+    slope + 2.01 * (residues / (n - 2.0) / xx).sqrt()
+}
+
+/// Bars 3 and 9.
+pub(crate) async fn processor_time(ground: &mut Ground) -> Result<Vec<Outcome>> {
+    ground.seed(GREAT).await?;
+    ground.partner(0, 0)?;
+    let mut service = ground.service(&[]).await?;
+    service.refresh(ground, NIGHTLY).await?;
+    let done = service.refresh(ground, GREAT).await?;
+    let run: String = sqlx::query_scalar("SELECT run_id FROM runs ORDER BY completed_at DESC NULLS LAST LIMIT 1")
+        .fetch_one(&mut service.database)
+        .await?;
+    drop(service);
+    ground.partner.reset();
+    let calls = bare::run(&["calls", &ground.partner.url(), &GREAT.to_string()], &[]).await?;
+    let read = bare::run(&["read", ground.base.database_url(), &run], &[]).await?;
+    let topic = &ground.base.names().topic;
+    let produce = bare::run(&["produce", ground.stack.kafka().bootstrap(), topic, &GREAT.to_string()], &[]).await?;
+    let each = |seconds: f64| seconds / f64::from(GREAT) * 1e6;
+    let rate = f64::from(GREAT) / (done.published - done.complete);
+    let (reading, producing) = (read.count / read.seconds, produce.count / produce.seconds);
+    Ok(vec![
+        Outcome::new(3, "CPU per listing")
+            .at_most("service's CPU against the bare client's", done.cpu_seconds / calls.cpu_seconds, 1.6)
+            .beside("service, us a listing (the aim is 40)", each(done.cpu_seconds))
+            .beside("bare client, us a call", each(calls.cpu_seconds))
+            .beside("event sent to all published, s", done.published - done.sent),
+        Outcome::new(9, "publishing")
+            .at_least("rate against the slower of the bare loops", rate / reading.min(producing), 0.8)
+            .beside("records a second", rate)
+            .beside("bare produce loop, records a second", producing)
+            .beside("bare paged read, rows a second", reading),
+    ])
+}
+
+/// Bar 5.
+pub(crate) async fn memory_against_rows(ground: &mut Ground, full: bool) -> Result<Vec<Outcome>> {
+    let sizes: &[u32] = if full { &[NIGHTLY, GREAT, HUGE] } else { &[NIGHTLY, GREAT] };
+    let times = if full { 3 } else { 1 };
+    let mut peaks = Vec::new();
+    for size in sizes {
+        ground.seed(*size).await?;
+        ground.partner(0, 0)?;
+        let mut of_size = Vec::new();
+        for _ in 0..times {
+            let mut service = ground.service(&[]).await?;
+            of_size.push(service.refresh(ground, *size).await?.peak.rss_mib);
+        }
+        of_size.sort_by(f64::total_cmp);
+        peaks.push(of_size[of_size.len() / 2]);
+    }
+    let mut outcome = Outcome::new(5, "memory against rows");
+    for (size, peak) in sizes.iter().zip(&peaks) {
+        outcome = outcome.beside(&format!("peak RSS at {size}, MiB"), *peak);
+    }
+    outcome = outcome.at_most("peak of the most rows against the fewest", peaks[peaks.len() - 1] / peaks[0], 1.10);
+    if !full {
+        outcome = outcome.not_measured("1,700,000 listings, and the median of three (--full)");
+    }
+    Ok(vec![outcome])
+}
+
+/// Bar 10: as a proxy that follows Postgres' protocol counts them.
+pub(crate) async fn statements(ground: &mut Ground) -> Result<Vec<Outcome>> {
+    ground.seed(NIGHTLY).await?;
+    ground.partner(20, 0)?;
+    let proxy = PostgresProxy::start(ground.base.database_url())?;
+    let mut service = ground.service(&[("database.url", proxy.url())]).await?;
+    service.refresh(ground, 100).await?;
+    let before = proxy.statements();
+    service.refresh(ground, NIGHTLY).await?;
+    let pages = f64::from(NIGHTLY.div_ceil(1_000));
+    let mut outcome = Outcome::new(10, "SQL");
+    let (mut work, mut leases) = (0.0, 0.0);
+    for (sql, count) in proxy.statements() {
+        let count = (count - before.get(&sql).copied().unwrap_or(0)) as f64;
+        let sql = sql.split_whitespace().collect::<Vec<_>>().join(" ");
+        // What is asked whether or not there is work: leases, cancels, the outbox, health.
+        let is_of_pages = ["FROM listings", "valuations", "BEGIN", "COMMIT"].iter().any(|part| sql.contains(part));
+        if is_of_pages {
+            work += count;
+        } else {
+            leases += count;
+        }
+        if count / pages >= 0.5 {
+            let name: String = sql.chars().take(50).collect();
+            outcome = outcome.beside(&name, count);
+        }
+    }
+    Ok(vec![
+        outcome
+            .at_most("statements a page of 1,000, refresh and publishing", work / pages, 4.0)
+            .beside("all others, in the whole event", leases),
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::upper_slope;
+
+    #[test]
+    fn the_bound_of_a_slope_is_above_it_by_what_the_points_scatter() {
+        let line: Vec<_> = (0..50).map(|x| (f64::from(x), 20.0 + 0.5 * f64::from(x))).collect();
+        assert!((upper_slope(&line) - 0.5).abs() < 1e-9);
+        let scattered: Vec<_> = (0..50).map(|x| (f64::from(x), 20.0 + f64::from(x % 2))).collect();
+        let upper = upper_slope(&scattered);
+        assert!(upper > 0.005 && upper < 0.03, "{upper}");
+    }
+}

@@ -1,0 +1,155 @@
+//! The figures.
+
+use std::fmt::Write as _;
+
+use bench::text::{duration, thousands};
+use serde::Serialize;
+
+use crate::heap::Growth;
+use crate::timeline::Point;
+use crate::way::Way;
+
+/// Everything that was measured.
+#[derive(Debug, Serialize)]
+pub(crate) struct Report {
+    pub(crate) settings: Settings,
+    pub(crate) machine: Machine,
+    pub(crate) ways: Vec<WayReport>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct Settings {
+    /// Listings of each event in turn.
+    pub(crate) rows: Vec<u32>,
+    pub(crate) partner_latency_ms: u32,
+    /// `None`: all of them.
+    pub(crate) calls_of_the_old_way: Option<u32>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct Machine {
+    pub(crate) cpus: usize,
+    /// Whether the programs were compiled without optimising everything.
+    pub(crate) development_build: bool,
+    /// Settings of Postgres that matter.
+    pub(crate) postgres: Vec<(String, String)>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct WayReport {
+    pub(crate) way: Way,
+    /// In the order of the settings' rows.
+    pub(crate) events: Vec<Figures>,
+    /// Listings of the event that the heap profiles are of.
+    pub(crate) profiled_rows: u32,
+    pub(crate) growth: Growth,
+    pub(crate) points: Vec<Point>,
+}
+
+/// One event. Times are in seconds, memory in MiB.
+#[derive(Debug, Serialize)]
+pub(crate) struct Figures {
+    pub(crate) rows: u32,
+    /// Calls that were made. If these are fewer than the rows, `wall_seconds` and `cpu_seconds` are what all of them would
+    /// have taken at the rate of those that were made.
+    pub(crate) calls: u32,
+    /// By the clock of the points.
+    pub(crate) began: f64,
+    pub(crate) ended: f64,
+    /// From the event being sent to its last record being read.
+    pub(crate) wall_seconds: f64,
+    pub(crate) calls_a_second: f64,
+    pub(crate) most_in_flight: u64,
+    pub(crate) cpu_seconds: f64,
+    pub(crate) rss_before_mib: f64,
+    pub(crate) rss_peak_mib: f64,
+    /// 10 s after the end.
+    pub(crate) rss_after_mib: f64,
+    pub(crate) live_before_mib: f64,
+    pub(crate) live_peak_mib: f64,
+    pub(crate) live_after_mib: f64,
+    /// From the sending to the end, polls included.
+    pub(crate) sqs_calls: u64,
+}
+
+/// A row of the table: what it shows, and its text for one event.
+type Row = (&'static str, fn(&Figures) -> String);
+
+/// The rows of the table.
+pub(crate) const ROWS: [Row; 10] = [
+    ("wall time", |f| format!("{}{}", about(f), duration(f.wall_seconds))),
+    ("peak RSS, MiB", |f| format!("{:.1}", f.rss_peak_mib)),
+    ("peak RSS above before, MiB", |f| format!("{:.1}", f.rss_peak_mib - f.rss_before_mib)),
+    ("RSS 10 s after, against before, MiB", |f| format!("{:+.1}", f.rss_after_mib - f.rss_before_mib)),
+    ("live heap at its peak, MiB", |f| format!("{:.1}", f.live_peak_mib)),
+    ("live heap kept 10 s after, MiB", |f| format!("{:+.1}", f.live_after_mib - f.live_before_mib)),
+    ("CPU, s", |f| format!("{}{:.2}", about(f), f.cpu_seconds)),
+    ("calls a second", |f| format!("{:.0}", f.calls_a_second)),
+    ("most calls in flight", |f| thousands(f.most_in_flight)),
+    ("SQS calls", |f| f.sqs_calls.to_string()),
+];
+
+/// Marks what was worked out from a part of the calls.
+fn about(figures: &Figures) -> &'static str {
+    if figures.calls < figures.rows { "≈ " } else { "" }
+}
+
+impl Report {
+    /// The table and what holds memory, for a terminal.
+    pub(crate) fn text(&self) -> String {
+        let mut text = String::new();
+        for (index, rows) in self.settings.rows.iter().enumerate() {
+            let _ = write!(text, "{:<37}", format!("{} listings", thousands((*rows).into())));
+            for way in &self.ways {
+                let _ = write!(text, "{:>18}", way.way.name());
+            }
+            text.push('\n');
+            for (name, cell) in ROWS {
+                let _ = write!(text, "  {name:<35}");
+                for way in &self.ways {
+                    let _ = write!(text, "{:>18}", cell(&way.events[index]));
+                }
+                text.push('\n');
+            }
+            text.push('\n');
+        }
+        for way in &self.ways {
+            let _ = writeln!(text, "{}", way.sentence());
+        }
+        if let Some(scaled) = self.scaled() {
+            let _ = writeln!(text, "\n{scaled}");
+        }
+        text
+    }
+
+    /// What was scaled, if anything was.
+    pub(crate) fn scaled(&self) -> Option<String> {
+        self.settings.calls_of_the_old_way.map(|calls| {
+            format!(
+                "≈: the old way read and held all rows but made only {} of its calls, one after another; wall time and CPU are \
+                 what all of them would take at that rate. --full makes them all.",
+                thousands(calls.into())
+            )
+        })
+    }
+}
+
+impl WayReport {
+    /// What holds its memory, in words.
+    pub(crate) fn sentence(&self) -> String {
+        let rows = thousands(self.profiled_rows.into());
+        let mut text = format!(
+            "{} holds {:.1} MiB more in the middle of {rows} listings than before",
+            self.way.name(),
+            self.growth.mib
+        );
+        for (index, holder) in self.growth.holders.iter().enumerate() {
+            let joint = if index == 0 { ": " } else { "; " };
+            let _ = write!(text, "{joint}{:.1} MiB in {}", holder.mib, holder.function);
+            if !holder.through.is_empty() {
+                let _ = write!(text, ", mostly by {}", holder.through);
+            }
+        }
+        text + "."
+    }
+}
