@@ -1,6 +1,6 @@
-//! `valuations.publish`: post-processing of a complete run. A page of valuations, all its records in parallel, the
-//! cursor; and the next page is read meanwhile. Records that Kafka refuses for good are quarantined as the cursor passes
-//! them.
+//! `valuations.publish`: post-processing of a complete run. A page of valuations, all its records in parallel, then the
+//! cursor; the next page is read meanwhile, and sent while the cursor is written. Records that Kafka refuses for good are
+//! quarantined as the cursor passes them.
 
 use std::time::Duration;
 
@@ -118,6 +118,23 @@ async fn publish(
     let records = Records::new(run_id, publication.completed_at, publication.traceparent.as_deref());
     let limit = events.publish_page_size;
     let read = |cursor| in_stage(Stage::Read, events.database.read_valuations(run_id, cursor, limit));
+    let advance = async |done: PublishedPage| {
+        fault::point("publication.before_advance", &event.id);
+        let advanced =
+            in_stage(Stage::Write, events.database.advance_publication(&event.id, publication.token, &done)).await;
+        fault::point("publication.after_advance", &event.id);
+        match advanced {
+            Ok(true) => {
+                tell(events, &event.id, run_id, &done.quarantined);
+                Ok(done)
+            }
+            Ok(false) => {
+                events.metrics.fenced.inc();
+                Err(Ended::Stopped(StopReason::Lost))
+            }
+            Err(error) => Err(Ended::Failed(error.into())),
+        }
+    };
     let mut stopped = std::pin::pin!(delivery.lease.stopped());
     let mut probation = std::pin::pin!(tokio::time::sleep(PROBATION));
     let (mut rows, mut quarantined) = (0, 0);
@@ -126,25 +143,30 @@ async fn publish(
         Ok(page) => page,
         Err(error) => return Ended::Failed(error.into()),
     };
-    while let Some(last) = page.last().map(|valuation| valuation.listing_id) {
-        let next = async { if page.len() < limit { Ok(Vec::new()) } else { read(last).await } };
+    // Whose records Kafka has, and whose cursor is written while the next page is on its way.
+    let mut before: Option<PublishedPage> = None;
+    loop {
+        let last = page.last().map(|valuation| valuation.listing_id);
+        let next = async { if page.len() < limit { Ok(Vec::new()) } else { read(last.unwrap_or(after)).await } };
         let batch: Vec<Record> = page.iter().map(|valuation| records.record(&input(valuation))).collect();
         let sent = in_stage(Stage::Publish, async {
+            if batch.is_empty() {
+                return Ok(Published { records: 0, refused: Vec::new() });
+            }
             fault::point("publish.before_send", &event.id);
             let published = events.publisher.publish_page(&batch).await;
             fault::point("publish.after_reports", &event.id);
             published
         });
-        let both = async { tokio::try_join!(sent.map_err(anyhow::Error::from), next.map_err(anyhow::Error::from)) };
-        let mut both = Box::pin(both);
-        let (published, next_page) = loop {
+        let on = async { tokio::try_join!(sent.map_err(anyhow::Error::from), next.map_err(anyhow::Error::from)) };
+        let cursor = futures::future::OptionFuture::from(before.take().map(&advance));
+        // Neither ends the other: what was sent is worth its cursor, and the other way round.
+        let mut both = Box::pin(async { tokio::join!(on, cursor) });
+        let (on, advanced) = loop {
             tokio::select! {
                 // A page under way is finished: its records are out, and a cursor that lags would send them again.
                 biased;
-                both = &mut both => match both {
-                    Ok(both) => break both,
-                    Err(error) => return Ended::Failed(error),
-                },
+                both = &mut both => break both,
                 () = delivery.lease.lost() => return Ended::Stopped(StopReason::Lost),
                 // Where Kafka is away, that can last for longer than a stop may.
                 () = delivery.lease.nearly_over(HANDOVER) => return Ended::Stopped(StopReason::Shutdown),
@@ -157,34 +179,38 @@ async fn publish(
             }
         };
         drop(both);
-        let done =
-            PublishedPage { after, last, published: published.records as i64, quarantined: quarantine(&published) };
-        fault::point("publication.before_advance", &event.id);
-        let advanced =
-            in_stage(Stage::Write, events.database.advance_publication(&event.id, publication.token, &done)).await;
-        fault::point("publication.after_advance", &event.id);
         match advanced {
-            Ok(true) => {
+            Some(Ok(done)) => {
                 rows += done.published as u64;
                 quarantined += done.quarantined.len() as u64;
-                tell(events, &event.id, run_id, &done.quarantined);
                 *pass = None;
             }
-            Ok(false) => {
-                events.metrics.fenced.inc();
-                return Ended::Stopped(StopReason::Lost);
-            }
-            Err(error) => return Ended::Failed(error.into()),
+            Some(Err(ended)) => return ended,
+            None => {}
         }
+        let (published, next_page) = match on {
+            Ok(on) => on,
+            Err(error) => return Ended::Failed(error),
+        };
+        let Some(last) = last else { return Ended::AllPublished { rows, quarantined } };
+        before = Some(PublishedPage {
+            after,
+            last,
+            published: published.records as i64,
+            quarantined: quarantine(&published),
+        });
         after = last;
         page = next_page;
         if !page.is_empty()
             && let Some(reason) = futures::FutureExt::now_or_never(&mut stopped)
         {
-            return Ended::Stopped(reason);
+            let cursor = futures::future::OptionFuture::from(before.take().map(&advance));
+            return match cursor.await {
+                Some(Err(ended)) => ended,
+                _ => Ended::Stopped(reason),
+            };
         }
     }
-    Ended::AllPublished { rows, quarantined }
 }
 
 /// The refused records of a page as they are quarantined.

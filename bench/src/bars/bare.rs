@@ -18,6 +18,8 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use serde::{Deserialize, Serialize};
 use sqlx::{Connection, PgConnection};
+use time::OffsetDateTime;
+use write_api::kafka::{Records, Valuation};
 
 /// The argument that makes this program one of the loops.
 pub(crate) const ARGUMENT: &str = "bare-loop";
@@ -26,8 +28,6 @@ pub(crate) const ARGUMENT: &str = "bare-loop";
 const IN_FLIGHT: u32 = 1_000;
 /// Rows of a page.
 const PAGE: i64 = 1_000;
-/// As the service's records are.
-const RECORD_BYTES: usize = 250;
 /// Polls of the queue at a time: as many as the service may have.
 const POLLS: usize = 8;
 
@@ -119,17 +119,26 @@ async fn read(url: &str, run: &str) -> Result<f64> {
     }
 }
 
-/// Records to the topic as fast as librdkafka takes them, with the service's guarantees.
+/// Records to the topic as fast as librdkafka takes them, with the service's guarantees. They are as large as the service's,
+/// headers included, and made beforehand.
 fn produce(brokers: &str, topic: &str, count: u32) -> Result<f64> {
     let producer: BaseProducer = ClientConfig::new()
         .set("bootstrap.servers", brokers)
         .set("enable.idempotence", "true")
         .set("compression.type", "lz4")
+        .set("partitioner", "murmur2_random")
         .create()?;
-    let payload = vec![b'x'; RECORD_BYTES];
+    let records = Records::new("bare", OffsetDateTime::now_utc(), None);
+    let made = records.record(&Valuation {
+        listing_id: 1_234_567_890,
+        zip_code: 98_101,
+        list_price_cents: 50_000_000,
+        valuation_cents: 51_234_567,
+        confidence: 0.875,
+    });
     for listing in 0..count {
         let key = listing.to_string();
-        let mut record = BaseRecord::to(topic).key(&key).payload(&payload);
+        let mut record = BaseRecord::to(topic).key(&key).payload(&made.value).headers(made.headers.clone());
         while let Err((error, back)) = producer.send(record) {
             let KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull) = error else { return Err(error.into()) };
             producer.poll(Duration::from_millis(10));

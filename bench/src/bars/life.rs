@@ -106,7 +106,7 @@ pub(crate) async fn leases(ground: &mut Ground) -> Result<Vec<Outcome>> {
     ground.seed(NIGHTLY).await?;
     ground.partner(300_000, 0)?;
     let settings = [("lanes.valuations.in_flight", "1000"), ("partner.request_timeout", "400s")];
-    let settings = [&settings[..], &[("partner.total_timeout", "20m")]].concat();
+    let settings = [&settings[..], &[("partner.total_timeout", "20m"), ("partner.max_attempts", "2")]].concat();
     let mut service = ground.service(&settings).await?;
     let queue = service.program.environment().names().events_queue.clone();
     let prefix = uuid::Uuid::new_v4().to_string();

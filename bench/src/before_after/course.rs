@@ -110,25 +110,25 @@ impl Course<'_> {
             let point = points.iter().rev().find(|point| point.seconds <= seconds);
             point.copied().with_context(|| format!("no point of the timeline before {seconds} s"))
         };
+        // What comes before the first call, the one query above all, is done once; the rest is done for each call.
+        let sent = OffsetDateTime::now_utc().unix_timestamp_nanos() as f64 / 1e9 - (timeline.now() - began);
+        let until_first_call = (first_call - sent).clamp(0.0, ended - began);
+        let scaled = |once: f64, all: f64| once + (all - once) * f64::from(rows) / f64::from(calls);
         let (before, end, after) = (at(began)?, at(ended)?, at(timeline.now())?);
+        let cpu_until_first_call = at(began + until_first_call)?.cpu_seconds - before.cpu_seconds;
         let peak = |part: fn(&Point) -> f64| {
             let within = points.iter().filter(|point| (began..=ended + 1.0).contains(&point.seconds));
             within.map(part).fold(part(&before), f64::max)
         };
-        let wall = ended - began;
-        // What comes before the first call, the one query above all, is done once; the rest is done for each call.
-        let sent = OffsetDateTime::now_utc().unix_timestamp_nanos() as f64 / 1e9 - (timeline.now() - began);
-        let until_first_call = (first_call - sent).clamp(0.0, wall);
-        let scale = f64::from(rows) / f64::from(calls);
         Ok(Figures {
             rows,
             calls,
             began,
             ended,
-            wall_seconds: until_first_call + (wall - until_first_call) * scale,
+            wall_seconds: scaled(until_first_call, ended - began),
             calls_a_second: f64::from(calls) / (last_answer - first_call).max(f64::EPSILON),
             most_in_flight: stats.max_in_flight,
-            cpu_seconds: (end.cpu_seconds - before.cpu_seconds) * scale,
+            cpu_seconds: scaled(cpu_until_first_call, end.cpu_seconds - before.cpu_seconds),
             rss_before_mib: before.rss_mib,
             rss_peak_mib: peak(|point| point.rss_mib),
             rss_after_mib: after.rss_mib,

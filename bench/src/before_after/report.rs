@@ -84,7 +84,7 @@ pub(crate) const ROWS: [Row; 10] = [
     ("live heap at its peak, MiB", |f| format!("{:.1}", f.live_peak_mib)),
     ("live heap kept 10 s after, MiB", |f| format!("{:+.1}", f.live_after_mib - f.live_before_mib)),
     ("CPU, s", |f| format!("{}{:.2}", about(f), f.cpu_seconds)),
-    ("calls a second", |f| format!("{:.0}", f.calls_a_second)),
+    ("calls a second", |f| thousands(f.calls_a_second as u64)),
     ("most calls in flight", |f| thousands(f.most_in_flight)),
     ("SQS calls", |f| f.sqs_calls.to_string()),
 ];
