@@ -12,15 +12,17 @@ mod redrive;
 use std::sync::Arc;
 
 use anyhow::Context;
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use self::filter::{Filters, LaneName};
 use self::letter::Letter;
+use crate::cli::text::printable;
+use crate::cli::{count, print};
 use crate::config::Config;
 use crate::metrics::Metrics;
-use crate::queue::dead_letters::Reader;
+use crate::queue::dead_letters::{MOST_HELD, Missed, Reader};
 use crate::queue::sqs::{Queue, Sqs, dead_letter_queue};
 
 /// Which verb.
@@ -48,8 +50,8 @@ impl Options {
     /// What the parser cannot see.
     pub(super) fn check(&self) -> Result<(), String> {
         match self {
-            Options::Redrive(options) => options.filters.check(options.all),
-            Options::Discard(options) => options.filters.check(options.all),
+            Options::Redrive(options) => options.meant.check(),
+            Options::Discard(options) => options.check(),
             Options::List(_) | Options::Show(_) => Ok(()),
         }
     }
@@ -64,6 +66,49 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
         Options::Show(options) => list::show(config, &sqs, &stop, options).await,
         Options::Redrive(options) => redrive::run(config, &sqs, &stop, options).await,
         Options::Discard(options) => discard::run(config, &sqs, &stop, options).await,
+    }
+}
+
+/// Which letters a verb changes.
+#[derive(Debug, Args)]
+struct Meant {
+    #[command(flatten)]
+    filters: Filters,
+    /// Everything, without a filter.
+    #[arg(long)]
+    all: bool,
+    /// At most this many letters.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    limit: Option<u32>,
+    /// Tell what would be done, and change nothing.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+impl Meant {
+    fn check(&self) -> Result<(), String> {
+        self.filters.check(self.all)
+    }
+
+    fn limit(&self) -> u64 {
+        self.limit.map_or(u64::MAX, u64::from)
+    }
+}
+
+/// Why what was read of a lane is not all of it, in words.
+fn partial(lane: LaneName, missed: Missed) -> String {
+    let lane = lane.as_str();
+    match missed {
+        Missed::Hidden(number) => format!(
+            "{lane}: about {} could not be seen: another command or a consumer has received them, or SQS's count is behind; try again in a minute",
+            count(number, "more letter")
+        ),
+        Missed::TooMany => format!(
+            "{lane}: there are more than {MOST_HELD} letters, and SQS does not show more at once; redrive or discard some"
+        ),
+        Missed::TooSlow => {
+            format!("{lane}: SQS answers too slowly to see all letters; redrive or discard some, or try again later")
+        }
     }
 }
 
@@ -86,9 +131,11 @@ fn interrupt() -> anyhow::Result<Stop> {
     Ok(stop)
 }
 
+const INTERRUPTED: &str = "interrupted; what was only looked at is back in its queue";
+
 /// What to say where a signal came.
 fn interrupted() -> anyhow::Error {
-    anyhow::anyhow!("interrupted; what was only looked at is back in its queue")
+    anyhow::anyhow!(INTERRUPTED)
 }
 
 /// A lane and its dead-letter queue.
@@ -126,4 +173,12 @@ async fn next_letters(
     Ok(letters.map(|letters| {
         letters.into_iter().map(|letter| Letter::read(lane, letter)).filter(|letter| filters.match_(letter)).collect()
     }))
+}
+
+/// The line of one letter.
+fn tell(done: &str, letter: &Letter, why: &str) -> anyhow::Result<()> {
+    let (lane, kind, code) = (letter.lane.as_str(), letter.kind, printable(&letter.code));
+    let (name, why) = (printable(letter.name()), printable(why));
+    let line = format!("{done}  {lane}  {kind}  {code}  {name}  message {}", letter.message_id);
+    print(format!("{line}{}{why}\n", if why.is_empty() { "" } else { ": " }))
 }

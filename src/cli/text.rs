@@ -28,6 +28,22 @@ pub(super) fn span(seconds: f64) -> String {
     }
 }
 
+/// A line that others wrote, without what would move a terminal's cursor, colour it or turn the direction of writing.
+pub(super) fn printable(text: &str) -> String {
+    let is_harmful = |c: char| {
+        c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\t' => shown.push(c),
+            c if is_harmful(c) => shown.extend(c.escape_default()),
+            c => shown.push(c),
+        }
+    }
+    shown
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -36,6 +52,12 @@ mod tests {
     fn thousands_are_parted() {
         let texts = [0, 7, 999, 1_000, 17_000, -1_234_567, i64::MIN].map(thousands);
         assert_eq!(texts, ["0", "7", "999", "1,000", "17,000", "-1,234,567", "-9,223,372,036,854,775,808"]);
+    }
+
+    #[test]
+    fn what_others_wrote_cannot_steer_a_terminal() {
+        assert_eq!(printable("ü \t\"1\""), "ü \t\"1\"");
+        assert_eq!(printable("\x1b[2Ja\rb\u{202e}"), "\\u{1b}[2Ja\\rb\\u{202e}");
     }
 
     #[test]

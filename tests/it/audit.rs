@@ -87,7 +87,9 @@ async fn balanced_books_are_proven_whatever_was_sent_twice() -> Result<()> {
     ensure!(figures("some") == expect([6, 5, 1, 5, 0]), "{document:#}");
     ensure!(figures("limited") == expect([4, 4, 0, 4, 4]), "{document:#}");
     ensure!(figures("none") == expect([0, 0, 0, 0, 0]), "{document:#}");
-    println!("{}", world.done(&["audit", "--settled"])?);
+    let output = world.cli(&["audit", "--settled"])?;
+    println!("{}", text(&output.stdout));
+    ensure!(!text(&output.stderr).contains("EOF"), "the end of a partition is no warning: {}", text(&output.stderr));
     let one = world.done(&["audit", "--run", "some"])?;
     ensure!(one.contains("balanced    some") && !one.contains("limited"), "{one}");
     let unknown = world.cli(&["audit", "--run", "nobody"])?;
@@ -297,6 +299,8 @@ async fn a_run_at_work_is_unfinished_and_no_gap_until_everything_should_be_settl
     }
     let (code, document) = audit(&world, &["--settled"])?;
     ensure!(code == Some(1) && gaps(&document["runs"][0])[0].starts_with("unfinished: 1: "), "{document:#}");
+    let told = text(&world.cli(&["audit", "--settled"])?.stdout);
+    ensure!(told.matches("no progress for").count() == 1, "told once: {told}");
     // A cursor ahead of its results is wrong at any time.
     service.kill().await?;
     world.sql("UPDATE runs SET cursor = 300").await?;

@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use aws_sdk_sqs::types::{MessageAttributeValue, QueueAttributeName};
-use local_stack::Behaviour;
+use aws_sdk_sqs::types::{MessageAttributeValue, QueueAttributeName, SendMessageBatchRequestEntry};
+use local_stack::{Behaviour, Scope, SqsFault, SqsProxy};
 use serde_json::{Value, json};
 
 use crate::harness::{LANES, LONG, Lane, SOON, World, text, until};
@@ -371,4 +372,169 @@ async fn a_redriven_quarantined_run_goes_on_where_it_was() -> Result<()> {
 /// Takes the one message of a lane, as soon as it is visible.
 async fn take_when_visible(world: &World, lane: Lane) -> Result<()> {
     until("a message", SOON, async || Ok((!take_all(world, lane, "").await?.is_empty()).then_some(()))).await
+}
+
+/// A proxy before SQS, which the program uses from now on. The world's own client goes past it.
+async fn proxy(world: &mut World) -> Result<SqsProxy> {
+    let proxy = SqsProxy::start(local_stack::shared().await?.sqs().endpoint())?;
+    world.set("aws.endpoint_url", proxy.endpoint());
+    Ok(proxy)
+}
+
+/// Puts many letters into a lane's dead-letter queue, in batches.
+async fn put_many(world: &World, lane: Lane, letters: i64) -> Result<()> {
+    let url = url(world, lane, "-dlq").await?;
+    for first in (1..=letters).step_by(10) {
+        let mut request = world.sqs.send_message_batch().queue_url(&url);
+        for id in first..(first + 10).min(letters + 1) {
+            let entry = SendMessageBatchRequestEntry::builder().id(id.to_string()).message_body(upsert(id)).build()?;
+            request = request.entries(entry);
+        }
+        let output = request.send().await?;
+        ensure!(output.failed.is_empty(), "{:?}", output.failed);
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_list_of_thousands_ends_though_calls_are_slow_and_at_once_when_interrupted() -> Result<()> {
+    const LETTERS: i64 = 5_000;
+    let mut world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    world.set("queue.visibility_timeout", "60s");
+    put_many(&world, Lane::Events, LETTERS).await?;
+    let proxy = proxy(&mut world).await?;
+    proxy.order(SqsFault::LateReceiveAnswer(100), u64::MAX);
+    proxy.order(SqsFault::ExtensionSlow(100), u64::MAX);
+    let list = || world.command().args(["dlq", "list", "--lane", "events", "--json"]).stdout(Stdio::piped()).spawn();
+
+    let child = list()?;
+    until("letters on their way", LONG, async || Ok((dead_depth(&world, Lane::Events).await?.1 > 2_500).then_some(())))
+        .await?;
+    let begun = Instant::now();
+    // SAFETY: the child is ours and was not waited for.
+    unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) };
+    let output = child.wait_with_output()?;
+    let took = begun.elapsed();
+    ensure!(output.status.code() == Some(1), "{:?}: {}", output.status, text(&output.stderr));
+    ensure!(took < Duration::from_secs(4), "{took:?} from the signal to the end");
+    let told = text(&output.stdout);
+    let last: Value = serde_json::from_str(told.lines().last().unwrap_or_default())?;
+    ensure!(last["partial"].to_string().contains("interrupted"), "{last}");
+    ensure!(told.lines().count() > 2_000, "what was read is told: {} lines", told.lines().count());
+    ensure!(dead_depth(&world, Lane::Events).await? == (LETTERS as u64, 0), "not all was given back");
+
+    let begun = Instant::now();
+    let output = list()?.wait_with_output()?;
+    println!("{LETTERS} letters: interrupted within {took:?}, listed in {:?}", begun.elapsed());
+    ensure!(output.status.success(), "{:?}", output.status);
+    ensure!(text(&output.stdout).lines().count() == LETTERS as usize);
+    ensure!(dead_depth(&world, Lane::Events).await? == (LETTERS as u64, 0), "not all was given back");
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_somebody_else_has_received_is_told_and_is_no_success() -> Result<()> {
+    let world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    for id in 1..=3 {
+        put_dead(&world, Lane::Events, &upsert(id), &[]).await?;
+    }
+    let url = url(&world, Lane::Events, "-dlq").await?;
+    let received = world.sqs.receive_message().queue_url(&url).max_number_of_messages(2).visibility_timeout(600);
+    let hidden = received.send().await?.messages.unwrap_or_default().len();
+    ensure!(hidden == 2, "{hidden}");
+    for verb in [&["list"][..], &["list", "--json"], &["discard", "--id", "x", "--yes"], &["redrive", "--id", "x"]] {
+        let output = world.cli(&[&["dlq"], verb].concat())?;
+        let told = text(&output.stderr);
+        ensure!(output.status.code() == Some(1) && told.contains("about 2 more letters"), "{verb:?}: {output:?}");
+        ensure!(!verb.contains(&"--json") || text(&output.stdout).contains("\"partial\""), "{output:?}");
+    }
+    let seen = text(&world.cli(&["dlq", "list", "--json"])?.stdout);
+    let seen: Value = serde_json::from_str(seen.lines().next().unwrap_or_default())?;
+    let id = seen["event_id"].as_str().context("an id")?;
+    let output = world.cli(&["dlq", "show", id])?;
+    ensure!(output.status.code() == Some(1) && text(&output.stdout).contains(id), "a copy may be hidden: {output:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn copies_in_two_lanes_are_sent_once() -> Result<()> {
+    let world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    for lane in [Lane::Events, Lane::Valuations] {
+        put_dead(&world, lane, &upsert(1), &[("reason", &reason("invalid_data", "m-1"))]).await?;
+    }
+    put_dead(&world, Lane::PostProcessing, &upsert(1), &[("reason", &reason("invalid_data", "m-2"))]).await?;
+    let output = world.cli(&["dlq", "redrive", "--all"])?;
+    let told = text(&output.stdout);
+    ensure!(told.contains("1 letter redriven, 1 duplicate deleted, 1 left"), "{told}");
+    ensure!(output.status.code() == Some(1), "what may have been refused again is left");
+    ensure!(take_all(&world, Lane::Events, "").await?.len() == 1 && world.depth(Lane::Valuations).await? == (0, 0));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_letter_without_room_for_its_count_is_sent_without() -> Result<()> {
+    let world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    let large = "b".repeat(256 * 1024);
+    put_dead(&world, Lane::Events, &large, &[]).await?;
+    let told = world.done(&["dlq", "redrive", "--all"])?;
+    ensure!(told.contains("without its count of redrives"), "{told}");
+    ensure!(take_all(&world, Lane::Events, "").await? == [(large, String::new())]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_letter_that_was_sent_and_not_deleted_is_told_as_that() -> Result<()> {
+    let mut world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    for id in 1..=2 {
+        put_dead(&world, Lane::Events, &upsert(id), &[]).await?;
+    }
+    let proxy = proxy(&mut world).await?;
+    let scope = Scope { action: Some("DeleteMessageBatch".to_owned()), queue: None };
+    proxy.order_in(scope, SqsFault::PartialBatchFailure, 1);
+    let output = world.cli(&["dlq", "redrive", "--all"])?;
+    let told = text(&output.stdout);
+    ensure!(told.matches("redriven, not deleted").count() == 1 && told.contains("2 letters redriven"), "{told}");
+    ensure!(output.status.code() == Some(1), "{output:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_letter_that_another_received_while_it_was_sent_is_told_as_that() -> Result<()> {
+    let mut world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    put_dead(&world, Lane::Events, &upsert(1), &[]).await?;
+    let proxy = proxy(&mut world).await?;
+    // SQS says that a delete by an old receipt was done, and does nothing.
+    proxy.order(SqsFault::StaleReceipt, u64::MAX);
+    let output = world.cli(&["dlq", "redrive", "--all"])?;
+    let told = text(&output.stdout);
+    ensure!(told.contains("redriven, not deleted") && told.contains("somebody else has it"), "{told}");
+    ensure!(output.status.code() == Some(1), "{output:?}");
+    ensure!(take_all(&world, Lane::Events, "").await?.len() == 1, "it was sent");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_letter_of_which_sqs_does_not_say_whose_it_is_is_left() -> Result<()> {
+    const LETTERS: i64 = 6;
+    let mut world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    world.set("queue.visibility_timeout", "2s");
+    put_many(&world, Lane::Events, LETTERS).await?;
+    let proxy = proxy(&mut world).await?;
+    proxy.order(SqsFault::ExtensionFails, u64::MAX);
+    // The rate outlasts the time for which letters are hidden, and no extension is carried out.
+    let output = world.cli(&["dlq", "redrive", "--all", "--rate", "1"])?;
+    let told = text(&output.stdout);
+    let (sent, left) = (told.matches("redriven  events").count(), told.matches("left  events").count());
+    ensure!(sent > 0 && left > 0 && sent + left == LETTERS as usize, "{told}");
+    ensure!(told.matches("SQS did not say whether somebody else has it").count() == left, "{told}");
+    ensure!(output.status.code() == Some(1), "{output:?}");
+    ensure!(take_all(&world, Lane::Events, "").await?.len() == sent, "{told}");
+    Ok(())
 }

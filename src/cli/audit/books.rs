@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::account::Account;
 use super::expected::publish_event_id;
+use crate::cli::count;
 use crate::cli::text::span;
 use crate::db::audit::{Listings, PublicationBooks};
 use crate::db::{Database, DbError};
@@ -69,7 +70,8 @@ async fn look_at(database: &Database, run_id: &str, settled: bool) -> Result<Opt
             account.is_wrong("incomplete", format!("{} were selected and {rows} have a row", run.selected));
         } else if rows > run.selected {
             // Inserted in the very moment of the opening, such a listing is in the set without being counted.
-            account.notes.push(format!("{} listings more than were counted at the opening", rows - run.selected));
+            let more = count((rows - run.selected).unsigned_abs(), "listing");
+            account.notes.push(format!("{more} more than counted at the opening"));
         }
         if run.cursor < run.last_listing_id {
             account.is_wrong(

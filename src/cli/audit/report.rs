@@ -38,7 +38,9 @@ pub(super) fn text(accounts: &[Account], topic: &Topic, verdict: Verdict) -> Str
                 count(account.truncated, "record")
             );
         }
-        for note in account.unfinished.iter().chain(&account.notes) {
+        // Where nothing should be under way, it is among the gaps.
+        let unfinished = account.unfinished.iter().filter(|_| !account.gaps.iter().any(|gap| gap.kind == "unfinished"));
+        for note in unfinished.chain(&account.notes) {
             let _ = writeln!(text, "            {note}");
         }
     }

@@ -58,10 +58,10 @@ pub(super) struct Filters {
     #[arg(long = "reason", value_name = "CODE")]
     reasons: Vec<String>,
     /// Sent at this time or later, RFC 3339.
-    #[arg(long, value_name = "TIME", value_parser = |text: &str| OffsetDateTime::parse(text, &Rfc3339))]
+    #[arg(long, value_name = "TIME", value_parser = moment)]
     since: Option<OffsetDateTime>,
     /// Sent before this time, RFC 3339.
-    #[arg(long, value_name = "TIME", value_parser = |text: &str| OffsetDateTime::parse(text, &Rfc3339))]
+    #[arg(long, value_name = "TIME", value_parser = moment)]
     until: Option<OffsetDateTime>,
     /// Sent longer ago than this: 90s, 30m, 12h, 7d.
     #[arg(long, value_name = "SPAN", value_parser = span, conflicts_with = "until")]
@@ -72,6 +72,12 @@ pub(super) struct Filters {
     /// Id of the event, or of the message; may be repeated.
     #[arg(long = "id", value_name = "ID")]
     ids: Vec<String>,
+}
+
+/// A moment.
+fn moment(text: &str) -> Result<OffsetDateTime, String> {
+    OffsetDateTime::parse(text, &Rfc3339)
+        .map_err(|_| format!("{text:?} is no RFC 3339 time; give date, time and offset, such as 2026-01-31T02:00:00Z"))
 }
 
 /// A time span with one unit.

@@ -132,7 +132,7 @@ fn state(run: &RunStatus) -> String {
         "waiting" => "running, but nobody works on it: it goes on when its event is delivered",
         "cancelling" if is_at_work(run) => "running, a cancel was requested: its worker ends it within seconds",
         "cancelling" => "running, a cancel was requested and its worker is gone: `write-api cancel` closes it",
-        "publishing" => "complete",
+        "publishing" | "unpublished" => "complete",
         "cancelled" => "cancelled: `write-api retry` lets it go on",
         "failed" => "failed: `write-api retry` lets it go on",
         state => state,
@@ -156,6 +156,11 @@ fn publication(run: &RunStatus) -> String {
     }
     if let Some(cursor) = run.publication_cursor.filter(|cursor| *cursor != i64::MIN) {
         let _ = write!(text, ", sent up to listing {cursor}");
+    }
+    if state == "failed" {
+        text.push_str(
+            "; quarantined after too many deaths: `write-api dlq redrive --reason quarantined` lets it go on",
+        );
     }
     if run.publications > 1 {
         let _ = write!(text, "; the newest of {}", run.publications);
