@@ -15,7 +15,6 @@ use std::time::Duration;
 
 use clap::Args;
 use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 
 use self::account::Account;
 use self::records::Topic;
@@ -45,8 +44,7 @@ pub(super) struct Options {
     #[arg(long, value_name = "EVENT_ID")]
     run: Option<String>,
     /// Only runs opened at this time or later, RFC 3339.
-    #[arg(long, value_name = "TIME", conflicts_with = "run",
-          value_parser = |text: &str| OffsetDateTime::parse(text, &Rfc3339))]
+    #[arg(long, value_name = "TIME", conflicts_with = "run", value_parser = super::text::moment)]
     since: Option<OffsetDateTime>,
     /// Take what is unfinished for a gap: nothing should be under way.
     #[arg(long)]

@@ -1,4 +1,7 @@
-//! Figures as people read them.
+//! Figures and times as people read and write them.
+
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 /// A number with commas between its thousands.
 pub(super) fn thousands(number: i64) -> String {
@@ -28,10 +31,17 @@ pub(super) fn span(seconds: f64) -> String {
     }
 }
 
+/// Reads a moment of the command line.
+pub(super) fn moment(text: &str) -> Result<OffsetDateTime, String> {
+    OffsetDateTime::parse(text, &Rfc3339)
+        .map_err(|_| format!("{text:?} is no RFC 3339 time; give date, time and offset, such as 2026-01-31T02:00:00Z"))
+}
+
 /// A line that others wrote, without what would move a terminal's cursor, colour it or turn the direction of writing.
 pub(super) fn printable(text: &str) -> String {
     let is_harmful = |c: char| {
-        c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+        c.is_control()
+            || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
     };
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures::{StreamExt, stream};
 use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::sqs::{BATCH, DeadLetter, Extension, Queue, Sqs, SqsError};
 
@@ -38,9 +38,9 @@ const BATCHES_AT_ONCE: usize = 32;
 /// at the next look, and not at once.
 const LOOKS_FOR_DUE: u32 = 16;
 
-/// Given to a receive that is on its way when the reading is to stop: what SQS hides by it can only be given back if its
-/// answer is seen.
-const LAST_ANSWER: Duration = Duration::from_millis(1_500);
+/// Given to a call of SQS that is on its way when the reading is to stop, and to each that gives messages back. It is longer
+/// than [`WAIT`].
+pub const LAST_ANSWER: Duration = Duration::from_millis(1_500);
 
 /// SQS lets 120,000 messages of a queue be received and not deleted, and then answers receives with nothing, as if it were
 /// empty.
@@ -119,7 +119,7 @@ impl Reader {
     }
 
     /// The next messages, none seen before; `None` at the end, and once the reading is to stop. Received messages are held
-    /// until they are deleted or given back.
+    /// until they are deleted or given back; a stop in the middle of a receive gives them back.
     pub async fn next(&mut self) -> Result<Option<Vec<DeadLetter>>, SqsError> {
         self.missed = None;
         loop {
@@ -136,7 +136,11 @@ impl Reader {
                 return Ok(None);
             }
             if self.quiet >= QUIET_RECEIVES {
-                match self.unseen().await? {
+                let unseen = tokio::select! {
+                    unseen = self.unseen() => unseen?,
+                    () = stopped(self.stop.clone()) => return Ok(None),
+                };
+                match unseen {
                     0 => return Ok(None),
                     _ if self.looked < LOOKS_FOR_UNSEEN => self.looked += 1,
                     unseen => {
@@ -145,10 +149,7 @@ impl Reader {
                     }
                 }
             }
-            let letters = tokio::select! {
-                letters = self.sqs.receive_dead_letters(&self.dead, WAIT, self.visibility) => letters?,
-                () = stopped(self.stop.clone(), LAST_ANSWER) => return Ok(None),
-            };
+            let Some(letters) = self.receive().await? else { return Ok(None) };
             let is_empty = letters.is_empty();
             let new = self.hold(letters);
             if !new.is_empty() {
@@ -160,6 +161,24 @@ impl Reader {
                 false => self.repeated += 1,
             }
         }
+    }
+
+    /// Up to ten messages; `None` if the reading is to stop.
+    async fn receive(&mut self) -> Result<Option<Vec<DeadLetter>>, SqsError> {
+        let (sqs, dead) = (self.sqs.clone(), self.dead.clone());
+        let receive = sqs.receive_dead_letters(&dead, WAIT, self.visibility);
+        tokio::pin!(receive);
+        tokio::select! {
+            letters = &mut receive => return letters.map(Some),
+            () = stopped(self.stop.clone()) => {}
+        }
+        // What SQS hides by it can only be given back if its answer is seen. What is held need not wait for that.
+        let held = std::mem::take(&mut self.held);
+        let (last, ()) = tokio::join!(timeout(LAST_ANSWER, receive), give_back(&sqs, &dead, &held));
+        if let Ok(Ok(letters)) = last {
+            self.hold(letters);
+        }
+        Ok(None)
     }
 
     /// Notes what was received, and returns what was not seen before.
@@ -195,7 +214,7 @@ impl Reader {
     }
 
     /// Extends what has half of its time left, once; to be called between messages. What SQS does not extend is delivered
-    /// again, and known. A stop ends it between batches.
+    /// again, and known. A stop ends it at once: everything is about to be given back.
     pub async fn keep(&mut self) {
         let now = Instant::now();
         if now < self.next_look {
@@ -203,39 +222,47 @@ impl Reader {
         }
         self.next_look = now + self.visibility / LOOKS_FOR_DUE;
         let due_until = now + self.visibility / 2;
-        let (due, rest): (Vec<Held>, Vec<Held>) =
-            std::mem::take(&mut self.held).into_iter().partition(|held| held.until < due_until);
-        self.held = rest;
-        if due.is_empty() {
-            return;
-        }
-        let mut batches: Vec<Vec<Held>> = Vec::with_capacity(due.len().div_ceil(BATCH));
-        for held in due {
-            match batches.last_mut() {
-                Some(batch) if batch.len() < BATCH => batch.push(held),
-                _ => batches.push(vec![held]),
+        let due: Vec<usize> = (0..self.held.len()).filter(|at| self.held[*at].until < due_until).collect();
+        let (mut kept, mut refused, mut problem) = (Vec::new(), Vec::new(), None);
+        {
+            let mut batches =
+                stream::iter(due.chunks(BATCH)).map(|batch| self.extend(batch)).buffer_unordered(BATCHES_AT_ONCE);
+            let stopped = stopped(self.stop.clone());
+            tokio::pin!(stopped);
+            while let Some((batch, until, answers)) = tokio::select! {
+                batch = batches.next() => batch,
+                () = &mut stopped => None,
+            } {
+                match answers {
+                    Ok(answers) => batch.iter().zip(answers).for_each(|(at, answer)| match answer {
+                        Extension::Extended => kept.push((*at, until)),
+                        // Such a receipt is of no use any more.
+                        Extension::Refused(_) => refused.push(*at),
+                        // It keeps its old time, and is due again at the next look.
+                        Extension::Failed(_) => {}
+                    }),
+                    Err(error) => problem = problem.or(Some(error)),
+                }
             }
         }
-        let (sqs, dead, visibility, stop) = (&self.sqs, &self.dead, self.visibility, &self.stop);
-        let kept: Vec<(Vec<Held>, Option<SqsError>)> = stream::iter(batches)
-            .map(|batch| async move {
-                // What is not extended is given back with everything else.
-                if *stop.borrow() {
-                    return (batch, None);
-                }
-                extend(sqs, dead, batch, visibility).await
-            })
-            .buffer_unordered(BATCHES_AT_ONCE)
-            .collect()
-            .await;
-        let mut first_error = None;
-        for (batch, error) in kept {
-            self.held.extend(batch);
-            first_error = first_error.or(error);
+        for (at, until) in kept {
+            self.held[at].until = until;
         }
-        if let Some(error) = first_error {
+        // The last first, so that the places of the others stay.
+        refused.sort_unstable();
+        for at in refused.into_iter().rev() {
+            self.held.swap_remove(at);
+        }
+        if let Some(error) = problem {
             tracing::warn!(%error, "dead letters were not kept hidden; others may see them meanwhile");
         }
+    }
+
+    /// Asks SQS to hide these of what is held for their whole time once more; gives until when that would be.
+    async fn extend<'a>(&self, batch: &'a [usize]) -> (&'a [usize], Instant, Result<Vec<Extension>, SqsError>) {
+        let entries: Vec<_> = batch.iter().map(|at| (self.held[*at].receipt.clone(), self.visibility)).collect();
+        let until = Instant::now() + self.visibility;
+        (batch, until, self.sqs.change_visibility(&self.dead, &entries).await)
     }
 
     /// Asks SQS whether a message that was read is still ours, and hides it for its whole time once more. SQS answers the
@@ -282,44 +309,36 @@ impl Reader {
 
     /// Makes everything visible again that is still held. Where that fails, it becomes visible by itself within a minute.
     pub async fn give_back(self) {
-        let receipts: Vec<(String, Duration)> =
-            self.held.into_iter().map(|held| (held.receipt, Duration::ZERO)).collect();
-        let (sqs, dead) = (&self.sqs, &self.dead);
-        let failures = stream::iter(receipts.chunks(BATCH))
-            .map(|batch| async move { sqs.change_visibility(dead, batch).await.err() })
-            .buffer_unordered(BATCHES_AT_ONCE)
-            .filter_map(std::future::ready);
-        // All of them, also after one that failed.
-        let failures: Vec<SqsError> = failures.collect().await;
-        if let Some(error) = failures.first() {
-            tracing::warn!(%error, "dead letters were not given back; they are visible again within a minute");
+        give_back(&self.sqs, &self.dead, &self.held).await;
+    }
+}
+
+/// Makes messages visible again. A batch that fails is no reason to leave the others; silence is: each would wait as long.
+async fn give_back(sqs: &Sqs, dead: &Queue, held: &[Held]) {
+    let receipts: Vec<_> = held.iter().map(|held| (held.receipt.clone(), Duration::ZERO)).collect();
+    let mut batches = stream::iter(receipts.chunks(BATCH))
+        .map(|batch| timeout(LAST_ANSWER, sqs.change_visibility(dead, batch)))
+        .buffer_unordered(BATCHES_AT_ONCE);
+    let mut problem = None;
+    while let Some(answer) = batches.next().await {
+        match answer {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => problem = problem.or(Some(error.to_string())),
+            Err(_) => {
+                problem = Some(format!("no answer within {LAST_ANSWER:?}"));
+                break;
+            }
         }
     }
-}
-
-/// Ends `grace` after the stop.
-async fn stopped(mut stop: watch::Receiver<bool>, grace: Duration) {
-    match stop.wait_for(|stop| *stop).await {
-        Ok(_) => {}
-        // Nobody is left who could say so.
-        Err(_) => return std::future::pending().await,
+    if let Some(error) = problem {
+        tracing::warn!(error, "dead letters were not given back; they are visible again within a minute");
     }
-    tokio::time::sleep(grace).await;
 }
 
-/// Extends one batch, and returns what is still ours of it: a receipt that SQS refused is of no use any more. What was not
-/// extended now keeps its old time, and is due again at the next look.
-async fn extend(sqs: &Sqs, dead: &Queue, batch: Vec<Held>, visibility: Duration) -> (Vec<Held>, Option<SqsError>) {
-    let entries: Vec<_> = batch.iter().map(|held| (held.receipt.clone(), visibility)).collect();
-    let asked_at = Instant::now();
-    let answers = match sqs.change_visibility(dead, &entries).await {
-        Ok(answers) => answers,
-        Err(error) => return (batch, Some(error)),
-    };
-    let kept = batch.into_iter().zip(answers).filter_map(|(held, answer)| match answer {
-        Extension::Extended => Some(Held { until: asked_at + visibility, ..held }),
-        Extension::Failed(_) => Some(held),
-        Extension::Refused(_) => None,
-    });
-    (kept.collect(), None)
+/// Waits until the reading is to stop.
+pub async fn stopped(mut stop: watch::Receiver<bool>) {
+    if stop.wait_for(|stop| *stop).await.is_err() {
+        // Nobody is left who could say so.
+        std::future::pending().await
+    }
 }

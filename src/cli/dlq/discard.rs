@@ -1,12 +1,12 @@
 //! `write-api dlq discard`: dead letters deleted for good.
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use clap::Args;
 
-use super::{Meant, Stop, dead_lanes, interrupted, next_letters, partial, tell};
+use super::{Meant, Stop, dead_lanes, interrupted, next_letters, partial, tell, unless_stopped};
 use crate::cli::count;
 use crate::config::Config;
-use crate::queue::dead_letters::Reader;
+use crate::queue::dead_letters::{LAST_ANSWER, Reader};
 use crate::queue::sqs::Sqs;
 
 pub(super) const HELP: &str = "\
@@ -52,7 +52,7 @@ pub(super) async fn run(config: &Config, sqs: &Sqs, stop: &Stop, options: &Optio
     let mut left = options.meant.limit();
     let (mut done, mut kept) = (0, 0);
     let mut unseen = Vec::new();
-    for lane in dead_lanes(config, sqs, filters).await? {
+    for lane in dead_lanes(config, sqs, stop, filters).await? {
         let mut reader = Reader::new(sqs.clone(), lane.dead.clone(), config.queue.visibility_timeout, stop.clone());
         let discarding = async {
             while left > 0
@@ -66,12 +66,18 @@ pub(super) async fn run(config: &Config, sqs: &Sqs, stop: &Stop, options: &Optio
                     let what = if *dry_run {
                         done += 1;
                         "would discard"
-                    } else if reader.delete(&letter.message_id).await? {
-                        done += 1;
-                        "discarded"
                     } else {
-                        kept += 1;
-                        "not deleted by SQS"
+                        let id = &letter.message_id;
+                        let deleted = unless_stopped(stop, LAST_ANSWER, reader.delete(id)).await;
+                        if deleted.with_context(|| {
+                            format!("interrupted; whether SQS has deleted message {id} is not known")
+                        })?? {
+                            done += 1;
+                            "discarded"
+                        } else {
+                            kept += 1;
+                            "not deleted by SQS"
+                        }
                     };
                     tell(what, &letter, "")?;
                 }

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 
 use super::letter::Letter;
+use crate::cli::text::moment;
 use crate::config::Config;
 use crate::events::lane;
 
@@ -72,12 +72,6 @@ pub(super) struct Filters {
     /// Id of the event, or of the message; may be repeated.
     #[arg(long = "id", value_name = "ID")]
     ids: Vec<String>,
-}
-
-/// A moment.
-fn moment(text: &str) -> Result<OffsetDateTime, String> {
-    OffsetDateTime::parse(text, &Rfc3339)
-        .map_err(|_| format!("{text:?} is no RFC 3339 time; give date, time and offset, such as 2026-01-31T02:00:00Z"))
 }
 
 /// A time span with one unit.

@@ -11,6 +11,7 @@ use serde_json::json;
 use super::filter::Filters;
 use super::letter::Letter;
 use super::{DeadLane, INTERRUPTED, Stop, dead_lanes, next_letters, partial};
+use crate::cli::text::printable;
 use crate::cli::{count, print};
 use crate::config::Config;
 use crate::queue::dead_letters::Reader;
@@ -85,7 +86,7 @@ pub(super) async fn list(config: &Config, sqs: &Sqs, stop: &Stop, options: &List
     }
     writeln!(out, "{}", count(found.letters.len() as u64, "dead letter"))?;
     for ((lane, kind, code), number) in sums {
-        writeln!(out, "  {number:>6}  {lane}  {kind}  {code}")?;
+        writeln!(out, "  {number:>6}  {lane}  {kind}  {}", printable(code))?;
     }
     print(out)?;
     found.whole()
@@ -133,7 +134,7 @@ impl Found {
 
 /// Looks at all lanes at once: each ends with receives that wait in vain.
 async fn look(config: &Config, sqs: &Sqs, stop: &Stop, filters: &Filters, limit: Option<u32>) -> anyhow::Result<Found> {
-    let lanes = dead_lanes(config, sqs, filters).await?;
+    let lanes = dead_lanes(config, sqs, stop, filters).await?;
     let looks = lanes.iter().map(|lane| look_at(config, sqs, lane, stop, filters, limit));
     let mut found = Found { letters: Vec::new(), partial: Vec::new() };
     for lane in join_all(looks).await {

@@ -15,12 +15,12 @@ use clap::Args;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
 use super::letter::Letter;
-use super::{DeadLane, Meant, Stop, dead_lanes, interrupted, next_letters, partial, tell};
+use super::{DeadLane, Meant, Stop, dead_lanes, interrupted, look_up, next_letters, partial, tell, unless_stopped};
 use crate::cli::count;
 use crate::config::Config;
 use crate::db::Database;
 use crate::fault;
-use crate::queue::dead_letters::{Hold, Reader};
+use crate::queue::dead_letters::{Hold, LAST_ANSWER, Reader};
 use crate::queue::sqs::{Queue, Sqs, SqsError};
 
 /// After so many redrives a letter is left unless it is forced: whatever refuses it has not been mended.
@@ -40,8 +40,8 @@ Examples:
   write-api dlq redrive --lane events --all --rate 100
 
 The producer's own message attributes are not kept; the event is in the body. A letter that was redriven 3 times is left \
-unless --force. What the service refuses again during the redrive is left as well, \
-and so is what SQS refuses. A letter with no room for one attribute more is sent without its count of redrives.
+unless --force, and so is one with no room for the attribute that counts. What the service refuses again during the redrive \
+is left as well, and so is what SQS refuses.
 
 Exit codes: 0 everything that was meant is sent, 1 failed, interrupted, or letters were left or could not be seen, 64 wrong usage, 78 wrong \
 configuration.";
@@ -54,7 +54,7 @@ pub(in crate::cli) struct Options {
     /// At most this many messages a second, one after another.
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     rate: u32,
-    /// Also letters that were redriven 3 times already.
+    /// Also letters that were redriven 3 times already, and those with no room for the attribute that counts.
     #[arg(long)]
     force: bool,
 }
@@ -75,12 +75,13 @@ struct Sums {
 
 pub(super) async fn run(config: &Config, sqs: &Sqs, stop: &Stop, options: &Options) -> anyhow::Result<()> {
     let database = Database::new(&config.database)?;
+    // Asked before a letter is touched; and what it answers says more than a pool that times out.
+    unless_stopped(stop, Duration::ZERO, database.ping()).await.ok_or_else(interrupted)??;
     let mut pace = interval(Duration::from_secs(1) / options.rate);
     pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut sums = Sums::default();
-    for lane in dead_lanes(config, sqs, &options.meant.filters).await? {
-        let name = &lane.source_name;
-        let source = sqs.queue(name).await.with_context(|| format!("is there a queue {name}? `write-api check`"))?;
+    for lane in dead_lanes(config, sqs, stop, &options.meant.filters).await? {
+        let source = look_up(sqs, stop, &lane.source_name).await?;
         let mut redrive = Redrive {
             sqs,
             database: &database,
@@ -182,15 +183,21 @@ impl Redrive<'_> {
             return left(&copies, why, sums);
         }
         if self.options.meant.dry_run {
-            let why = match self.quarantined(letter).await? {
-                true => "its quarantined run would go on",
-                false => "",
-            };
-            tell("would redrive", letter, why)?;
+            match unless_stopped(self.stop, Duration::ZERO, self.quarantined(letter)).await.transpose()? {
+                Some(true) => tell("would redrive", letter, "its quarantined run would go on")?,
+                Some(false) => tell("would redrive", letter, "")?,
+                None => return Ok(()),
+            }
         } else {
-            pace.tick().await;
+            if unless_stopped(self.stop, Duration::ZERO, pace.tick()).await.is_none() {
+                return Ok(());
+            }
             // A copy of it may be ours still, and is left as well: whoever has this one may be sending it.
-            match self.reader.hold_of(&letter.message_id).await {
+            let Some(hold) = unless_stopped(self.stop, Duration::ZERO, self.reader.hold_of(&letter.message_id)).await
+            else {
+                return Ok(());
+            };
+            match hold {
                 Hold::Ours => {}
                 Hold::Lost => {
                     return left(&copies, "its time was over, and somebody else may have it; redrive again", sums);
@@ -224,39 +231,43 @@ impl Redrive<'_> {
             sums.duplicates += 1;
             return tell("would delete", copy, why);
         }
-        if self.reader.delete(&copy.message_id).await? {
-            sums.duplicates += 1;
-            tell("deleted", copy, why)
-        } else {
-            left([copy], &format!("{why}, and SQS did not delete it"), sums)
+        match unless_stopped(self.stop, LAST_ANSWER, self.reader.delete(&copy.message_id)).await.transpose()? {
+            Some(true) => {
+                sums.duplicates += 1;
+                tell("deleted", copy, why)
+            }
+            Some(false) => left([copy], &format!("{why}, and SQS did not delete it"), sums),
+            None => left([copy], &format!("{why}, and {INTERRUPTED_EARLY}"), sums),
         }
     }
 
     /// Sends a letter, then deletes it. The run goes on before the message can arrive: a message of a quarantined run would
-    /// be refused again. Whoever fails in between leaves the letter where it is, and the next redrive sends it.
+    /// be refused again. Whoever fails in between leaves the letter where it is, and the next redrive sends it. A stop waits
+    /// for an answer that is on its way, but not long.
     async fn send(&mut self, letter: &Letter) -> anyhow::Result<Fate> {
-        let goes_on = match identity_of_run(letter) {
-            Some((event_id, digest)) => self.database.release_quarantined(event_id, digest).await?,
-            None => false,
+        let id = letter.message_id.as_str();
+        let release = async {
+            match identity_of_run(letter) {
+                Some((event_id, digest)) => self.database.release_quarantined(event_id, digest).await,
+                None => Ok(false),
+            }
         };
-        fault::point("redrive.before_send", &letter.message_id);
-        let id = &letter.message_id;
-        let counted = match self.send_counted(letter).await {
-            Ok(counted) => counted,
-            Err(error) if error.is_about_the_message() => {
-                return Ok(Fate::Refused(match goes_on {
-                    true => format!("{error}; its run waits for it"),
-                    false => error.to_string(),
-                }));
+        let goes_on = unless_stopped(self.stop, LAST_ANSWER, release)
+            .await
+            .with_context(|| format!("{INTERRUPTED_EARLY}; message {id} was not sent and is still here"))??;
+        let waits = if goes_on { "; its run waits for it, redrive it once more" } else { "" };
+        fault::point("redrive.before_send", id);
+        let counted = match unless_stopped(self.stop, LAST_ANSWER, self.send_counted(letter)).await {
+            Some(Ok(counted)) => counted,
+            Some(Err(error)) if error.is_about_the_message() => {
+                let alternative =
+                    if self.options.force { "" } else { "; --force sends it without its count of redrives" };
+                return Ok(Fate::Refused(format!("{error}{waits}{alternative}")));
             }
-            Err(error) => {
-                return Err(anyhow::Error::new(error).context(match goes_on {
-                    true => format!(
-                        "message {id} was not sent and is still here; its run waits for it, redrive it once more"
-                    ),
-                    false => format!("message {id} was not sent and is still here"),
-                }));
+            Some(Err(error)) => {
+                return Err(error).with_context(|| format!("message {id} was not sent and is still here{waits}"));
             }
+            None => bail!("{INTERRUPTED_EARLY}; message {id} is still here, and may have been sent{waits}"),
         };
         fault::point("redrive.after_send", id);
         let mut why = Vec::new();
@@ -266,30 +277,35 @@ impl Redrive<'_> {
         if !counted {
             why.push("without its count of redrives, for which it has no room");
         }
-        // The send may have taken longer than the letter was ours. Where SQS cannot be asked, the delete tells.
-        if self.reader.ask(id).await == Hold::Lost {
-            why.insert(0, SOMEBODY_HAS_IT);
-            return Ok(Fate::NotDeleted(why.join("; ")));
+        let stop = self.stop;
+        let delete = async {
+            // The send may have taken longer than the letter was ours. Where SQS cannot be asked, the delete tells.
+            if self.reader.ask(id).await == Hold::Lost {
+                return Ok(Some(SOMEBODY_HAS_IT));
+            }
+            let deleted = self.reader.delete(id).await?;
+            fault::point("redrive.after_delete", id);
+            Ok::<_, SqsError>((!deleted).then_some(STILL_THERE))
+        };
+        let still_there = format!("message {id} was sent, and is still in the dead-letter queue");
+        match unless_stopped(stop, LAST_ANSWER, delete).await {
+            Some(Ok(None)) => Ok(Fate::Redriven(why.join("; "))),
+            Some(Ok(Some(problem))) => {
+                why.insert(0, problem);
+                Ok(Fate::NotDeleted(why.join("; ")))
+            }
+            Some(Err(error)) => Err(error).context(still_there),
+            None => bail!("{INTERRUPTED_EARLY}; {still_there} unless SQS has deleted it meanwhile"),
         }
-        let deleted = self
-            .reader
-            .delete(id)
-            .await
-            .with_context(|| format!("message {id} was sent, and is still in the dead-letter queue"))?;
-        fault::point("redrive.after_delete", id);
-        if !deleted {
-            why.insert(0, STILL_THERE);
-            return Ok(Fate::NotDeleted(why.join("; ")));
-        }
-        Ok(Fate::Redriven(why.join("; ")))
     }
 
-    /// Sends a letter with its count of redrives, or, if SQS refuses the message so, without: SQS counts attributes towards
-    /// the largest size, and an event of just that size has room for none. Whether it went with the count.
+    /// Sends a letter with its count of redrives; whether it went with it. SQS counts attributes towards the largest size, and
+    /// an event of just that size has room for none. Without the count nothing would stop it from going round, so it is sent
+    /// so only by force.
     async fn send_counted(&self, letter: &Letter) -> Result<bool, SqsError> {
         let redrives = letter.redrives.saturating_add(1);
         match self.sqs.send_redriven(&self.source, &letter.body, redrives).await {
-            Err(error) if error.is_about_the_message() => {
+            Err(error) if error.is_about_the_message() && self.options.force => {
                 self.sqs.send_redriven(&self.source, &letter.body, 0).await.map(|()| false)
             }
             sent => sent.map(|()| true),
@@ -304,6 +320,7 @@ impl Redrive<'_> {
     }
 }
 
+const INTERRUPTED_EARLY: &str = "interrupted before an answer came";
 const STILL_THERE: &str = "SQS did not delete it: it is still in the dead-letter queue, and will be a copy there";
 const SOMEBODY_HAS_IT: &str = "its time was over, and somebody else has it: it will be a copy in the dead-letter queue";
 
