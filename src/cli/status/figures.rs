@@ -90,6 +90,8 @@ pub(super) mod tests {
             quarantined: None,
             publication_cursor: None,
             publication_error: None,
+            publication_failed_at: None,
+            publication_failed_seconds: None,
         }
     }
 

@@ -157,9 +157,12 @@ fn publication(run: &RunStatus) -> String {
     if let Some(cursor) = run.publication_cursor.filter(|cursor| *cursor != i64::MIN) {
         let _ = write!(text, ", sent up to listing {cursor}");
     }
-    if state == "failed" {
-        text.push_str(
-            "; quarantined after too many deaths: `write-api dlq redrive --reason quarantined` lets it go on",
+    if let (Some(at), Some(seconds)) = (run.publication_failed_at, run.publication_failed_seconds) {
+        let _ = write!(
+            text,
+            "; quarantined at {}, {} ago: `write-api dlq redrive --reason quarantined` lets it go on",
+            moment(at),
+            span(seconds)
         );
     }
     if run.publications > 1 {
@@ -228,6 +231,8 @@ fn wrapped(name: &str, value: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use time::macros::datetime;
+
     use super::super::figures::tests::{at_work, complete};
     use super::*;
 
@@ -292,6 +297,25 @@ mod tests {
             assert!(page.contains(entry), "{entry:?} is not in\n{page}");
         }
         assert!(!super::page(&complete()).contains("quarantined"));
+    }
+
+    #[test]
+    fn a_page_tells_since_when_and_why_a_publication_is_quarantined() {
+        let run = RunStatus {
+            publication_state: Some("failed".to_owned()),
+            publication_failed_at: Some(datetime!(2026-11-24 03:00:00 UTC)),
+            publication_failed_seconds: Some(7_500.0),
+            publication_error: Some("quarantined: 3 attempts in a row died without progress".to_owned()),
+            ..complete()
+        };
+        let page = page(&run).split_whitespace().collect::<Vec<_>>().join(" ");
+        for entry in [
+            "publication failed, 16,988 of 16,988 records",
+            "quarantined at 2026-11-24 03:00:00 UTC, 2h05m ago: `write-api dlq redrive --reason quarantined` lets it go on",
+            "its error quarantined: 3 attempts in a row died without progress",
+        ] {
+            assert!(page.contains(entry), "{entry:?} is not in\n{page}");
+        }
     }
 
     #[test]
