@@ -283,8 +283,7 @@ async fn an_interrupted_redrive_gives_back_what_it_has_not_sent() -> Result<()> 
     }
     let (mut child, mut lines) = start_redrive(&world, &["--all", "--rate", "2"])?;
     lines.next().context("a first letter")??;
-    // SAFETY: the child is ours and was not waited for.
-    unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) };
+    signal(&child, libc::SIGINT);
     let status = child.wait()?;
     ensure!(status.code() == Some(1), "{status}");
     let (visible, hidden) = dead_depth(&world, Lane::Events).await?;
@@ -412,8 +411,7 @@ async fn a_list_of_thousands_ends_though_calls_are_slow_and_at_once_when_interru
     until("letters on their way", LONG, async || Ok((dead_depth(&world, Lane::Events).await?.1 > 2_500).then_some(())))
         .await?;
     let begun = Instant::now();
-    // SAFETY: the child is ours and was not waited for.
-    unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) };
+    signal(&child, libc::SIGINT);
     let output = child.wait_with_output()?;
     let took = begun.elapsed();
     ensure!(output.status.code() == Some(1), "{:?}: {}", output.status, text(&output.stderr));
@@ -475,14 +473,254 @@ async fn copies_in_two_lanes_are_sent_once() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_letter_without_room_for_its_count_is_sent_without() -> Result<()> {
+async fn a_letter_without_room_for_its_count_is_left_unless_forced() -> Result<()> {
+    const LARGEST: usize = 256 * 1024;
+    let mut world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    let large = "b".repeat(LARGEST);
+    put_dead(&world, Lane::Events, &large, &[]).await?;
+    put_dead(&world, Lane::Events, &upsert(1), &[]).await?;
+    let proxy = proxy(&mut world).await?;
+    proxy.order(SqsFault::SizeLimit(LARGEST), u64::MAX);
+    // Nothing would count how often it goes round.
+    let output = world.cli(&["dlq", "redrive", "--all"])?;
+    let told = text(&output.stdout);
+    ensure!(told.contains("--force sends it without its count of redrives"), "{told}");
+    ensure!(
+        output.status.code() == Some(1) && told.contains("1 letter redriven, 0 duplicates deleted, 1 left"),
+        "{told}"
+    );
+    ensure!(dead_depth(&world, Lane::Events).await? == (1, 0));
+    let told = world.done(&["dlq", "redrive", "--all", "--force"])?;
+    ensure!(told.contains("without its count of redrives"), "{told}");
+    let mut sent = take_all(&world, Lane::Events, "").await?;
+    sent.sort();
+    ensure!(sent == [(large, String::new()), (upsert(1), "1".to_owned())], "{} came", sent.len());
+    ensure!(proxy.hits().get("size-limit") == Some(&2), "{:?}", proxy.hits());
+    Ok(())
+}
+
+/// Every place between two calls of a redrive: the letter is in one queue, or in both.
+#[tokio::test]
+async fn a_redrive_killed_between_any_two_calls_loses_nothing() -> Result<()> {
+    let mut world = World::new(Behaviour::default()).await?;
+    world.set("queue.visibility_timeout", "8s");
+    let proxy = proxy(&mut world).await?;
+    for (place, action, fault, sent, dead) in [
+        ("before the send", "SendMessage", SqsFault::Hang, 0, 1),
+        ("after the send, its answer lost", "SendMessage", SqsFault::HangAnswer, 1, 1),
+        ("after the send", "ChangeMessageVisibilityBatch", SqsFault::Hang, 1, 1),
+        ("before the delete", "DeleteMessageBatch", SqsFault::Hang, 1, 1),
+        ("after the delete", "DeleteMessageBatch", SqsFault::HangAnswer, 1, 0),
+    ] {
+        put_dead(&world, Lane::Events, &upsert(1), &[]).await?;
+        let before = hits(&proxy, fault);
+        proxy.order_in(Scope { action: Some(action.to_owned()), queue: None }, fault, u64::MAX);
+        let (mut child, _lines) = start_redrive(&world, &["--lane", "events", "--all"])?;
+        until(place, SOON, async || Ok((hits(&proxy, fault) > before).then_some(()))).await?;
+        child.kill()?;
+        child.wait()?;
+        proxy.clear();
+        until("the letter that the killed redrive held", SOON, async || {
+            Ok((dead_depth(&world, Lane::Events).await?.1 == 0).then_some(()))
+        })
+        .await?;
+        let (there, left) = (world.depth(Lane::Events).await?, dead_depth(&world, Lane::Events).await?);
+        ensure!((there, left) == ((sent, 0), (dead, 0)), "killed {place}: {there:?} sent, {left:?} left");
+        // The next one ends the work; what is sent twice is absorbed by the event's id.
+        world.done(&["dlq", "redrive", "--lane", "events", "--all"])?;
+        let came = take_all(&world, Lane::Events, "").await?;
+        ensure!(
+            came.len() as u64 == sent + dead && came.iter().all(|(body, _)| *body == upsert(1)),
+            "{place}: {came:?}"
+        );
+        ensure!(take_all(&world, Lane::Events, "-dlq").await?.is_empty(), "{place}");
+    }
+    world.check_dead_letters().await
+}
+
+/// Sends a signal to a child that was not waited for.
+fn signal(child: &Child, signal: libc::c_int) {
+    // SAFETY: the child is ours and was not waited for.
+    unsafe { libc::kill(child.id() as libc::pid_t, signal) };
+}
+
+/// Waits for a child, and gives how long that took.
+fn ended(child: Child) -> Result<(std::process::Output, Duration)> {
+    let begun = Instant::now();
+    let output = child.wait_with_output()?;
+    Ok((output, begun.elapsed()))
+}
+
+fn hits(proxy: &SqsProxy, fault: SqsFault) -> u64 {
+    proxy.hits().get(fault.name()).copied().unwrap_or(0)
+}
+
+#[tokio::test]
+async fn an_interrupt_waits_for_no_answer_that_does_not_come_and_a_second_for_none() -> Result<()> {
+    let mut world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    world.set("queue.visibility_timeout", "60s");
+    let proxy = proxy(&mut world).await?;
+    put_dead(&world, Lane::Events, &upsert(1), &[]).await?;
+    let start =
+        |arguments: &[&str]| world.command().args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let redrive = ["dlq", "redrive", "--lane", "events", "--all"];
+
+    // A send that hangs.
+    proxy.order_in(Scope { action: Some("SendMessage".to_owned()), queue: None }, SqsFault::Hang, u64::MAX);
+    let child = start(&redrive)?;
+    until("the send", SOON, async || Ok((hits(&proxy, SqsFault::Hang) == 1).then_some(()))).await?;
+    signal(&child, libc::SIGINT);
+    let (output, took) = ended(child)?;
+    println!("a hanging send: {took:?}");
+    let told = text(&output.stderr);
+    ensure!(output.status.code() == Some(1) && took < Duration::from_secs(3), "{took:?}: {output:?}");
+    ensure!(told.contains("interrupted") && told.contains("still here, and may have been sent"), "{told}");
+    ensure!(dead_depth(&world, Lane::Events).await? == (1, 0), "not given back");
+    proxy.clear();
+
+    // A receive that hangs.
+    proxy.order(SqsFault::HungReceive, u64::MAX);
+    let child = start(&["dlq", "list", "--lane", "events"])?;
+    until("the receive", SOON, async || Ok((hits(&proxy, SqsFault::HungReceive) == 1).then_some(()))).await?;
+    signal(&child, libc::SIGTERM);
+    let (output, took) = ended(child)?;
+    println!("a hanging receive: {took:?}");
+    ensure!(output.status.code() == Some(1) && took < Duration::from_secs(3), "{took:?}: {output:?}");
+    proxy.clear();
+
+    // The rate: one was sent, and the next is a second away.
+    put_dead(&world, Lane::Events, &upsert(2), &[]).await?;
+    put_dead(&world, Lane::Events, &upsert(3), &[]).await?;
+    let (child, mut lines) = start_redrive(&world, &["--lane", "events", "--all", "--rate", "1"])?;
+    lines.next().context("a first letter")??;
+    signal(&child, libc::SIGINT);
+    let (output, took) = ended(child)?;
+    println!("between two sends: {took:?}");
+    ensure!(output.status.code() == Some(1) && took < Duration::from_millis(900), "{took:?}: {output:?}");
+    ensure!(dead_depth(&world, Lane::Events).await? == (2, 0), "not given back");
+
+    // Giving back hangs as well: whoever asks twice does not wait for it.
+    proxy.order_in(Scope { action: Some("SendMessage".to_owned()), queue: None }, SqsFault::Hang, u64::MAX);
+    let change = Scope { action: Some("ChangeMessageVisibilityBatch".to_owned()), queue: None };
+    let before = hits(&proxy, SqsFault::Hang);
+    let child = start(&redrive)?;
+    until("the send", SOON, async || Ok((hits(&proxy, SqsFault::Hang) > before).then_some(()))).await?;
+    proxy.order_in(change, SqsFault::Hang, u64::MAX);
+    signal(&child, libc::SIGINT);
+    until("the giving back", SOON, async || Ok((hits(&proxy, SqsFault::Hang) > before + 1).then_some(()))).await?;
+    signal(&child, libc::SIGINT);
+    let (output, took) = ended(child)?;
+    println!("a second interrupt: {took:?}");
+    let told = text(&output.stderr);
+    ensure!(output.status.code() == Some(1) && told.contains("ended at once"), "{took:?}: {output:?}");
+    ensure!(took < Duration::from_millis(900), "{took:?}");
+    take_all(&world, Lane::Events, "").await?;
+    Ok(())
+}
+
+/// What a verb says at its end that cannot do its work: one line.
+fn complaint(world: &World, arguments: &[&str]) -> Result<String> {
+    let output = world.cli(arguments)?;
+    let told = text(&output.stderr);
+    let lines: Vec<&str> = told.lines().filter(|line| !line.starts_with('{')).collect();
+    ensure!(output.status.code() == Some(1) && lines.len() == 1, "{arguments:?}: {output:?}");
+    ensure!(lines[0].starts_with("write-api: "), "{told}");
+    Ok(lines[0].to_owned())
+}
+
+#[tokio::test]
+async fn a_neighbour_that_is_away_is_named_in_one_line_with_what_to_do() -> Result<()> {
+    let mut world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    put_dead(&world, Lane::Events, &upsert(1), &[]).await?;
+    let verbs = [&["list"][..], &["show", "x"], &["redrive", "--all"], &["discard", "--all", "--yes"]];
+    let proxy = proxy(&mut world).await?;
+    for action in ["GetQueueUrl", "ReceiveMessage"] {
+        proxy.order_in(Scope { action: Some(action.to_owned()), queue: None }, SqsFault::Down, u64::MAX);
+        for verb in verbs {
+            let told = complaint(&world, &[&["dlq"], verb].concat())?;
+            println!("{told}");
+            for part in
+                [&format!("SQS {action} on "), "-dlq failed", &proxy.endpoint(), "aws.region", "`write-api check`"]
+            {
+                ensure!(told.contains(part), "no {part:?}: {told}");
+            }
+        }
+        proxy.clear();
+    }
+    // In the middle of the work: what was sent is told.
+    proxy.order_in(
+        Scope { action: Some("SendMessage".to_owned()), queue: None },
+        SqsFault::ExpiredCredentials,
+        u64::MAX,
+    );
+    let told = complaint(&world, &["dlq", "redrive", "--all"])?;
+    println!("{told}");
+    ensure!(told.contains("stopped after 0 letters") && told.contains("was not sent and is still here"), "{told}");
+    ensure!(told.contains("expired") && told.contains("the credentials"), "{told}");
+    proxy.clear();
+
+    let database = world.environment().database_url().to_owned();
+    let nobody = format!("127.0.0.1:{}", local_stack::free_port()?);
+    world.set("database.url", format!("postgres://app@{nobody}/app"));
+    for verb in [&["dlq", "redrive", "--all"][..], &["dlq", "redrive", "--all", "--dry-run"], &["audit"]] {
+        let told = complaint(&world, verb)?;
+        println!("{told}");
+        for part in ["Postgres", &nobody, "refused", "database.url", "`write-api check`"] {
+            ensure!(told.contains(part), "no {part:?}: {told}");
+        }
+    }
+    ensure!(dead_depth(&world, Lane::Events).await? == (1, 0), "a letter is gone or hidden");
+    world.set("database.url", database);
+
+    world.set("lanes.events.queue", "no-such-queue");
+    let told = complaint(&world, &["dlq", "list"])?;
+    println!("{told}");
+    ensure!(told.contains("no-such-queue-dlq") && told.contains("`write-api setup`"), "{told}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_others_wrote_is_shown_and_does_not_steer_the_terminal() -> Result<()> {
     let world = World::new(Behaviour::default()).await?;
     world.expect_dead_letters();
-    let large = "b".repeat(256 * 1024);
-    put_dead(&world, Lane::Events, &large, &[]).await?;
-    let told = world.done(&["dlq", "redrive", "--all"])?;
-    ensure!(told.contains("without its count of redrives"), "{told}");
-    ensure!(take_all(&world, Lane::Events, "").await? == [(large, String::new())]);
+    // SQS takes all of these in bodies and attributes.
+    let hostile = "\u{9b}31mred\u{202e}\u{61c}\u{2028}\u{7f}\rover";
+    put_dead(&world, Lane::Events, &format!("no json {hostile}\tend\nline"), &[("reason", &reason(hostile, hostile))])
+        .await?;
+    put_dead(&world, Lane::Events, &upsert(1).replace("upsert-1", hostile), &[("reason", hostile)]).await?;
+    let id = listed(&world, &["--kind", "unknown"])?[0]["message_id"].as_str().context("an id")?.to_owned();
+    for arguments in [&["list"][..], &["show", &id], &["show", hostile], &["redrive", "--all", "--dry-run"]] {
+        let told = world.done(&[&["dlq"], arguments].concat())?;
+        let harmful: Vec<char> = told
+            .chars()
+            .filter(|c| c.is_control() && !"\n\t".contains(*c) || "\u{202e}\u{61c}\u{2028}".contains(*c))
+            .collect();
+        ensure!(harmful.is_empty(), "{arguments:?} printed {harmful:?}:\n{told}");
+        ensure!(told.contains("\\u{9b}31mred\\u{202e}\\u{61c}\\u{2028}\\u{7f}\\rover"), "{told}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_limit_is_one_for_all_lanes() -> Result<()> {
+    let world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    for (id, lane) in (1..).zip([Lane::Events, Lane::Events, Lane::Valuations, Lane::Valuations, Lane::PostProcessing])
+    {
+        put_dead(&world, lane, &upsert(id), &[]).await?;
+    }
+    ensure!(listed(&world, &["--limit", "3"])?.len() == 3);
+    let told = world.done(&["dlq", "discard", "--all", "--dry-run", "--limit", "3"])?;
+    ensure!(told.contains("3 letters would be discarded"), "{told}");
+    let told = world.done(&["dlq", "redrive", "--all", "--limit", "3"])?;
+    ensure!(told.contains("3 letters redriven, 0 duplicates deleted, 0 left"), "{told}");
+    ensure!(listed(&world, &[])?.len() == 2, "more were taken");
+    for lane in LANES {
+        take_all(&world, lane, "").await?;
+    }
     Ok(())
 }
 

@@ -219,7 +219,10 @@ impl Redrive<'_> {
         let origins = copies.iter().filter_map(|copy| copy.origin_id.clone()).collect();
         sums.events.insert(letter.identity, origins);
         sums.sent += 1;
-        for copy in &copies[1..] {
+        for (at, copy) in copies.iter().enumerate().skip(1) {
+            if *self.stop.borrow() {
+                return left(&copies[at..], "its event was sent, and the command was interrupted", sums);
+            }
             self.duplicate(copy, &format!("a copy of message {}", letter.message_id), sums).await?;
         }
         Ok(())
