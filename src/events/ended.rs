@@ -78,7 +78,11 @@ impl Ended {
     /// Writes ends; those that are written are no longer kept. Each kind by itself and at once: what keeps one from being
     /// written keeps no other, and waits for none.
     pub(super) async fn write(&self, database: &Database, ends: &[End]) -> Result<(), DbError> {
-        let kind = |of| self.write_kind(database, of, ends.iter().filter(|end| end.of == of).cloned().collect());
+        // In a box each: every event's future has room for this, and hardly one needs it.
+        let kind = |of| {
+            let of_kind: Vec<End> = ends.iter().filter(|end| end.of == of).cloned().collect();
+            Box::pin(self.write_kind(database, of, of_kind))
+        };
         let (owners, publishers, deliveries) = tokio::join!(kind(Of::Owner), kind(Of::Publisher), kind(Of::Delivery));
         owners.and(publishers).and(deliveries)
     }
