@@ -8,8 +8,8 @@ use aws_sdk_sqs::Client;
 use aws_sdk_sqs::config::retry::RetryConfig;
 use aws_sdk_sqs::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_sqs::types::{
-    ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry, Message, MessageSystemAttributeName,
-    SendMessageBatchRequestEntry,
+    ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry, Message, MessageAttributeValue,
+    MessageSystemAttributeName, SendMessageBatchRequestEntry,
 };
 use local_stack::{Scope, SqsFault, SqsProxy};
 use tokio::time::timeout;
@@ -304,6 +304,42 @@ async fn calls_are_throttled_refused_and_cut() -> Result<()> {
     let expected = [("down", 3), ("expired-credentials", 1), ("send-answer-lost", 1), ("throttle", 1)];
     assert_eq!(bench.proxy.hits(), expected.map(|(name, count)| (name.to_owned(), count)).into());
     assert_eq!(bench.proxy.log().first().map(|hit| hit.what.as_str()), Some("SendMessage on proxy-refusals"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn messages_are_refused_by_their_size_with_attributes() -> Result<()> {
+    let bench = Bench::new("proxy-sizes").await?;
+    // The body, and name, type and value of the attribute: 10 + 1 + 6 + 3.
+    bench.proxy.order(SqsFault::SizeLimit(20), u64::MAX);
+    let send = |value: &str| {
+        let attribute = MessageAttributeValue::builder().data_type("String").string_value(value).build();
+        let call = bench.client.send_message().queue_url(&bench.queue).message_body("0123456789");
+        call.message_attributes("a", attribute.expect("the type is set")).send()
+    };
+    send("123").await?;
+    assert!(bench.proxy.hits().is_empty());
+    let error = send("1234").await.expect_err("it is one byte too large");
+    assert_eq!(answered(&error), Some((400, "InvalidParameterValue")), "{error:?}");
+    let entries = ["small".to_owned(), "x".repeat(21)]
+        .map(|body| SendMessageBatchRequestEntry::builder().id(&body[..1]).message_body(body).build())
+        .into_iter()
+        .collect::<Result<_, _>>()?;
+    let sent = bench.client.send_message_batch().queue_url(&bench.queue).set_entries(Some(entries)).send().await?;
+    let failed: Vec<_> = sent.failed().iter().map(|entry| (entry.id(), entry.sender_fault())).collect();
+    assert_eq!((failed, sent.successful().len()), (vec![("x", true)], 1));
+    assert_eq!(bench.hits(SqsFault::SizeLimit(0)), 2);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_call_hangs_before_or_after_it_is_carried_out() -> Result<()> {
+    let bench = Bench::new("proxy-hanging").await?;
+    for (fault, arrives) in [(SqsFault::Hang, false), (SqsFault::HangAnswer, true)] {
+        bench.proxy.order(fault, 1);
+        assert!(timeout(Duration::from_secs(2), bench.send("hello")).await.is_err(), "an answer came");
+        assert_eq!((bench.hits(fault), bench.receive(30).await?.len()), (1, usize::from(arrives)), "{}", fault.name());
+    }
     Ok(())
 }
 

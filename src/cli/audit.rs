@@ -10,14 +10,14 @@ mod expected;
 mod records;
 mod report;
 
+use std::collections::HashSet;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
 use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 
-use self::account::Account;
+use self::account::{Account, Gap};
 use self::records::Topic;
 use crate::config::Config;
 use crate::db::Database;
@@ -45,8 +45,7 @@ pub(super) struct Options {
     #[arg(long, value_name = "EVENT_ID")]
     run: Option<String>,
     /// Only runs opened at this time or later, RFC 3339.
-    #[arg(long, value_name = "TIME", conflicts_with = "run",
-          value_parser = |text: &str| OffsetDateTime::parse(text, &Rfc3339))]
+    #[arg(long, value_name = "TIME", conflicts_with = "run", value_parser = super::text::moment)]
     since: Option<OffsetDateTime>,
     /// Take what is unfinished for a gap: nothing should be under way.
     #[arg(long)]
@@ -75,11 +74,23 @@ impl Verdict {
             Verdict::Truncated => 3,
         })
     }
+}
 
-    fn of(accounts: &[Account], topic: &Topic) -> Self {
-        if !topic.gaps.is_empty() || accounts.iter().any(|account| !account.gaps.is_empty()) {
+/// All that was found.
+struct Found {
+    accounts: Vec<Account>,
+    /// What of the database belongs to no run.
+    of_no_run: Vec<Gap>,
+    topic: Topic,
+}
+
+impl Found {
+    fn verdict(&self) -> Verdict {
+        let mut accounts = self.accounts.iter();
+        let gaps = !self.topic.gaps.is_empty() || !self.of_no_run.is_empty();
+        if gaps || accounts.clone().any(|account| !account.gaps.is_empty()) {
             Verdict::Gaps
-        } else if accounts.iter().any(|account| account.truncated > 0) {
+        } else if accounts.any(|account| account.truncated > 0) {
             Verdict::Truncated
         } else {
             Verdict::Balanced
@@ -90,6 +101,12 @@ impl Verdict {
 /// Audits and reports.
 pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<Verdict> {
     let database = Database::new(&config.database)?;
+    database.ping().await.map_err(|error| {
+        anyhow::anyhow!(
+            "{error}; see that Postgres runs at {} and that database.url names it; `write-api check` tells more",
+            config.database.address()
+        )
+    })?;
     let run_ids = database.audited_runs(options.run.as_deref(), options.since).await?;
     if let (Some(run_id), true) = (&options.run, run_ids.is_empty()) {
         return Err(super::status::unknown_run(run_id));
@@ -97,14 +114,39 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<Ve
     let mut accounts = Vec::with_capacity(run_ids.len());
     for run_id in run_ids {
         // Pruned since the list was made: there is nothing to audit.
-        accounts.extend(books::account(&database, &run_id, options.settled).await?);
+        accounts.extend(books::account(&database, &run_id, config.database.statement_timeout).await?);
     }
     let of_all_runs = options.run.is_none() && options.since.is_none();
     let topic = records::check(&database, &config.kafka, &mut accounts, of_all_runs, PATIENCE).await?;
-    let verdict = Verdict::of(&accounts, &topic);
+    let of_no_run = if of_all_runs { books::of_no_run(&database).await? } else { Vec::new() };
+    settle(&database, &mut accounts, options.settled).await?;
+    let found = Found { accounts, of_no_run, topic };
+    let verdict = found.verdict();
     super::print(match options.json {
-        true => report::document(&accounts, &topic, verdict),
-        false => report::text(&accounts, &topic, verdict),
+        true => report::document(&found, verdict),
+        false => report::text(&found, verdict),
     })?;
     Ok(verdict)
+}
+
+/// What can only be said when everything was read.
+async fn settle(database: &Database, accounts: &mut Vec<Account>, settled: bool) -> anyhow::Result<()> {
+    for account in accounts.iter_mut().filter(|account| account.records > 0 && account.publications == 0) {
+        // It may have begun after the books were read.
+        if account.state == "complete" && database.publication_books(&account.run_id).await?.is_empty() {
+            let what = format!("{} on Kafka, and no publication is recorded", super::count(account.records, "record"));
+            account.is_wrong("publication_missing", what);
+        }
+    }
+    if settled {
+        for account in accounts.iter_mut() {
+            let unfinished = account.unfinished.clone();
+            account.gap("unfinished", unfinished.len() as u64, unfinished);
+        }
+    }
+    // Of a run that retention has begun to remove meanwhile, rows may have been gone when they were looked for.
+    let run_ids: Vec<String> = accounts.iter().map(|account| account.run_id.clone()).collect();
+    let there: HashSet<String> = database.unpruned_runs(&run_ids).await?.into_iter().collect();
+    accounts.retain(|account| there.contains(&account.run_id));
+    Ok(())
 }

@@ -1,7 +1,7 @@
 //! `write-api dlq`: what is in the dead-letter queues, and how it gets out of them.
 //!
 //! Every verb receives, sends and deletes by itself, message by message: SQS's own redrive takes a whole queue or nothing.
-//! What was only looked at is given back at the end, also after Ctrl-C.
+//! What was only looked at is given back at the end, also after Ctrl-C; a second Ctrl-C does not wait for that.
 
 mod discard;
 mod filter;
@@ -10,18 +10,21 @@ mod list;
 mod redrive;
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use anyhow::Context;
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use self::filter::{Filters, LaneName};
 use self::letter::Letter;
+use crate::cli::text::printable;
+use crate::cli::{count, print};
 use crate::config::Config;
+use crate::db::DbError;
 use crate::metrics::Metrics;
-use crate::queue::dead_letters::Reader;
-use crate::queue::sqs::{Queue, Sqs, dead_letter_queue};
+use crate::queue::dead_letters::{MOST_HELD, Missed, Reader, stopped};
+use crate::queue::sqs::{Queue, Sqs, SqsError, dead_letter_queue};
 
 /// Which verb.
 #[derive(Debug, Subcommand)]
@@ -48,8 +51,8 @@ impl Options {
     /// What the parser cannot see.
     pub(super) fn check(&self) -> Result<(), String> {
         match self {
-            Options::Redrive(options) => options.filters.check(options.all),
-            Options::Discard(options) => options.filters.check(options.all),
+            Options::Redrive(options) => options.meant.check(),
+            Options::Discard(options) => options.check(),
             Options::List(_) | Options::Show(_) => Ok(()),
         }
     }
@@ -59,15 +62,83 @@ impl Options {
 pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()> {
     let sqs = Sqs::new(&config.aws, &config.queue, Arc::new(Metrics::new())).await;
     let stop = interrupt()?;
-    match options {
+    let done = match options {
         Options::List(options) => list::list(config, &sqs, &stop, options).await,
         Options::Show(options) => list::show(config, &sqs, &stop, options).await,
         Options::Redrive(options) => redrive::run(config, &sqs, &stop, options).await,
         Options::Discard(options) => discard::run(config, &sqs, &stop, options).await,
+    };
+    done.map_err(|error| with_remedy(error, config))
+}
+
+/// The error with what to do about it, where a neighbour is at fault.
+fn with_remedy(error: anyhow::Error, config: &Config) -> anyhow::Error {
+    let remedy = error.chain().find_map(|cause| match (cause.downcast_ref::<SqsError>(), cause.is::<DbError>()) {
+        (Some(error), _) if error.is_missing_queue() => {
+            Some("create it with `write-api setup`, or name another in lanes.*.queue".to_owned())
+        }
+        (Some(_), _) => Some(format!(
+            "see aws.endpoint_url ({}), aws.region ({}), the credentials and the network; `write-api check` looks at each \
+             queue",
+            config.aws.endpoint_url.as_deref().unwrap_or("AWS's own"),
+            config.aws.region
+        )),
+        (None, true) => Some(format!(
+            "see that Postgres runs at {} and that database.url names it; `write-api check` tells more",
+            config.database.address()
+        )),
+        (None, false) => None,
+    });
+    match remedy {
+        Some(remedy) => anyhow::anyhow!("{error:#}; {remedy}"),
+        None => error,
     }
 }
 
-/// Whether the command is to end: checked between messages, so that none is left half done or hidden.
+/// Which letters a verb changes.
+#[derive(Debug, Args)]
+struct Meant {
+    #[command(flatten)]
+    filters: Filters,
+    /// Everything, without a filter.
+    #[arg(long)]
+    all: bool,
+    /// At most this many letters of all lanes together; those that are left where they are count as well.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    limit: Option<u32>,
+    /// Tell what would be done, and change nothing.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+impl Meant {
+    fn check(&self) -> Result<(), String> {
+        self.filters.check(self.all)
+    }
+
+    fn limit(&self) -> u64 {
+        self.limit.map_or(u64::MAX, u64::from)
+    }
+}
+
+/// Why what was read of a lane is not all of it, in words.
+fn partial(lane: LaneName, missed: Missed) -> String {
+    let lane = lane.as_str();
+    match missed {
+        Missed::Hidden(number) => format!(
+            "{lane}: about {} could not be seen: another command or a consumer has received them, or SQS's count is behind; try again in a minute",
+            count(number, "more letter")
+        ),
+        Missed::TooMany => format!(
+            "{lane}: there are more than {MOST_HELD} letters, and SQS does not show more at once; redrive or discard some"
+        ),
+        Missed::TooSlow => {
+            format!("{lane}: SQS answers too slowly to see all letters; redrive or discard some, or try again later")
+        }
+    }
+}
+
+/// Whether the command is to end: heard between messages, so that none is left half done or hidden, and by whatever waits.
 type Stop = watch::Receiver<bool>;
 
 fn interrupt() -> anyhow::Result<Stop> {
@@ -75,20 +146,39 @@ fn interrupt() -> anyhow::Result<Stop> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     crate::task::spawn("interrupt", async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+        for is_first in [true, false] {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if is_first {
+                let _ = sender.send(true);
+            }
         }
-        let _ = sender.send(true);
-        // Kept, so that a second signal does not take the default way out while messages are given back.
-        terminate.recv().await;
+        eprintln!("write-api: ended at once; letters that were not given back are visible again within a minute");
+        std::process::exit(1);
     });
     Ok(stop)
 }
 
+/// What `call` gives; `None` if it is still on its way `grace` after the command is to stop.
+async fn unless_stopped<T>(stop: &Stop, grace: Duration, call: impl Future<Output = T>) -> Option<T> {
+    let over = async {
+        stopped(stop.clone()).await;
+        tokio::time::sleep(grace).await;
+    };
+    tokio::select! {
+        biased;
+        done = call => Some(done),
+        () = over => None,
+    }
+}
+
+const INTERRUPTED: &str = "interrupted; what was only looked at is back in its queue";
+
 /// What to say where a signal came.
 fn interrupted() -> anyhow::Error {
-    anyhow::anyhow!("interrupted; what was only looked at is back in its queue")
+    anyhow::anyhow!(INTERRUPTED)
 }
 
 /// A lane and its dead-letter queue.
@@ -99,16 +189,18 @@ struct DeadLane {
 }
 
 /// The lanes asked for, or all.
-async fn dead_lanes(config: &Config, sqs: &Sqs, filters: &Filters) -> anyhow::Result<Vec<DeadLane>> {
+async fn dead_lanes(config: &Config, sqs: &Sqs, stop: &Stop, filters: &Filters) -> anyhow::Result<Vec<DeadLane>> {
     let mut lanes = Vec::new();
     for name in filters.lanes() {
         let source_name = name.queue(config).to_owned();
-        let dead_name = dead_letter_queue(&source_name);
-        let dead =
-            sqs.queue(&dead_name).await.with_context(|| format!("is there a queue {dead_name}? `write-api check`"))?;
+        let dead = look_up(sqs, stop, &dead_letter_queue(&source_name)).await?;
         lanes.push(DeadLane { name, source_name, dead });
     }
     Ok(lanes)
+}
+
+async fn look_up(sqs: &Sqs, stop: &Stop, name: &str) -> anyhow::Result<Queue> {
+    Ok(unless_stopped(stop, Duration::ZERO, sqs.queue(name)).await.ok_or_else(interrupted)??)
 }
 
 /// The next letters of a queue that pass the filters; `None` at the end or when the command is to stop. An empty list is
@@ -126,4 +218,12 @@ async fn next_letters(
     Ok(letters.map(|letters| {
         letters.into_iter().map(|letter| Letter::read(lane, letter)).filter(|letter| filters.match_(letter)).collect()
     }))
+}
+
+/// The line of one letter.
+fn tell(done: &str, letter: &Letter, why: &str) -> anyhow::Result<()> {
+    let (lane, kind, code) = (letter.lane.as_str(), letter.kind, printable(&letter.code));
+    let (name, why) = (printable(letter.name()), printable(why));
+    let line = format!("{done}  {lane}  {kind}  {code}  {name}  message {}", letter.message_id);
+    print(format!("{line}{}{why}\n", if why.is_empty() { "" } else { ": " }))
 }

@@ -47,6 +47,10 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
             "running" if run.cancel_requested =>
                 format!("run {id} is being cancelled; retry it once `write-api status` says that it is"),
             "running" => format!("run {id} is running and goes on by itself; `write-api send refresh` makes a new run"),
+            "complete" if run.publication_state.as_deref() == Some("failed") => format!(
+                "run {id} is complete and its publication is quarantined: `write-api dlq redrive --reason quarantined` lets \
+                 it go on"
+            ),
             state => format!("run {id} is {state}; `write-api send refresh` makes a new run"),
         });
     }

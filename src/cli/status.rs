@@ -28,7 +28,7 @@ Examples:
   write-api status --json | jq '.[] | select(.phase == \"waiting\")'
 
 Phases: running; waiting (nobody works on it, its event has to be delivered); cancelling; cancelled; publishing (complete, \
-its records are not all on Kafka); complete; failed. The rate is that of the last 15 to 30 seconds; the time left follows \
+its records are not all on Kafka); unpublished (complete, its publication is quarantined); complete; failed. The rate is that of the last 15 to 30 seconds; the time left follows \
 from it, without publishing.
 
 Exit codes: 0 shown, 1 no such run, or no database, 64 wrong usage, 78 wrong configuration.";

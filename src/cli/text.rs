@@ -1,4 +1,7 @@
-//! Figures as people read them.
+//! Figures and times as people read and write them.
+
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 /// A number with commas between its thousands.
 pub(super) fn thousands(number: i64) -> String {
@@ -28,6 +31,29 @@ pub(super) fn span(seconds: f64) -> String {
     }
 }
 
+/// Reads a moment of the command line.
+pub(super) fn moment(text: &str) -> Result<OffsetDateTime, String> {
+    OffsetDateTime::parse(text, &Rfc3339)
+        .map_err(|_| format!("{text:?} is no RFC 3339 time; give date, time and offset, such as 2026-01-31T02:00:00Z"))
+}
+
+/// A line that others wrote, without what would move a terminal's cursor, colour it or turn the direction of writing.
+pub(super) fn printable(text: &str) -> String {
+    let is_harmful = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\t' => shown.push(c),
+            c if is_harmful(c) => shown.extend(c.escape_default()),
+            c => shown.push(c),
+        }
+    }
+    shown
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -36,6 +62,12 @@ mod tests {
     fn thousands_are_parted() {
         let texts = [0, 7, 999, 1_000, 17_000, -1_234_567, i64::MIN].map(thousands);
         assert_eq!(texts, ["0", "7", "999", "1,000", "17,000", "-1,234,567", "-9,223,372,036,854,775,808"]);
+    }
+
+    #[test]
+    fn what_others_wrote_cannot_steer_a_terminal() {
+        assert_eq!(printable("ü \t\"1\""), "ü \t\"1\"");
+        assert_eq!(printable("\x1b[2Ja\rb\u{202e}"), "\\u{1b}[2Ja\\rb\\u{202e}");
     }
 
     #[test]

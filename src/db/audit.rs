@@ -43,6 +43,15 @@ pub struct RunBooks {
     pub completed_at_ms: Option<f64>,
 }
 
+/// Listings of a run that its cursor has passed and that have no row.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Passed {
+    /// There for long when the run was opened: there must be none.
+    pub missing: Listings,
+    /// Inserted right before, by a statement that may have been committed after their page was read.
+    pub young: Listings,
+}
+
 /// What Kafka's records of a run have in common.
 #[derive(Debug, Clone)]
 pub struct RunHead {
@@ -85,8 +94,8 @@ pub struct PublicationBooks {
     pub published: i64,
     /// Records that Kafka will never take and that were put aside.
     pub quarantined: i64,
-    /// Since it was opened.
-    pub opened_seconds: f64,
+    /// Since it was opened, or, of a failed one, since it was given up.
+    pub since_seconds: f64,
 }
 
 /// One row of `valuations`.
@@ -126,7 +135,7 @@ impl Database {
         })
     }
 
-    /// A run and its rows; `None` if there is no such run.
+    /// A run and its rows; `None` if there is no such run, or retention is removing it.
     pub async fn run_books(&self, run_id: &str) -> Result<Option<RunBooks>, DbError> {
         run!(self, "the books of a run", connection => {
             sqlx::query_as!(
@@ -147,12 +156,22 @@ impl Database {
                            count(*) FILTER (WHERE failure IS NOT NULL) AS failed
                     FROM valuations WHERE valuations.run_id = r.run_id
                 ) AS v
-                WHERE r.run_id = $1
+                -- Retention removes the rows of a marked run, its own last.
+                WHERE r.run_id = $1 AND r.pruned_since IS NULL
                 "#,
                 run_id,
             )
             .fetch_optional(connection)
             .await
+        })
+    }
+
+    /// Which of these runs retention has not begun to remove.
+    pub async fn unpruned_runs(&self, run_ids: &[String]) -> Result<Vec<String>, DbError> {
+        run!(self, "the runs that are still there", connection => {
+            sqlx::query_scalar!("SELECT run_id FROM runs WHERE run_id = ANY ($1) AND pruned_since IS NULL", run_ids)
+                .fetch_all(connection)
+                .await
         })
     }
 
@@ -172,32 +191,67 @@ impl Database {
         })
     }
 
-    /// Listings of the run's set that its cursor has passed and that have no row: there must be none.
-    pub async fn passed_without_row(&self, run_id: &str) -> Result<Listings, DbError> {
+    /// Listings of the run's set that its cursor has passed and that have no row. `in_flight_seconds` is the longest that an
+    /// insert may take: a listing tells when it was inserted, and not when that was committed.
+    pub async fn passed_without_row(&self, run_id: &str, in_flight_seconds: f64) -> Result<Passed, DbError> {
         run!(self, "the listings passed by a run's cursor", connection => {
-            sqlx::query_as!(
-                Listings,
+            let found = sqlx::query!(
                 r#"
                 WITH passed AS (
-                    SELECT l.listing_id
+                    SELECT l.listing_id, l.created_at > r.opened_at - make_interval(secs => $3) AS young
                     FROM runs AS r JOIN listings AS l
                       ON l.listing_id <= r.cursor AND l.listing_id <= r.last_listing_id AND l.created_at <= r.opened_at
                     WHERE r.run_id = $1 AND r.zip_codes IS NULL
                     UNION ALL
-                    SELECT l.listing_id
+                    SELECT l.listing_id, false
                     FROM runs AS r JOIN run_listings AS l ON l.run_id = r.run_id AND l.listing_id <= r.cursor
                     WHERE r.run_id = $1 AND r.zip_codes IS NOT NULL
                 ), missing AS (
-                    SELECT listing_id FROM passed
+                    SELECT listing_id, young FROM passed
                     WHERE NOT EXISTS (
                         SELECT FROM valuations AS v WHERE v.run_id = $1 AND v.listing_id = passed.listing_id)
                 )
-                SELECT count(*) AS "count!",
-                       ARRAY(SELECT listing_id FROM missing ORDER BY listing_id LIMIT $2) AS "first!"
+                SELECT count(*) FILTER (WHERE NOT young) AS "missing!",
+                       ARRAY(SELECT listing_id FROM missing WHERE NOT young ORDER BY listing_id LIMIT $2) AS "first_missing!",
+                       count(*) FILTER (WHERE young) AS "young!",
+                       ARRAY(SELECT listing_id FROM missing WHERE young ORDER BY listing_id LIMIT $2) AS "first_young!"
                 FROM missing
                 "#,
                 run_id,
                 SHOWN,
+                in_flight_seconds,
+            )
+            .fetch_one(connection)
+            .await?;
+            Ok(Passed {
+                missing: Listings { count: found.missing, first: found.first_missing },
+                young: Listings { count: found.young, first: found.first_young },
+            })
+        })
+    }
+
+    /// Listings of a run over all listings that have a row and were inserted within `in_flight_seconds` before its opening:
+    /// they may have been committed right after it, and then they are in the set without being counted.
+    pub async fn young_with_row(&self, run_id: &str, in_flight_seconds: f64) -> Result<Listings, DbError> {
+        run!(self, "the youngest listings of a run", connection => {
+            sqlx::query_as!(
+                Listings,
+                r#"
+                WITH young AS (
+                    SELECT v.listing_id
+                    FROM runs AS r
+                    JOIN valuations AS v ON v.run_id = r.run_id
+                    JOIN listings AS l ON l.listing_id = v.listing_id
+                    WHERE r.run_id = $1 AND r.zip_codes IS NULL
+                      AND l.created_at > r.opened_at - make_interval(secs => $3) AND l.created_at <= r.opened_at
+                )
+                SELECT count(*) AS "count!",
+                       ARRAY(SELECT listing_id FROM young ORDER BY listing_id LIMIT $2) AS "first!"
+                FROM young
+                "#,
+                run_id,
+                SHOWN,
+                in_flight_seconds,
             )
             .fetch_one(connection)
             .await
@@ -296,7 +350,9 @@ impl Database {
                 PublicationBooks,
                 r#"
                 SELECT event_id, state, published, quarantined,
-                       extract(epoch FROM clock_timestamp() - opened_at)::float8 AS "opened_seconds!"
+                       extract(epoch FROM clock_timestamp()
+                               - CASE state WHEN 'failed' THEN coalesce(failed_at, begun_at, opened_at) ELSE opened_at END
+                       )::float8 AS "since_seconds!"
                 FROM publications WHERE run_id = $1
                 ORDER BY opened_at, event_id
                 "#,
@@ -304,6 +360,69 @@ impl Database {
             )
             .fetch_all(connection)
             .await
+        })
+    }
+
+    /// Runs that a table has rows of and that are not there, by `table.run_id`. Each id is looked up in the primary key, past
+    /// the one before, so that no table is read as a whole.
+    pub async fn rows_of_unknown_runs(&self) -> Result<Vec<String>, DbError> {
+        run!(self, "the rows of no run", connection => {
+            sqlx::query_scalar!(
+                r#"
+                WITH RECURSIVE valued AS (
+                    (SELECT run_id FROM valuations ORDER BY run_id LIMIT 1)
+                    UNION ALL
+                    SELECT (SELECT v.run_id FROM valuations AS v WHERE v.run_id > valued.run_id ORDER BY v.run_id LIMIT 1)
+                    FROM valued WHERE valued.run_id IS NOT NULL
+                ), selected AS (
+                    (SELECT run_id FROM run_listings ORDER BY run_id LIMIT 1)
+                    UNION ALL
+                    SELECT (SELECT l.run_id FROM run_listings AS l
+                            WHERE l.run_id > selected.run_id ORDER BY l.run_id LIMIT 1)
+                    FROM selected WHERE selected.run_id IS NOT NULL
+                ), refused AS (
+                    (SELECT run_id FROM quarantined_records ORDER BY run_id LIMIT 1)
+                    UNION ALL
+                    SELECT (SELECT q.run_id FROM quarantined_records AS q
+                            WHERE q.run_id > refused.run_id ORDER BY q.run_id LIMIT 1)
+                    FROM refused WHERE refused.run_id IS NOT NULL
+                ), named AS (
+                    SELECT 'valuations' AS name, run_id FROM valued
+                    UNION ALL SELECT 'run_listings', run_id FROM selected
+                    UNION ALL SELECT 'quarantined_records', run_id FROM refused
+                )
+                SELECT name || ' of run ' || run_id AS "row!" FROM named
+                WHERE run_id IS NOT NULL AND NOT EXISTS (SELECT FROM runs WHERE runs.run_id = named.run_id)
+                ORDER BY 1
+                "#,
+            )
+            .fetch_all(connection)
+            .await
+        })
+    }
+
+    /// Current values whose run is not there: how many, and the first as `listing_id (run run_id)`. Where the event's time is
+    /// longer ago than `pruned_after_seconds`, the run may have been removed, and its values stay.
+    pub async fn current_of_unknown_runs(&self, pruned_after_seconds: f64) -> Result<(i64, Vec<String>), DbError> {
+        run!(self, "the current values of no run", connection => {
+            let found = sqlx::query!(
+                r#"
+                WITH unknown AS (
+                    SELECT c.listing_id, c.run_id FROM listing_valuations AS c
+                    WHERE c.event_time > clock_timestamp() - make_interval(secs => $1)
+                      AND NOT EXISTS (SELECT FROM runs AS r WHERE r.run_id = c.run_id)
+                )
+                SELECT count(*) AS "count!",
+                       ARRAY(SELECT listing_id || ' (run ' || run_id || ')' FROM unknown ORDER BY listing_id LIMIT $2)
+                           AS "first!: Vec<String>"
+                FROM unknown
+                "#,
+                pruned_after_seconds,
+                SHOWN,
+            )
+            .fetch_one(connection)
+            .await?;
+            Ok((found.count, found.first))
         })
     }
 

@@ -60,8 +60,12 @@ pub struct RunStatus {
     pub quarantined: Option<i64>,
     /// Every valuation up to this listing id has its delivery report or is quarantined.
     pub publication_cursor: Option<i64>,
-    /// Why its last attempt ended early.
+    /// Why its last attempt ended early, or why it is quarantined.
     pub publication_error: Option<String>,
+    /// When it was quarantined; `None` unless it is.
+    pub publication_failed_at: Option<OffsetDateTime>,
+    /// Since then.
+    pub publication_failed_seconds: Option<f64>,
 }
 
 /// What came of asking for a run's end.
@@ -109,10 +113,14 @@ impl Database {
                        r.pruned_since IS NOT NULL AS "is_pruned!",
                        (SELECT count(*) FROM publications WHERE run_id = r.run_id) AS "publications!",
                        p.state AS "publication_state?", p.published AS "published?", p.quarantined AS "quarantined?",
-                       p.cursor AS "publication_cursor?", p.last_error AS publication_error
+                       p.cursor AS "publication_cursor?", p.last_error AS publication_error,
+                       p.failed_at AS "publication_failed_at?",
+                       extract(epoch FROM clock_timestamp() - p.failed_at)::float8 AS publication_failed_seconds
                 FROM runs AS r
                 LEFT JOIN LATERAL (
-                    SELECT state, published, quarantined, cursor, last_error FROM publications
+                    SELECT state, published, quarantined, cursor, last_error,
+                           CASE WHEN state = 'failed' THEN coalesce(failed_at, begun_at, opened_at) END AS failed_at
+                    FROM publications
                     WHERE run_id = r.run_id
                     ORDER BY opened_at DESC
                     LIMIT 1

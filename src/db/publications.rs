@@ -143,6 +143,7 @@ impl Database {
                     UPDATE publications SET
                         owner = NULL, deaths = $2, deaths_since = CASE WHEN $2 > 0 THEN $3::timestamptz END,
                         state = CASE WHEN $4 THEN 'failed' ELSE state END,
+                        failed_at = CASE WHEN $4 THEN clock_timestamp() ELSE failed_at END,
                         last_error = CASE WHEN $4
                             THEN 'quarantined: ' || $2 || ' attempts in a row died without progress' ELSE last_error END
                     WHERE event_id = $1

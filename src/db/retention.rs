@@ -88,7 +88,8 @@ impl Database {
                                   SELECT FROM publications AS p
                                   WHERE p.run_id = r.run_id
                                     AND (p.state = 'running'
-                                         OR coalesce(p.completed_at, p.opened_at) >= now() - make_interval(secs => $1))
+                                         OR coalesce(p.completed_at, p.failed_at, p.opened_at)
+                                            >= now() - make_interval(secs => $1))
                                   OFFSET 0))
                     ORDER BY coalesce(r.completed_at, r.cancelled_at,
                                       r.begun_at, r.opened_at)

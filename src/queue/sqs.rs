@@ -479,14 +479,20 @@ impl Sqs {
         self.bounded(action, name, self.request_timeout * 2, call).await
     }
 
-    /// About how many messages of a queue are hidden, because somebody has received them.
-    pub async fn hidden(&self, queue: &Queue) -> Result<u64, SqsError> {
+    /// About how many messages a queue has, those included that are hidden because somebody has received them.
+    pub async fn depth(&self, queue: &Queue) -> Result<u64, SqsError> {
         let action = "GetQueueAttributes";
-        let name = QueueAttributeName::ApproximateNumberOfMessagesNotVisible;
+        let names = [
+            QueueAttributeName::ApproximateNumberOfMessages,
+            QueueAttributeName::ApproximateNumberOfMessagesNotVisible,
+        ];
         let call = async {
-            let request = self.client.get_queue_attributes().queue_url(&*queue.url).attribute_names(name.clone());
+            let request =
+                self.client.get_queue_attributes().queue_url(&*queue.url).set_attribute_names(Some(names.to_vec()));
             let output = request.send().await.map_err(|error| SqsError::new(action, &queue.name, error))?;
-            Ok(output.attributes.unwrap_or_default().get(&name).and_then(|text| text.parse().ok()).unwrap_or(0))
+            let given = output.attributes.unwrap_or_default();
+            let number = |name| given.get(name).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
+            Ok(names.iter().map(number).sum())
         };
         self.bounded(action, &queue.name, self.request_timeout * 2, call).await
     }

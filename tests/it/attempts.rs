@@ -370,6 +370,11 @@ async fn a_publication_on_which_three_processes_die_is_quarantined() -> Result<(
     let letters = world.wait_for_dead_letters(Lane::PostProcessing, 1).await?;
     ensure!(letters.len() == 1 && letters[0].code() == "quarantined", "{letters:?}");
     ensure!(world.number("SELECT count(*) FROM publications WHERE state = 'failed' AND owner IS NULL").await? == 1);
+    // Since when, and why, is told.
+    let status: serde_json::Value = serde_json::from_str(&world.done(&["status", &id, "--json"])?)?;
+    ensure!(status["phase"] == "unpublished" && status["publication"]["failed_at"].is_string(), "{status}");
+    let page = world.done(&["status", &id])?.split_whitespace().collect::<Vec<_>>().join(" ");
+    ensure!(page.contains("quarantined at ") && page.contains("quarantined: 3 attempts in a row died"), "{page}");
     ensure!(attempts().await? == 3);
     // Published anew, by an event of its own.
     world.done(&["send", "publish", &id])?;

@@ -1,6 +1,6 @@
 //! The audit: balanced books are proven, and each thing that is broken on purpose is named.
 
-use std::process::Output;
+use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -10,7 +10,7 @@ use rdkafka::message::{Header, OwnedHeaders};
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use serde_json::Value;
 
-use crate::harness::{LONG, SOON, World, text};
+use crate::harness::{LONG, SOON, World, text, until};
 
 const LISTINGS: i64 = 30;
 
@@ -43,6 +43,8 @@ fn gaps(of: &Value) -> Vec<String> {
 async fn published_world(behaviour: Behaviour) -> Result<(World, String)> {
     let world = World::new(behaviour).await?;
     world.listings(LISTINGS).await?;
+    // There for long: none of them can have been committed in the moment of an opening.
+    world.sql("UPDATE listings SET created_at = created_at - interval '1 day'").await?;
     let id = publish_a_run(&world, &["--id", "night-1"]).await?;
     Ok((world, id))
 }
@@ -87,9 +89,16 @@ async fn balanced_books_are_proven_whatever_was_sent_twice() -> Result<()> {
     ensure!(figures("some") == expect([6, 5, 1, 5, 0]), "{document:#}");
     ensure!(figures("limited") == expect([4, 4, 0, 4, 4]), "{document:#}");
     ensure!(figures("none") == expect([0, 0, 0, 0, 0]), "{document:#}");
-    println!("{}", world.done(&["audit", "--settled"])?);
+    let output = world.cli(&["audit", "--settled"])?;
+    println!("{}", text(&output.stdout));
+    ensure!(!text(&output.stderr).contains("EOF"), "the end of a partition is no warning: {}", text(&output.stderr));
     let one = world.done(&["audit", "--run", "some"])?;
     ensure!(one.contains("balanced    some") && !one.contains("limited"), "{one}");
+    let wrong = world.cli(&["audit", "--since", "yesterday"])?;
+    ensure!(
+        wrong.status.code() == Some(64) && text(&wrong.stderr).contains("such as 2026-01-31T02:00:00Z"),
+        "{wrong:?}"
+    );
     let unknown = world.cli(&["audit", "--run", "nobody"])?;
     ensure!(unknown.status.code() == Some(1) && text(&unknown.stderr).contains("nobody"), "{unknown:?}");
     Ok(())
@@ -123,6 +132,16 @@ async fn each_break_in_the_database_is_named() -> Result<()> {
             "UPDATE runs SET cursor = 10",
             "UPDATE runs SET cursor = 30",
             &["incomplete: 1: the cursor is 10, the set ends at 30"],
+        ),
+        (
+            "UPDATE runs SET selected = 29",
+            "UPDATE runs SET selected = 30",
+            &["excess: 1: 29 were selected and 30 have a row"],
+        ),
+        (
+            "CREATE TABLE kept AS SELECT * FROM publications; DELETE FROM publications",
+            "INSERT INTO publications SELECT * FROM kept; DROP TABLE kept",
+            &["publication_missing: 1: 30 records on Kafka"],
         ),
         ("UPDATE runs SET last_listing_id = 29", "UPDATE runs SET last_listing_id = 30", &["outside_the_set: 1: 30"]),
         ("UPDATE runs SET owner = gen_random_uuid()", "UPDATE runs SET owner = NULL", &["owned_after_its_end"]),
@@ -194,6 +213,93 @@ async fn each_break_in_the_database_is_named() -> Result<()> {
     }
     let text = world.done(&["audit", "--run", &id])?;
     ensure!(text.contains("balanced    night-1  complete: 30 selected, 30 valued, 0 failed, 30 on Kafka"), "{text}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_belongs_to_no_run_is_named() -> Result<()> {
+    let (world, _) = published_world(Behaviour::default()).await?;
+    for (broken, mended, expected) in [
+        (
+            "INSERT INTO valuations SELECT 'gone', listing_id, zip_code, list_price_cents, valuation_cents, confidence
+             FROM valuations;
+             INSERT INTO run_listings VALUES ('a', 1), ('a', 2), ('z', 1);
+             INSERT INTO quarantined_records (run_id, listing_id, event_id, code, reason) VALUES ('gone', 1, 'e', 'c', 'r')",
+            "DELETE FROM valuations WHERE run_id = 'gone'; DELETE FROM run_listings; DELETE FROM quarantined_records",
+            "rows_of_unknown_run: 4: quarantined_records of run gone, run_listings of run a, run_listings of run z, \
+             valuations of run gone",
+        ),
+        (
+            "UPDATE listing_valuations SET run_id = 'never', event_time = event_time + interval '1 s'
+             WHERE listing_id IN (4, 7)",
+            "UPDATE listing_valuations SET run_id = 'night-1', event_time = event_time - interval '1 s'
+             WHERE listing_id IN (4, 7)",
+            "current_value_of_unknown_run: 2: 4 (run never), 7 (run never)",
+        ),
+    ] {
+        world.sql(broken).await?;
+        let (code, document) = audit(&world, &[])?;
+        ensure!(code == Some(1) && document["verdict"] == "gaps", "{document:#}");
+        ensure!(gaps(&document["database"]) == [expected], "{document:#}");
+        ensure!(gaps(&document["runs"][0]).is_empty(), "{document:#}");
+        let told = text(&world.cli(&["audit"])?.stdout);
+        ensure!(told.contains("GAPS        rows of no run\n") && told.contains("the books do not balance"), "{told}");
+        balanced(&world, &["--run", "night-1"])?;
+        world.sql(mended).await?;
+        balanced(&world, &["--settled"])?;
+    }
+    // A run that retention has removed leaves its values where they are.
+    world.sql("UPDATE listing_valuations SET run_id = 'old', event_time = now() - interval '30 days'").await?;
+    let (_, document) = audit(&world, &[])?;
+    ensure!(gaps(&document["database"]).is_empty(), "{document:#}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_insert_that_was_under_way_at_the_opening_is_no_gap() -> Result<()> {
+    let (world, _) = published_world(Behaviour::default()).await?;
+    // As committed after the page was read: in the set by its time, and never seen.
+    world.listings_between(0, 0).await?;
+    world.sql("UPDATE listings SET created_at = opened_at - interval '2 s' FROM runs WHERE listing_id = 0").await?;
+    let document = balanced(&world, &["--settled"])?;
+    ensure!(
+        document["runs"][0]["notes"].to_string().contains("no row for 1 listing inserted within 20 s"),
+        "{document:#}"
+    );
+    // Nobody's insert takes an hour.
+    world.sql("UPDATE listings SET created_at = opened_at - interval '1 hour' FROM runs WHERE listing_id = 0").await?;
+    let (code, document) = audit(&world, &[])?;
+    ensure!(code == Some(1) && gaps(&document["runs"][0]) == ["passed_without_row: 1: 0"], "{document:#}");
+    world.sql("DELETE FROM listings WHERE listing_id = 0").await?;
+
+    // As committed between the count and the page: seen, and not counted.
+    world.sql("UPDATE runs SET selected = 29").await?;
+    world.sql("UPDATE listings SET created_at = opened_at - interval '2 s' FROM runs WHERE listing_id = 5").await?;
+    let document = balanced(&world, &["--settled"])?;
+    ensure!(document["runs"][0]["notes"].to_string().contains("1 row more than the 29 counted"), "{document:#}");
+    world.sql("UPDATE runs SET selected = 28").await?;
+    let (code, document) = audit(&world, &[])?;
+    ensure!(code == Some(1) && gaps(&document["runs"][0])[0].starts_with("excess: 2: "), "{document:#}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_run_that_retention_begins_to_remove_meanwhile_is_no_gap() -> Result<()> {
+    let (world, _) = published_world(Behaviour::default()).await?;
+    // The audit has read the run, and waits for its listings while the rows go.
+    let mut removal = world.database.begin().await?;
+    sqlx::query("LOCK TABLE listings IN ACCESS EXCLUSIVE MODE").execute(&mut *removal).await?;
+    let child =
+        world.command().args(["audit", "--json", "--since", "2020-01-01T00:00:00Z"]).stdout(Stdio::piped()).spawn()?;
+    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+                   AND application_name = 'write-api' AND wait_event_type = 'Lock'";
+    until("an audit that waits", SOON, async || Ok((world.number(waiting).await? == 1).then_some(()))).await?;
+    sqlx::query("UPDATE runs SET pruned_since = now()").execute(&mut *removal).await?;
+    sqlx::query("DELETE FROM valuations WHERE listing_id < 20").execute(&mut *removal).await?;
+    removal.commit().await?;
+    let output = child.wait_with_output()?;
+    let document: Value = serde_json::from_slice(&output.stdout)?;
+    ensure!(output.status.success() && document["runs"] == serde_json::json!([]), "{}: {document:#}", output.status);
     Ok(())
 }
 
@@ -284,6 +390,7 @@ async fn a_run_at_work_is_unfinished_and_no_gap_until_everything_should_be_settl
     let mut world = World::new(Behaviour { latency_ms: 300, ..Behaviour::default() }).await?;
     world.set("partner.in_flight", 10).set("refresh.page_size", 10);
     world.listings(300).await?;
+    world.sql("UPDATE listings SET created_at = created_at - interval '1 day'").await?;
     let service = world.serve().await?;
     let id = world.refresh(&[])?;
     world.run_until(&id, SOON, |run| run.valued > 0).await?;
@@ -297,6 +404,9 @@ async fn a_run_at_work_is_unfinished_and_no_gap_until_everything_should_be_settl
     }
     let (code, document) = audit(&world, &["--settled"])?;
     ensure!(code == Some(1) && gaps(&document["runs"][0])[0].starts_with("unfinished: 1: "), "{document:#}");
+    let told = text(&world.cli(&["audit", "--settled"])?.stdout);
+    ensure!(told.matches("no progress for").count() == 1, "told once: {told}");
+    ensure!(told.contains(": 1 run of which 1 unfinished, "), "{told}");
     // A cursor ahead of its results is wrong at any time.
     service.kill().await?;
     world.sql("UPDATE runs SET cursor = 300").await?;

@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use aws_sdk_sqs::types::{MessageAttributeValue, QueueAttributeName};
-use local_stack::Behaviour;
+use aws_sdk_sqs::types::{MessageAttributeValue, QueueAttributeName, SendMessageBatchRequestEntry};
+use local_stack::{Behaviour, Scope, SqsFault, SqsProxy};
 use serde_json::{Value, json};
 
 use crate::harness::{LANES, LONG, Lane, SOON, World, text, until};
@@ -282,8 +283,7 @@ async fn an_interrupted_redrive_gives_back_what_it_has_not_sent() -> Result<()> 
     }
     let (mut child, mut lines) = start_redrive(&world, &["--all", "--rate", "2"])?;
     lines.next().context("a first letter")??;
-    // SAFETY: the child is ours and was not waited for.
-    unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) };
+    signal(&child, libc::SIGINT);
     let status = child.wait()?;
     ensure!(status.code() == Some(1), "{status}");
     let (visible, hidden) = dead_depth(&world, Lane::Events).await?;
@@ -371,4 +371,408 @@ async fn a_redriven_quarantined_run_goes_on_where_it_was() -> Result<()> {
 /// Takes the one message of a lane, as soon as it is visible.
 async fn take_when_visible(world: &World, lane: Lane) -> Result<()> {
     until("a message", SOON, async || Ok((!take_all(world, lane, "").await?.is_empty()).then_some(()))).await
+}
+
+/// A proxy before SQS, which the program uses from now on. The world's own client goes past it.
+async fn proxy(world: &mut World) -> Result<SqsProxy> {
+    let proxy = SqsProxy::start(local_stack::shared().await?.sqs().endpoint())?;
+    world.set("aws.endpoint_url", proxy.endpoint());
+    Ok(proxy)
+}
+
+/// Puts many letters into a lane's dead-letter queue, in batches.
+async fn put_many(world: &World, lane: Lane, letters: i64) -> Result<()> {
+    let url = url(world, lane, "-dlq").await?;
+    for first in (1..=letters).step_by(10) {
+        let mut request = world.sqs.send_message_batch().queue_url(&url);
+        for id in first..(first + 10).min(letters + 1) {
+            let entry = SendMessageBatchRequestEntry::builder().id(id.to_string()).message_body(upsert(id)).build()?;
+            request = request.entries(entry);
+        }
+        let output = request.send().await?;
+        ensure!(output.failed.is_empty(), "{:?}", output.failed);
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_list_of_thousands_ends_though_calls_are_slow_and_at_once_when_interrupted() -> Result<()> {
+    const LETTERS: i64 = 5_000;
+    let mut world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    world.set("queue.visibility_timeout", "60s");
+    put_many(&world, Lane::Events, LETTERS).await?;
+    let proxy = proxy(&mut world).await?;
+    proxy.order(SqsFault::LateReceiveAnswer(100), u64::MAX);
+    proxy.order(SqsFault::ExtensionSlow(100), u64::MAX);
+    let list = || world.command().args(["dlq", "list", "--lane", "events", "--json"]).stdout(Stdio::piped()).spawn();
+
+    let child = list()?;
+    until("letters on their way", LONG, async || Ok((dead_depth(&world, Lane::Events).await?.1 > 2_500).then_some(())))
+        .await?;
+    let begun = Instant::now();
+    signal(&child, libc::SIGINT);
+    let output = child.wait_with_output()?;
+    let took = begun.elapsed();
+    ensure!(output.status.code() == Some(1), "{:?}: {}", output.status, text(&output.stderr));
+    ensure!(took < Duration::from_secs(4), "{took:?} from the signal to the end");
+    let told = text(&output.stdout);
+    let last: Value = serde_json::from_str(told.lines().last().unwrap_or_default())?;
+    ensure!(last["partial"].to_string().contains("interrupted"), "{last}");
+    ensure!(told.lines().count() > 2_000, "what was read is told: {} lines", told.lines().count());
+    ensure!(dead_depth(&world, Lane::Events).await? == (LETTERS as u64, 0), "not all was given back");
+
+    let begun = Instant::now();
+    let output = list()?.wait_with_output()?;
+    println!("{LETTERS} letters: interrupted within {took:?}, listed in {:?}", begun.elapsed());
+    ensure!(output.status.success(), "{:?}", output.status);
+    ensure!(text(&output.stdout).lines().count() == LETTERS as usize);
+    ensure!(dead_depth(&world, Lane::Events).await? == (LETTERS as u64, 0), "not all was given back");
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_somebody_else_has_received_is_told_and_is_no_success() -> Result<()> {
+    let world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    for id in 1..=3 {
+        put_dead(&world, Lane::Events, &upsert(id), &[]).await?;
+    }
+    let url = url(&world, Lane::Events, "-dlq").await?;
+    let received = world.sqs.receive_message().queue_url(&url).max_number_of_messages(2).visibility_timeout(600);
+    let hidden = received.send().await?.messages.unwrap_or_default().len();
+    ensure!(hidden == 2, "{hidden}");
+    for verb in [&["list"][..], &["list", "--json"], &["discard", "--id", "x", "--yes"], &["redrive", "--id", "x"]] {
+        let output = world.cli(&[&["dlq"], verb].concat())?;
+        let told = text(&output.stderr);
+        ensure!(output.status.code() == Some(1) && told.contains("about 2 more letters"), "{verb:?}: {output:?}");
+        ensure!(!verb.contains(&"--json") || text(&output.stdout).contains("\"partial\""), "{output:?}");
+    }
+    let seen = text(&world.cli(&["dlq", "list", "--json"])?.stdout);
+    let seen: Value = serde_json::from_str(seen.lines().next().unwrap_or_default())?;
+    let id = seen["event_id"].as_str().context("an id")?;
+    let output = world.cli(&["dlq", "show", id])?;
+    ensure!(output.status.code() == Some(1) && text(&output.stdout).contains(id), "a copy may be hidden: {output:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn copies_in_two_lanes_are_sent_once() -> Result<()> {
+    let world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    for lane in [Lane::Events, Lane::Valuations] {
+        put_dead(&world, lane, &upsert(1), &[("reason", &reason("invalid_data", "m-1"))]).await?;
+    }
+    put_dead(&world, Lane::PostProcessing, &upsert(1), &[("reason", &reason("invalid_data", "m-2"))]).await?;
+    let output = world.cli(&["dlq", "redrive", "--all"])?;
+    let told = text(&output.stdout);
+    ensure!(told.contains("1 letter redriven, 1 duplicate deleted, 1 left"), "{told}");
+    ensure!(output.status.code() == Some(1), "what may have been refused again is left");
+    ensure!(take_all(&world, Lane::Events, "").await?.len() == 1 && world.depth(Lane::Valuations).await? == (0, 0));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_letter_without_room_for_its_count_is_left_unless_forced() -> Result<()> {
+    const LARGEST: usize = 256 * 1024;
+    let mut world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    let large = "b".repeat(LARGEST);
+    put_dead(&world, Lane::Events, &large, &[]).await?;
+    put_dead(&world, Lane::Events, &upsert(1), &[]).await?;
+    let proxy = proxy(&mut world).await?;
+    proxy.order(SqsFault::SizeLimit(LARGEST), u64::MAX);
+    // Nothing would count how often it goes round.
+    let output = world.cli(&["dlq", "redrive", "--all"])?;
+    let told = text(&output.stdout);
+    ensure!(told.contains("--force sends it without its count of redrives"), "{told}");
+    ensure!(
+        output.status.code() == Some(1) && told.contains("1 letter redriven, 0 duplicates deleted, 1 left"),
+        "{told}"
+    );
+    ensure!(dead_depth(&world, Lane::Events).await? == (1, 0));
+    let told = world.done(&["dlq", "redrive", "--all", "--force"])?;
+    ensure!(told.contains("without its count of redrives"), "{told}");
+    let mut sent = take_all(&world, Lane::Events, "").await?;
+    sent.sort();
+    ensure!(sent == [(large, String::new()), (upsert(1), "1".to_owned())], "{} came", sent.len());
+    ensure!(proxy.hits().get("size-limit") == Some(&2), "{:?}", proxy.hits());
+    Ok(())
+}
+
+/// Every place between two calls of a redrive: the letter is in one queue, or in both.
+#[tokio::test]
+async fn a_redrive_killed_between_any_two_calls_loses_nothing() -> Result<()> {
+    let mut world = World::new(Behaviour::default()).await?;
+    world.set("queue.visibility_timeout", "8s");
+    let proxy = proxy(&mut world).await?;
+    for (place, action, fault, sent, dead) in [
+        ("before the send", "SendMessage", SqsFault::Hang, 0, 1),
+        ("after the send, its answer lost", "SendMessage", SqsFault::HangAnswer, 1, 1),
+        ("after the send", "ChangeMessageVisibilityBatch", SqsFault::Hang, 1, 1),
+        ("before the delete", "DeleteMessageBatch", SqsFault::Hang, 1, 1),
+        ("after the delete", "DeleteMessageBatch", SqsFault::HangAnswer, 1, 0),
+    ] {
+        put_dead(&world, Lane::Events, &upsert(1), &[]).await?;
+        let before = hits(&proxy, fault);
+        proxy.order_in(Scope { action: Some(action.to_owned()), queue: None }, fault, u64::MAX);
+        let (mut child, _lines) = start_redrive(&world, &["--lane", "events", "--all"])?;
+        until(place, SOON, async || Ok((hits(&proxy, fault) > before).then_some(()))).await?;
+        child.kill()?;
+        child.wait()?;
+        proxy.clear();
+        until("the letter that the killed redrive held", SOON, async || {
+            Ok((dead_depth(&world, Lane::Events).await?.1 == 0).then_some(()))
+        })
+        .await?;
+        let (there, left) = (world.depth(Lane::Events).await?, dead_depth(&world, Lane::Events).await?);
+        ensure!((there, left) == ((sent, 0), (dead, 0)), "killed {place}: {there:?} sent, {left:?} left");
+        // The next one ends the work; what is sent twice is absorbed by the event's id.
+        world.done(&["dlq", "redrive", "--lane", "events", "--all"])?;
+        let came = take_all(&world, Lane::Events, "").await?;
+        ensure!(
+            came.len() as u64 == sent + dead && came.iter().all(|(body, _)| *body == upsert(1)),
+            "{place}: {came:?}"
+        );
+        ensure!(take_all(&world, Lane::Events, "-dlq").await?.is_empty(), "{place}");
+    }
+    world.check_dead_letters().await
+}
+
+/// Sends a signal to a child that was not waited for.
+fn signal(child: &Child, signal: libc::c_int) {
+    // SAFETY: the child is ours and was not waited for.
+    unsafe { libc::kill(child.id() as libc::pid_t, signal) };
+}
+
+/// Waits for a child, and gives how long that took.
+fn ended(child: Child) -> Result<(std::process::Output, Duration)> {
+    let begun = Instant::now();
+    let output = child.wait_with_output()?;
+    Ok((output, begun.elapsed()))
+}
+
+fn hits(proxy: &SqsProxy, fault: SqsFault) -> u64 {
+    proxy.hits().get(fault.name()).copied().unwrap_or(0)
+}
+
+#[tokio::test]
+async fn an_interrupt_waits_for_no_answer_that_does_not_come_and_a_second_for_none() -> Result<()> {
+    let mut world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    world.set("queue.visibility_timeout", "60s");
+    let proxy = proxy(&mut world).await?;
+    put_dead(&world, Lane::Events, &upsert(1), &[]).await?;
+    let start =
+        |arguments: &[&str]| world.command().args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let redrive = ["dlq", "redrive", "--lane", "events", "--all"];
+
+    // A send that hangs.
+    proxy.order_in(Scope { action: Some("SendMessage".to_owned()), queue: None }, SqsFault::Hang, u64::MAX);
+    let child = start(&redrive)?;
+    until("the send", SOON, async || Ok((hits(&proxy, SqsFault::Hang) == 1).then_some(()))).await?;
+    signal(&child, libc::SIGINT);
+    let (output, took) = ended(child)?;
+    println!("a hanging send: {took:?}");
+    let told = text(&output.stderr);
+    ensure!(output.status.code() == Some(1) && took < Duration::from_secs(3), "{took:?}: {output:?}");
+    ensure!(told.contains("interrupted") && told.contains("still here, and may have been sent"), "{told}");
+    ensure!(dead_depth(&world, Lane::Events).await? == (1, 0), "not given back");
+    proxy.clear();
+
+    // A receive that hangs.
+    proxy.order(SqsFault::HungReceive, u64::MAX);
+    let child = start(&["dlq", "list", "--lane", "events"])?;
+    until("the receive", SOON, async || Ok((hits(&proxy, SqsFault::HungReceive) == 1).then_some(()))).await?;
+    signal(&child, libc::SIGTERM);
+    let (output, took) = ended(child)?;
+    println!("a hanging receive: {took:?}");
+    ensure!(output.status.code() == Some(1) && took < Duration::from_secs(3), "{took:?}: {output:?}");
+    proxy.clear();
+
+    // The rate: one was sent, and the next is a second away.
+    put_dead(&world, Lane::Events, &upsert(2), &[]).await?;
+    put_dead(&world, Lane::Events, &upsert(3), &[]).await?;
+    let (child, mut lines) = start_redrive(&world, &["--lane", "events", "--all", "--rate", "1"])?;
+    lines.next().context("a first letter")??;
+    signal(&child, libc::SIGINT);
+    let (output, took) = ended(child)?;
+    println!("between two sends: {took:?}");
+    ensure!(output.status.code() == Some(1) && took < Duration::from_millis(900), "{took:?}: {output:?}");
+    ensure!(dead_depth(&world, Lane::Events).await? == (2, 0), "not given back");
+
+    // Giving back hangs as well: whoever asks twice does not wait for it.
+    proxy.order_in(Scope { action: Some("SendMessage".to_owned()), queue: None }, SqsFault::Hang, u64::MAX);
+    let change = Scope { action: Some("ChangeMessageVisibilityBatch".to_owned()), queue: None };
+    let before = hits(&proxy, SqsFault::Hang);
+    let child = start(&redrive)?;
+    until("the send", SOON, async || Ok((hits(&proxy, SqsFault::Hang) > before).then_some(()))).await?;
+    proxy.order_in(change, SqsFault::Hang, u64::MAX);
+    signal(&child, libc::SIGINT);
+    until("the giving back", SOON, async || Ok((hits(&proxy, SqsFault::Hang) > before + 1).then_some(()))).await?;
+    signal(&child, libc::SIGINT);
+    let (output, took) = ended(child)?;
+    println!("a second interrupt: {took:?}");
+    let told = text(&output.stderr);
+    ensure!(output.status.code() == Some(1) && told.contains("ended at once"), "{took:?}: {output:?}");
+    ensure!(took < Duration::from_millis(900), "{took:?}");
+    take_all(&world, Lane::Events, "").await?;
+    Ok(())
+}
+
+/// What a verb says at its end that cannot do its work: one line.
+fn complaint(world: &World, arguments: &[&str]) -> Result<String> {
+    let output = world.cli(arguments)?;
+    let told = text(&output.stderr);
+    let lines: Vec<&str> = told.lines().filter(|line| !line.starts_with('{')).collect();
+    ensure!(output.status.code() == Some(1) && lines.len() == 1, "{arguments:?}: {output:?}");
+    ensure!(lines[0].starts_with("write-api: "), "{told}");
+    Ok(lines[0].to_owned())
+}
+
+#[tokio::test]
+async fn a_neighbour_that_is_away_is_named_in_one_line_with_what_to_do() -> Result<()> {
+    let mut world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    put_dead(&world, Lane::Events, &upsert(1), &[]).await?;
+    let verbs = [&["list"][..], &["show", "x"], &["redrive", "--all"], &["discard", "--all", "--yes"]];
+    let proxy = proxy(&mut world).await?;
+    for action in ["GetQueueUrl", "ReceiveMessage"] {
+        proxy.order_in(Scope { action: Some(action.to_owned()), queue: None }, SqsFault::Down, u64::MAX);
+        for verb in verbs {
+            let told = complaint(&world, &[&["dlq"], verb].concat())?;
+            println!("{told}");
+            for part in
+                [&format!("SQS {action} on "), "-dlq failed", &proxy.endpoint(), "aws.region", "`write-api check`"]
+            {
+                ensure!(told.contains(part), "no {part:?}: {told}");
+            }
+        }
+        proxy.clear();
+    }
+    // In the middle of the work: what was sent is told.
+    proxy.order_in(
+        Scope { action: Some("SendMessage".to_owned()), queue: None },
+        SqsFault::ExpiredCredentials,
+        u64::MAX,
+    );
+    let told = complaint(&world, &["dlq", "redrive", "--all"])?;
+    println!("{told}");
+    ensure!(told.contains("stopped after 0 letters") && told.contains("was not sent and is still here"), "{told}");
+    ensure!(told.contains("expired") && told.contains("the credentials"), "{told}");
+    proxy.clear();
+
+    let database = world.environment().database_url().to_owned();
+    let nobody = format!("127.0.0.1:{}", local_stack::free_port()?);
+    world.set("database.url", format!("postgres://app@{nobody}/app"));
+    for verb in [&["dlq", "redrive", "--all"][..], &["dlq", "redrive", "--all", "--dry-run"], &["audit"]] {
+        let told = complaint(&world, verb)?;
+        println!("{told}");
+        for part in ["Postgres", &nobody, "refused", "database.url", "`write-api check`"] {
+            ensure!(told.contains(part), "no {part:?}: {told}");
+        }
+    }
+    ensure!(dead_depth(&world, Lane::Events).await? == (1, 0), "a letter is gone or hidden");
+    world.set("database.url", database);
+
+    world.set("lanes.events.queue", "no-such-queue");
+    let told = complaint(&world, &["dlq", "list"])?;
+    println!("{told}");
+    ensure!(told.contains("no-such-queue-dlq") && told.contains("`write-api setup`"), "{told}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_others_wrote_is_shown_and_does_not_steer_the_terminal() -> Result<()> {
+    let world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    // SQS takes all of these in bodies and attributes.
+    let hostile = "\u{9b}31mred\u{202e}\u{61c}\u{2028}\u{7f}\rover";
+    put_dead(&world, Lane::Events, &format!("no json {hostile}\tend\nline"), &[("reason", &reason(hostile, hostile))])
+        .await?;
+    put_dead(&world, Lane::Events, &upsert(1).replace("upsert-1", hostile), &[("reason", hostile)]).await?;
+    let id = listed(&world, &["--kind", "unknown"])?[0]["message_id"].as_str().context("an id")?.to_owned();
+    for arguments in [&["list"][..], &["show", &id], &["show", hostile], &["redrive", "--all", "--dry-run"]] {
+        let told = world.done(&[&["dlq"], arguments].concat())?;
+        let harmful: Vec<char> = told
+            .chars()
+            .filter(|c| c.is_control() && !"\n\t".contains(*c) || "\u{202e}\u{61c}\u{2028}".contains(*c))
+            .collect();
+        ensure!(harmful.is_empty(), "{arguments:?} printed {harmful:?}:\n{told}");
+        ensure!(told.contains("\\u{9b}31mred\\u{202e}\\u{61c}\\u{2028}\\u{7f}\\rover"), "{told}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_limit_is_one_for_all_lanes() -> Result<()> {
+    let world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    for (id, lane) in (1..).zip([Lane::Events, Lane::Events, Lane::Valuations, Lane::Valuations, Lane::PostProcessing])
+    {
+        put_dead(&world, lane, &upsert(id), &[]).await?;
+    }
+    ensure!(listed(&world, &["--limit", "3"])?.len() == 3);
+    let told = world.done(&["dlq", "discard", "--all", "--dry-run", "--limit", "3"])?;
+    ensure!(told.contains("3 letters would be discarded"), "{told}");
+    let told = world.done(&["dlq", "redrive", "--all", "--limit", "3"])?;
+    ensure!(told.contains("3 letters redriven, 0 duplicates deleted, 0 left"), "{told}");
+    ensure!(listed(&world, &[])?.len() == 2, "more were taken");
+    for lane in LANES {
+        take_all(&world, lane, "").await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_letter_that_was_sent_and_not_deleted_is_told_as_that() -> Result<()> {
+    let mut world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    for id in 1..=2 {
+        put_dead(&world, Lane::Events, &upsert(id), &[]).await?;
+    }
+    let proxy = proxy(&mut world).await?;
+    let scope = Scope { action: Some("DeleteMessageBatch".to_owned()), queue: None };
+    proxy.order_in(scope, SqsFault::PartialBatchFailure, 1);
+    let output = world.cli(&["dlq", "redrive", "--all"])?;
+    let told = text(&output.stdout);
+    ensure!(told.matches("redriven, not deleted").count() == 1 && told.contains("2 letters redriven"), "{told}");
+    ensure!(output.status.code() == Some(1), "{output:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_letter_that_another_received_while_it_was_sent_is_told_as_that() -> Result<()> {
+    let mut world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    put_dead(&world, Lane::Events, &upsert(1), &[]).await?;
+    let proxy = proxy(&mut world).await?;
+    // SQS says that a delete by an old receipt was done, and does nothing.
+    proxy.order(SqsFault::StaleReceipt, u64::MAX);
+    let output = world.cli(&["dlq", "redrive", "--all"])?;
+    let told = text(&output.stdout);
+    ensure!(told.contains("redriven, not deleted") && told.contains("somebody else has it"), "{told}");
+    ensure!(output.status.code() == Some(1), "{output:?}");
+    ensure!(take_all(&world, Lane::Events, "").await?.len() == 1, "it was sent");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_letter_of_which_sqs_does_not_say_whose_it_is_is_left() -> Result<()> {
+    const LETTERS: i64 = 6;
+    let mut world = World::new(Behaviour::default()).await?;
+    world.expect_dead_letters();
+    world.set("queue.visibility_timeout", "2s");
+    put_many(&world, Lane::Events, LETTERS).await?;
+    let proxy = proxy(&mut world).await?;
+    proxy.order(SqsFault::ExtensionFails, u64::MAX);
+    // The rate outlasts the time for which letters are hidden, and no extension is carried out.
+    let output = world.cli(&["dlq", "redrive", "--all", "--rate", "1"])?;
+    let told = text(&output.stdout);
+    let (sent, left) = (told.matches("redriven  events").count(), told.matches("left  events").count());
+    ensure!(sent > 0 && left > 0 && sent + left == LETTERS as usize, "{told}");
+    ensure!(told.matches("SQS did not say whether somebody else has it").count() == left, "{told}");
+    ensure!(output.status.code() == Some(1), "{output:?}");
+    ensure!(take_all(&world, Lane::Events, "").await?.len() == sent, "{told}");
+    Ok(())
 }

@@ -107,6 +107,88 @@ async fn an_end_is_written_when_postgres_is_back() -> Result<()> {
     world.finish(service).await
 }
 
+/// From now on Postgres answers an update of a run to which `when` applies with this SQLSTATE. Sequences remember how often.
+async fn refuse(world: &World, name: &str, when: &str, sqlstate: &str) -> Result<()> {
+    world
+        .sql(&format!(
+            "CREATE SEQUENCE {name};
+             CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS
+                 $$BEGIN PERFORM nextval('{name}'); RAISE EXCEPTION 'refused' USING ERRCODE = '{sqlstate}'; END$$;
+             CREATE TRIGGER {name} BEFORE UPDATE ON runs FOR EACH ROW WHEN ({when}) EXECUTE FUNCTION {name}()"
+        ))
+        .await
+}
+
+/// That an attempt gives its run back.
+const RELEASE: &str = "OLD.owner IS NOT NULL AND NEW.owner IS NULL AND NEW.state = 'running'";
+
+const KEPT: &str = "Postgres did not take the end of an attempt; it is written later";
+const DROPPED: &str = "Postgres refuses the end of an attempt; it is dropped and counts as a death";
+
+/// Ends of runs that Postgres goes on not to take keep no end of a message from being written.
+#[tokio::test]
+async fn an_end_that_cannot_be_written_keeps_none_of_another_kind() -> Result<()> {
+    // The one listing is asked about again and again, and the attempts end by the cap.
+    let mut world = World::new(Behaviour { forced: [(1, 409)].into(), ..Behaviour::default() }).await?;
+    world.set("queue.visibility_timeout", "3s").set("queue.receive_cap", "4s");
+    world.set("partner.retry_base", "1m").set("partner.retry_cap", "5m").set("partner.total_timeout", "1h");
+    world.listings(1).await?;
+    world.expect_work_left();
+    let proxy = PostgresProxy::start(world.environment().database_url())?;
+    world.set("database.url", proxy.url()).set("queue.retry_base", "10m").set("queue.retry_cap", "10m");
+    // Neither passing nor for good: an operator has to mend it.
+    refuse(&world, "release", RELEASE, "P0001").await?;
+    let mut lock = world.database.begin().await?;
+    sqlx::query("SELECT FROM listings WHERE listing_id = 1 FOR UPDATE").execute(&mut *lock).await?;
+    world.put(Lane::Events, &event("stuck", UPSERT, TIME, listing(1, 7)).to_string()).await?;
+    receive_once(&world, Lane::Events).await?;
+    world.refresh(&["--id", "restless"])?;
+    let service = world.serve().await?;
+    service.expect_errors();
+    until("an end of the run that is kept", LONG, async || Ok((lines(&service, KEPT)? > 0).then_some(()))).await?;
+    let recorded = "SELECT count(*) FROM deliveries WHERE token IS NOT NULL AND lane = 'events'";
+    until("the record", SOON, async || Ok((world.number(recorded).await? == 1).then_some(()))).await?;
+    proxy.order(PgFault::Cut, u64::MAX);
+    proxy.cut();
+    let retried = r#"write_api_events_total{kind="listing.upsert",outcome="retried"}"#;
+    until("the message's end", LONG, async || Ok((service.metric(retried).await? == 1.0).then_some(()))).await?;
+    ensure!(world.number(recorded).await? == 1, "Postgres took the end");
+    proxy.clear();
+    until("the end written", SOON, async || Ok((world.number(recorded).await? == 0).then_some(()))).await?;
+    ensure!(world.number("SELECT count(*) FROM runs WHERE owner IS NOT NULL").await? == 1, "the run was released");
+    ensure!(lines(&service, DROPPED)? == 0, "an end was dropped that somebody may mend");
+    world.sql("DROP TRIGGER release ON runs").await?;
+    lock.rollback().await?;
+    world.finish(service).await
+}
+
+/// What Postgres will never take is not tried for ever, and an end that it takes without its text is no death.
+#[tokio::test]
+async fn an_end_that_postgres_refuses_for_good_is_dropped_and_told() -> Result<()> {
+    let mut world = World::new(Behaviour::default()).await?;
+    world.set("queue.visibility_timeout", "3s");
+    world.listings(1).await?;
+    world.expect_work_left();
+    // The run never gets to its end, and says why.
+    refuse(&world, "completion", "NEW.state = 'complete'", "P0001").await?;
+    refuse(&world, "told", &format!("{RELEASE} AND NEW.last_error IS NOT NULL"), "22021").await?;
+    let id = world.refresh(&[])?;
+    let service = world.serve().await?;
+    service.expect_errors();
+    world.run_until(&id, LONG, |run| run.attempts > 2).await?;
+    ensure!(world.number("SELECT last_value FROM told").await? > 1, "nothing was refused");
+    ensure!(world.number("SELECT deaths::bigint FROM runs").await? == 0, "an end without its text is an end");
+    ensure!(lines(&service, DROPPED)? == 0);
+
+    refuse(&world, "release", RELEASE, "23514").await?;
+    until("an end that is dropped", LONG, async || Ok((lines(&service, DROPPED)? > 0).then_some(()))).await?;
+    let deaths = "SELECT deaths::bigint FROM runs";
+    until("the death", LONG, async || Ok((world.number(deaths).await? > 0).then_some(()))).await?;
+    world.sql("DROP TRIGGER completion ON runs; DROP TRIGGER told ON runs; DROP TRIGGER release ON runs").await?;
+    world.published(&id, LONG).await?;
+    world.finish(service).await
+}
+
 /// What has begun to end when the stop comes, or is cut short by it, waits no longer for Postgres than there is time.
 #[tokio::test]
 async fn a_postgres_that_hangs_cannot_keep_a_stop_from_giving_recorded_work_back() -> Result<()> {

@@ -40,6 +40,13 @@ pub enum SqsFault {
     ExpiredCredentials,
     /// A send is carried out, and the connection is closed instead of an answer.
     SendAnswerLost,
+    /// A message of more bytes, its attributes included, is refused. SQS counts of each attribute its name, its type and its
+    /// value; the emulator counts the body alone.
+    SizeLimit(usize),
+    /// A call is never answered, and SQS gets nothing.
+    Hang,
+    /// A call is carried out and never answered.
+    HangAnswer,
     /// A call's connection is closed; SQS gets nothing.
     Down,
 }
@@ -63,6 +70,9 @@ impl SqsFault {
             Self::Throttle => "throttle",
             Self::ExpiredCredentials => "expired-credentials",
             Self::SendAnswerLost => "send-answer-lost",
+            Self::SizeLimit(_) => "size-limit",
+            Self::Hang => "hang",
+            Self::HangAnswer => "hang-answer",
             Self::Down => "down",
         }
     }
@@ -84,9 +94,20 @@ impl SqsFault {
             Self::StaleReceipt => call.is_delete() || call.is_change(),
             Self::PartialBatchFailure => !call.entries().is_empty(),
             Self::SendAnswerLost => call.is_send(),
-            Self::Throttle | Self::ExpiredCredentials | Self::Down => true,
+            Self::SizeLimit(limit) => call.is_send() && call.messages().any(|message| size(message) > limit),
+            Self::Throttle | Self::ExpiredCredentials | Self::Down | Self::Hang | Self::HangAnswer => true,
         }
     }
+}
+
+/// Bytes of a message that is sent, as SQS counts them.
+pub(super) fn size(message: &Value) -> usize {
+    let text = |value: &Value| value.as_str().map_or(0, str::len);
+    let attributes = message["MessageAttributes"].as_object().into_iter().flatten();
+    let attributes = attributes.map(|(name, attribute)| {
+        name.len() + text(&attribute["DataType"]) + text(&attribute["StringValue"]) + text(&attribute["BinaryValue"])
+    });
+    text(&message["MessageBody"]) + attributes.sum::<usize>()
 }
 
 /// Which calls an order is for.
@@ -123,6 +144,7 @@ impl Fault for Scoped {
 pub(super) enum Refusal {
     Stale,
     TwelveHours,
+    TooLarge(usize),
     Internal,
 }
 
@@ -146,6 +168,11 @@ impl Refusal {
                 "VisibilityTimeout",
                 "Total VisibilityTimeout for the message is beyond the limit [43200 seconds]",
             ),
+            Self::TooLarge(limit) => {
+                let message =
+                    format!("One or more parameters are invalid. Reason: Message must be shorter than {limit} bytes.");
+                ("InvalidParameterValue", true, message)
+            }
             Self::Internal => {
                 ("InternalError", false, "We encountered an internal error. Please try again.".to_owned())
             }

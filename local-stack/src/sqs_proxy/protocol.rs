@@ -61,6 +61,12 @@ impl Call {
         self.body["Entries"].as_array().map_or(&[], Vec::as_slice)
     }
 
+    /// What a send, a delete or a change names: the entries of a batch, or the call itself.
+    pub(super) fn messages(&self) -> impl Iterator<Item = &Value> {
+        let single = self.body.get("Entries").is_none().then_some(&self.body);
+        self.entries().iter().chain(single)
+    }
+
     /// The most messages that a receive takes.
     pub(super) fn most_messages(&self) -> usize {
         let most = self.body["MaxNumberOfMessages"].as_u64().unwrap_or(1).min(MOST_MESSAGES);

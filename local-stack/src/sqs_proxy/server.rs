@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use super::fault::{Refusal, Scope, Scoped, SqsFault};
+use super::fault::{self, Refusal, Scope, Scoped, SqsFault};
 use super::protocol::{self, Answer, Call};
 use super::repeats::Repeats;
 use crate::background::accept;
@@ -104,9 +104,27 @@ async fn handle(state: Arc<State>, request: Request<Incoming>) -> io::Result<Ans
             state.hit(&taken, &call);
             Err(closed_on_purpose())
         }
-        SqsFault::HungReceive => {
+        SqsFault::HungReceive | SqsFault::Hang => {
             state.hit(&taken, &call);
             future::pending().await
+        }
+        SqsFault::HangAnswer => {
+            let answer = forward(&state, &call).await?;
+            if answer.status().is_success() {
+                state.hit(&taken, &call);
+                future::pending().await
+            } else {
+                state.orders.restore(&taken);
+                Ok(answer)
+            }
+        }
+        SqsFault::SizeLimit(limit) => {
+            state.hit(&taken, &call);
+            let fate = |_, message: &Value| match fault::size(message) > limit {
+                true => Fate::Refuse(Refusal::TooLarge(limit)),
+                false => Fate::Forward,
+            };
+            one_by_one(&state, call, fate).await
         }
         SqsFault::Throttle => {
             state.hit(&taken, &call);

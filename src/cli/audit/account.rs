@@ -31,6 +31,11 @@ pub(super) fn add_gap(gaps: &mut Vec<Gap>, kind: &'static str, count: u64, first
     gap.first.extend(first.into_iter().take(room).map(|example| example.to_string()));
 }
 
+/// Makes a list of texts one.
+pub(super) fn listed(texts: &[String]) -> Option<String> {
+    (!texts.is_empty()).then(|| texts.join("; "))
+}
+
 /// The account of one run.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Account {
@@ -47,9 +52,11 @@ pub(super) struct Account {
     /// What is wrong.
     pub(super) gaps: Vec<Gap>,
     /// What is under way, and since when nothing moved.
-    pub(super) unfinished: Option<String>,
+    pub(super) unfinished: Vec<String>,
     /// What there is to know besides.
     pub(super) notes: Vec<String>,
+    /// How many publish events of the run were begun.
+    pub(super) publications: usize,
     /// Whether Kafka must have a record of every valuation: a publication is complete.
     pub(super) is_published: bool,
     /// When the run was completed, in milliseconds since 1970.

@@ -4,20 +4,20 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
-use super::account::{Account, Gap};
-use super::records::Topic;
-use super::{Verdict, expected};
+use super::account::{Account, Gap, listed};
+use super::{Found, Verdict, expected};
 use crate::cli::count;
 use crate::cli::text::thousands;
 
 /// A line for each run, its gaps below it, and a last line for all.
-pub(super) fn text(accounts: &[Account], topic: &Topic, verdict: Verdict) -> String {
+pub(super) fn text(found: &Found, verdict: Verdict) -> String {
+    let Found { accounts, of_no_run, topic } = found;
     let mut text = String::new();
     for account in accounts {
         let word = match account {
             Account { gaps, .. } if !gaps.is_empty() => "GAPS",
             Account { truncated: 1.., .. } => "truncated",
-            Account { unfinished: Some(_), .. } => "unfinished",
+            Account { unfinished, .. } if !unfinished.is_empty() => "unfinished",
             _ => "balanced",
         };
         let Account { run_id, state, .. } = account;
@@ -38,9 +38,15 @@ pub(super) fn text(accounts: &[Account], topic: &Topic, verdict: Verdict) -> Str
                 count(account.truncated, "record")
             );
         }
-        for note in account.unfinished.iter().chain(&account.notes) {
+        // Where nothing should be under way, it is among the gaps.
+        let unfinished = account.unfinished.iter().filter(|_| !account.gaps.iter().any(|gap| gap.kind == "unfinished"));
+        for note in unfinished.chain(&account.notes) {
             let _ = writeln!(text, "            {note}");
         }
+    }
+    if !of_no_run.is_empty() {
+        text.push_str("GAPS        rows of no run\n");
+        gaps(&mut text, of_no_run);
     }
     if !topic.gaps.is_empty() {
         text.push_str("GAPS        records of no run\n");
@@ -51,10 +57,12 @@ pub(super) fn text(accounts: &[Account], topic: &Topic, verdict: Verdict) -> Str
         Verdict::Gaps => "the books do not balance",
         Verdict::Truncated => "the books balance as far as the truncated topic tells",
     };
+    let unfinished = accounts.iter().filter(|account| !account.unfinished.is_empty()).count();
     let _ = write!(
         text,
-        "{all}: {}, {} read from {}",
+        "{all}: {}{}, {} read from {}",
         count(accounts.len() as u64, "run"),
+        if unfinished > 0 { format!(" of which {unfinished} unfinished") } else { String::new() },
         count(topic.records, "record"),
         count(topic.extents.len() as u64, "partition"),
     );
@@ -81,7 +89,8 @@ fn count_of(number: u64) -> String {
 }
 
 /// One line of JSON.
-pub(super) fn document(accounts: &[Account], topic: &Topic, verdict: Verdict) -> String {
+pub(super) fn document(found: &Found, verdict: Verdict) -> String {
+    let Found { accounts, of_no_run, topic } = found;
     let gaps = |gaps: &[Gap]| -> Value {
         gaps.iter().map(|Gap { kind, count, first }| json!({"kind": kind, "count": count, "first": first})).collect()
     };
@@ -98,7 +107,7 @@ pub(super) fn document(accounts: &[Account], topic: &Topic, verdict: Verdict) ->
                 "repeated_records": account.repeats,
                 "truncated_records": account.truncated,
                 "publish_event_id": expected::publish_event_id(&account.run_id),
-                "unfinished": account.unfinished,
+                "unfinished": listed(&account.unfinished),
                 "notes": account.notes,
                 "gaps": gaps(&account.gaps),
             })
@@ -116,5 +125,5 @@ pub(super) fn document(accounts: &[Account], topic: &Topic, verdict: Verdict) ->
         "records_of_pruned_runs": topic.of_pruned_runs,
         "gaps": gaps(&topic.gaps),
     });
-    format!("{}\n", json!({"verdict": verdict, "runs": runs, "topic": topic}))
+    format!("{}\n", json!({"verdict": verdict, "runs": runs, "database": {"gaps": gaps(of_no_run)}, "topic": topic}))
 }

@@ -1,18 +1,17 @@
 //! `write-api dlq discard`: dead letters deleted for good.
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use clap::Args;
 
-use super::filter::Filters;
-use super::{Stop, dead_lanes, interrupted, next_letters};
-use crate::cli::{count, print};
+use super::{Meant, Stop, dead_lanes, interrupted, next_letters, partial, tell, unless_stopped};
+use crate::cli::count;
 use crate::config::Config;
-use crate::queue::dead_letters::Reader;
+use crate::queue::dead_letters::{LAST_ANSWER, Reader};
 use crate::queue::sqs::Sqs;
 
 pub(super) const HELP: &str = "\
-Needs: of SQS the permissions sqs:GetQueueUrl, ReceiveMessage, ChangeMessageVisibility and DeleteMessage on the dead-letter \
-queues.
+Needs: of SQS the permissions sqs:GetQueueUrl, GetQueueAttributes, ReceiveMessage, ChangeMessageVisibility and DeleteMessage \
+on the dead-letter queues.
 
 Examples:
   write-api dlq list --reason invalid_json --json > kept.ndjson
@@ -21,71 +20,86 @@ Examples:
 
 Nothing brings a discarded event back: keep `dlq list --json`, which has the bodies.
 
-Exit codes: 0 everything that was meant is deleted, 1 failed or interrupted, 64 wrong usage, neither --dry-run nor --yes \
+Exit codes: 0 everything that was meant is deleted, 1 failed, interrupted, or letters were left or could not be seen, 64 wrong usage, neither --dry-run nor --yes \
 included, 78 wrong configuration.";
 
 /// What to delete.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Options {
     #[command(flatten)]
-    pub(super) filters: Filters,
-    /// Everything, without a filter.
-    #[arg(long)]
-    pub(super) all: bool,
-    /// At most this many letters.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    limit: Option<u32>,
-    /// Tell what would be deleted, and change nothing.
-    #[arg(long, required_unless_present = "yes", conflicts_with = "yes")]
-    dry_run: bool,
+    meant: Meant,
     /// Yes, delete for good.
     #[arg(long)]
     yes: bool,
 }
 
+impl Options {
+    /// What the parser cannot see.
+    pub(super) fn check(&self) -> Result<(), String> {
+        match (self.meant.dry_run, self.yes) {
+            (false, false) => {
+                Err("nothing brings a discarded letter back: --dry-run shows what would go, --yes deletes it"
+                    .to_owned())
+            }
+            (true, true) => Err("--dry-run changes nothing and --yes deletes: leave one of them out".to_owned()),
+            _ => self.meant.check(),
+        }
+    }
+}
+
 pub(super) async fn run(config: &Config, sqs: &Sqs, stop: &Stop, options: &Options) -> anyhow::Result<()> {
-    let mut left = options.limit.map_or(u64::MAX, u64::from);
+    let Meant { filters, dry_run, .. } = &options.meant;
+    let mut left = options.meant.limit();
     let (mut done, mut kept) = (0, 0);
-    for lane in dead_lanes(config, sqs, &options.filters).await? {
-        let mut reader = Reader::new(sqs.clone(), lane.dead.clone(), config.queue.visibility_timeout);
+    let mut unseen = Vec::new();
+    for lane in dead_lanes(config, sqs, stop, filters).await? {
+        let mut reader = Reader::new(sqs.clone(), lane.dead.clone(), config.queue.visibility_timeout, stop.clone());
         let discarding = async {
             while left > 0
-                && let Some(letters) = next_letters(&mut reader, lane.name, &options.filters, stop).await?
+                && let Some(letters) = next_letters(&mut reader, lane.name, filters, stop).await?
             {
                 for letter in letters {
                     if left == 0 || *stop.borrow() {
                         break;
                     }
                     left -= 1;
-                    let what = if options.dry_run {
+                    let what = if *dry_run {
                         done += 1;
                         "would discard"
-                    } else if reader.delete(&letter.message_id).await? {
-                        done += 1;
-                        "discarded"
                     } else {
-                        kept += 1;
-                        "not deleted by SQS"
+                        let id = &letter.message_id;
+                        let deleted = unless_stopped(stop, LAST_ANSWER, reader.delete(id)).await;
+                        if deleted.with_context(|| {
+                            format!("interrupted; whether SQS has deleted message {id} is not known")
+                        })?? {
+                            done += 1;
+                            "discarded"
+                        } else {
+                            kept += 1;
+                            "not deleted by SQS"
+                        }
                     };
-                    let (lane, kind, code) = (letter.lane.as_str(), letter.kind, &letter.code);
-                    let (name, message) = (letter.name(), &letter.message_id);
-                    print(format!("{what}  {lane}  {kind}  {code}  {name}  message {message}\n"))?;
+                    tell(what, &letter, "")?;
                 }
             }
             anyhow::Ok(())
         };
         let ended = discarding.await;
+        unseen.extend(reader.missed().filter(|_| left > 0).map(|missed| partial(lane.name, missed)));
         reader.give_back().await;
         if let Err(error) = ended {
             return Err(error.context(format!("the discard stopped after {}", count(done, "letter"))));
         }
     }
-    println!("{} {}", count(done, "letter"), if options.dry_run { "would be discarded" } else { "discarded" });
+    println!("{} {}", count(done, "letter"), if *dry_run { "would be discarded" } else { "discarded" });
     if *stop.borrow() {
         return Err(interrupted());
     }
     if kept > 0 {
-        bail!("SQS did not delete {}; discard again", count(kept, "letter"));
+        unseen.push(format!("SQS did not delete {}; discard again", count(kept, "letter")));
+    }
+    if !unseen.is_empty() {
+        bail!("not everything that was meant was done: {}", unseen.join("; "));
     }
     Ok(())
 }

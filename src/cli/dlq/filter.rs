@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 
 use super::letter::Letter;
+use crate::cli::text::moment;
 use crate::config::Config;
 use crate::events::lane;
 
@@ -58,10 +58,10 @@ pub(super) struct Filters {
     #[arg(long = "reason", value_name = "CODE")]
     reasons: Vec<String>,
     /// Sent at this time or later, RFC 3339.
-    #[arg(long, value_name = "TIME", value_parser = |text: &str| OffsetDateTime::parse(text, &Rfc3339))]
+    #[arg(long, value_name = "TIME", value_parser = moment)]
     since: Option<OffsetDateTime>,
     /// Sent before this time, RFC 3339.
-    #[arg(long, value_name = "TIME", value_parser = |text: &str| OffsetDateTime::parse(text, &Rfc3339))]
+    #[arg(long, value_name = "TIME", value_parser = moment)]
     until: Option<OffsetDateTime>,
     /// Sent longer ago than this: 90s, 30m, 12h, 7d.
     #[arg(long, value_name = "SPAN", value_parser = span, conflicts_with = "until")]

@@ -7,7 +7,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::filter::LaneName;
-use crate::cli::text::span;
+use crate::cli::text::{printable, span};
 use crate::events::envelope::Event;
 use crate::events::request;
 use crate::queue::sqs::DeadLetter;
@@ -42,7 +42,7 @@ pub(super) struct Letter {
     /// The sentence.
     reason: Option<String>,
     /// Id that the message had in its first queue; SQS keeps it when it moves a message.
-    origin_id: Option<String>,
+    pub(super) origin_id: Option<String>,
     /// Receives in its first queue.
     receives: Option<u64>,
     /// How often it was sent again.
@@ -129,9 +129,9 @@ impl Letter {
             "{age:>7}  {:<15}  {:<18}  {:<20}  {:>2}  {}",
             self.lane.as_str(),
             self.kind,
-            self.code,
+            printable(&self.code),
             self.redrives,
-            self.name()
+            printable(self.name())
         )
     }
 
@@ -156,10 +156,12 @@ impl Letter {
             ("redrives", self.redrives.to_string()),
             ("bytes", self.body.len().to_string()),
         ];
-        let mut page: String = rows.iter().map(|(name, value)| format!("{name:<13}  {value}\n")).collect();
+        let mut page: String = rows.iter().map(|(name, value)| format!("{name:<13}  {}\n", printable(value))).collect();
         page.push('\n');
-        page.push_str(&self.body);
-        page.push('\n');
+        for line in self.body.split('\n') {
+            page.push_str(&printable(line));
+            page.push('\n');
+        }
         page
     }
 

@@ -17,11 +17,12 @@ pub(super) fn is_at_work(run: &RunStatus) -> bool {
 
 /// The run's state in one word that tells what happens to it now. It is the record's word but for these: `waiting`,
 /// nobody works on the run, its event has to be delivered again; `cancelling`, its end was asked for; `publishing`, it is
-/// complete and its records are not all on Kafka.
+/// complete and its records are not all on Kafka; `unpublished`, the same, and its publication is quarantined.
 pub(super) fn phase(run: &RunStatus) -> &str {
     match run.state.as_str() {
         "running" if run.cancel_requested => "cancelling",
         "running" if !is_at_work(run) => "waiting",
+        "complete" if run.publication_state.as_deref() == Some("failed") => "unpublished",
         "complete" if run.publication_state.as_deref() != Some("complete") => "publishing",
         state => state,
     }
@@ -89,6 +90,8 @@ pub(super) mod tests {
             quarantined: None,
             publication_cursor: None,
             publication_error: None,
+            publication_failed_at: None,
+            publication_failed_seconds: None,
         }
     }
 
@@ -124,6 +127,7 @@ pub(super) mod tests {
         assert_eq!(with(|_| (), complete()), "complete");
         assert_eq!(with(|run| run.publication_state = None, complete()), "publishing");
         assert_eq!(with(|run| run.publication_state = Some("running".to_owned()), complete()), "publishing");
+        assert_eq!(with(|run| run.publication_state = Some("failed".to_owned()), complete()), "unpublished");
     }
 
     #[test]

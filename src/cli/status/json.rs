@@ -20,6 +20,7 @@ pub(super) fn document(run: &RunStatus) -> Value {
             "quarantined": run.quarantined,
             "cursor": run.publication_cursor.filter(|cursor| *cursor != i64::MIN),
             "last_error": run.publication_error,
+            "failed_at": run.publication_failed_at.and_then(time),
             "count": run.publications,
         })
     });

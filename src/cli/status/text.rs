@@ -132,7 +132,7 @@ fn state(run: &RunStatus) -> String {
         "waiting" => "running, but nobody works on it: it goes on when its event is delivered",
         "cancelling" if is_at_work(run) => "running, a cancel was requested: its worker ends it within seconds",
         "cancelling" => "running, a cancel was requested and its worker is gone: `write-api cancel` closes it",
-        "publishing" => "complete",
+        "publishing" | "unpublished" => "complete",
         "cancelled" => "cancelled: `write-api retry` lets it go on",
         "failed" => "failed: `write-api retry` lets it go on",
         state => state,
@@ -156,6 +156,14 @@ fn publication(run: &RunStatus) -> String {
     }
     if let Some(cursor) = run.publication_cursor.filter(|cursor| *cursor != i64::MIN) {
         let _ = write!(text, ", sent up to listing {cursor}");
+    }
+    if let (Some(at), Some(seconds)) = (run.publication_failed_at, run.publication_failed_seconds) {
+        let _ = write!(
+            text,
+            "; quarantined at {}, {} ago: `write-api dlq redrive --reason quarantined` lets it go on",
+            moment(at),
+            span(seconds)
+        );
     }
     if run.publications > 1 {
         let _ = write!(text, "; the newest of {}", run.publications);
@@ -223,6 +231,8 @@ fn wrapped(name: &str, value: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use time::macros::datetime;
+
     use super::super::figures::tests::{at_work, complete};
     use super::*;
 
@@ -287,6 +297,25 @@ mod tests {
             assert!(page.contains(entry), "{entry:?} is not in\n{page}");
         }
         assert!(!super::page(&complete()).contains("quarantined"));
+    }
+
+    #[test]
+    fn a_page_tells_since_when_and_why_a_publication_is_quarantined() {
+        let run = RunStatus {
+            publication_state: Some("failed".to_owned()),
+            publication_failed_at: Some(datetime!(2026-11-24 03:00:00 UTC)),
+            publication_failed_seconds: Some(7_500.0),
+            publication_error: Some("quarantined: 3 attempts in a row died without progress".to_owned()),
+            ..complete()
+        };
+        let page = page(&run).split_whitespace().collect::<Vec<_>>().join(" ");
+        for entry in [
+            "publication failed, 16,988 of 16,988 records",
+            "quarantined at 2026-11-24 03:00:00 UTC, 2h05m ago: `write-api dlq redrive --reason quarantined` lets it go on",
+            "its error quarantined: 3 attempts in a row died without progress",
+        ] {
+            assert!(page.contains(entry), "{entry:?} is not in\n{page}");
+        }
     }
 
     #[test]
