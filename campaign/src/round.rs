@@ -10,10 +10,8 @@ use local_stack::Stack;
 
 use crate::checker::{self, Allowances, Observed, Violation};
 use crate::faults::{Injection, Kind, Scene};
-use crate::world::{CONNECTIONS, IN_FLIGHT, RATE, RECOVERY, Size, World};
+use crate::world::{CONNECTIONS, RECOVERY, Size, World};
 
-/// A round that is not over by then makes no progress.
-const LIMIT: Duration = Duration::from_secs(300);
 /// Until gauges and pools are at rest after the last work.
 const REST: Duration = Duration::from_secs(10);
 /// How much more resident memory than at its start a process may have when it is at rest: allocator, pools, statements.
@@ -67,15 +65,18 @@ pub async fn play(spec: &Spec, stack: &Stack, program: &Path, directory: &Path) 
     if let Some(bug) = spec.planted {
         world.variables.push(("WRITE_API_PLANTED_BUG".to_owned(), bug.to_owned()));
     }
+    for kind in &spec.kinds {
+        kind.prepare(&mut world, stack).await.with_context(|| format!("cannot make ready for {kind}"))?;
+    }
     let mut scene = Scene::new(&mut world, stack, Rng::with_seed(spec.seed));
     let mut outcome = Outcome::default();
-    let ended = tokio::time::timeout(LIMIT, act(spec, &mut scene, &mut outcome)).await;
+    let ended = tokio::time::timeout(spec.size.limit, act(spec, &mut scene, &mut outcome)).await;
     outcome.injections = std::mem::take(&mut scene.log);
     outcome.violations.append(&mut scene.violations);
     let broken = match ended {
         Ok(Ok(())) => None,
         Ok(Err(error)) => Some(format!("{error:#}")),
-        Err(_) => Some(format!("no end after {LIMIT:?}; left: {:?}", world.left().await)),
+        Err(_) => Some(format!("no end after {:?}; left: {:?}", spec.size.limit, world.left().await)),
     };
     outcome.violations.extend(broken.map(|what| Violation { invariant: "I6", what }));
     outcome.messages = world.workload.inputs.messages;
@@ -112,14 +113,14 @@ async fn act(spec: &Spec, scene: &mut Scene<'_>, outcome: &mut Outcome) -> Resul
     at_rest(scene.world).await?;
     let observed = scene.world.observe().await?;
     let attempts: u64 = observed.runs.iter().map(|run| u64::try_from(run.attempts - 1).unwrap_or(0)).sum();
-    let replicas = scene.world.replicas.len() as u64;
+    let (replicas, size) = (scene.world.replicas.len() as u64, scene.world.size);
     let hits: u64 = scene.log.iter().map(|injection| injection.hits).sum();
     let allowances = Allowances {
         repeated_calls: scene.repeated_calls(attempts),
         repeated_letters: usize::try_from(hits)? * 8,
-        calls_per_second: RATE * replicas + RATE * replicas / COUNTING_TOLERANCE,
+        calls_per_second: size.rate * replicas + size.rate * replicas / COUNTING_TOLERANCE,
         connections: CONNECTIONS * i64::try_from(replicas)?,
-        descriptors: IN_FLIGHT + 64,
+        descriptors: size.in_flight + 64,
         resident: RESIDENT,
     };
     outcome.states = observed.valuations.len() as u64;

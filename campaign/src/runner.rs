@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use local_stack::{Stack, StackOptions};
 
-use crate::faults::{KINDS, Kind, NOT_RUN, points_in};
+use crate::faults::{KINDS, Kind, points_in};
 use crate::options::{Options, Profile};
 use crate::planted::PLANTED;
 use crate::report::Report;
@@ -43,9 +43,15 @@ pub async fn run(options: Options) -> Result<bool> {
 fn wanted(options: &Options, points: &[String]) -> Result<Vec<Kind>> {
     if options.faults.is_empty() {
         let all = KINDS.iter().map(|(_, kind)| *kind);
-        let (can, cannot): (Vec<Kind>, Vec<Kind>) = all.partition(|kind| !kind.needs_points() || !points.is_empty());
-        for kind in cannot {
-            println!("{kind} is not run: there are no fault points in {}", options.sources.display());
+        let mut can = Vec::new();
+        for kind in all {
+            if kind.needs_points() && points.is_empty() {
+                println!("NOT PLAYED: {kind}: there are no fault points in {}", options.sources.display());
+            } else if let Some(reason) = kind.unplayable() {
+                println!("NOT PLAYED: {kind}: {reason}");
+            } else {
+                can.push(kind);
+            }
         }
         return Ok(can);
     }
@@ -56,6 +62,11 @@ fn wanted(options: &Options, points: &[String]) -> Result<Vec<Kind>> {
     let named: Vec<Kind> = named.collect::<Result<_>>()?;
     if let Some(kind) = named.iter().find(|kind| kind.needs_points() && points.is_empty()) {
         bail!("--faults {kind} needs fault points, and there are none in {}", options.sources.display());
+    }
+    for kind in &named {
+        if let Some(reason) = kind.unplayable() {
+            bail!("--faults {kind} cannot be played: {reason}");
+        }
     }
     Ok(named)
 }
@@ -124,8 +135,10 @@ impl Campaign {
         let report = report.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
         println!("\n{}", report.text(&schedule.points, begun.elapsed()));
         let never = if options.round.is_some() { Vec::new() } else { report.never_hit(&schedule.kinds) };
-        for (kind, reason) in NOT_RUN {
-            println!("not run: {kind}: {reason}");
+        if options.faults.is_empty() {
+            for (kind, reason) in KINDS.iter().filter_map(|(_, kind)| Some((kind, kind.unplayable()?))) {
+                println!("NOT PLAYED: {kind}: {reason}");
+            }
         }
         if !never.is_empty() {
             println!("never hit in the middle of work: {}", never.join(", "));

@@ -12,14 +12,11 @@ use sqlx::postgres::{PgPool, PgPoolOptions};
 use sqlx::{AssertSqlSafe, FromRow};
 
 use crate::checker::{Letter, Observed};
+use crate::faults::disk::SmallDisk;
 use crate::owners;
 use crate::replica::{LOOK, Replica};
 use crate::workload::{LANES, Lane, Message, SEEDED_AT, SEEDED_BY, Workload};
 
-/// Partner calls in flight, for each replica.
-pub const IN_FLIGHT: u64 = 40;
-/// Partner calls a second, for each replica.
-pub const RATE: u64 = 300;
 /// The partner's latency.
 pub const LATENCY_MS: u64 = 60;
 /// How long a message stays hidden from others without its keeper.
@@ -38,6 +35,12 @@ pub struct Size {
     pub listings: i64,
     /// Listings a page, answers a batch, records a page.
     pub page: u64,
+    /// Partner calls in flight, for each replica.
+    pub in_flight: u64,
+    /// Partner calls a second, for each replica.
+    pub rate: u64,
+    /// A round that is not over by then makes no progress.
+    pub limit: Duration,
     /// Processes.
     pub replicas: usize,
     /// Whether the processes get to SQS and Postgres through proxies that can fail.
@@ -72,6 +75,9 @@ pub struct World {
     pub variables: Vec<(String, String)>,
     /// Where logs go.
     pub directory: PathBuf,
+    /// Where the tables are, for rounds in which it is full at times.
+    pub small_disk: Option<SmallDisk>,
+    program: PathBuf,
     /// Its size.
     pub size: Size,
 }
@@ -96,7 +102,10 @@ impl World {
             PartnerStub::start(Behaviour { latency_ms: LATENCY_MS, forced: unwanted, ..Behaviour::default() })?;
         let mut environment = stack.environment(&partner).await?;
         settings(&mut environment, size);
-        let setup = Command::new(program).arg("setup").envs(environment.variables()).output();
+        let mut setup = Command::new(program);
+        setup.arg("setup").envs(environment.variables());
+        // The short limit is for the service under faults; nothing is broken yet, and servers that just started are slow.
+        let setup = setup.env("WRITE_API_QUEUE_REQUEST_TIMEOUT", "20s").output();
         let setup = setup.with_context(|| format!("cannot run {}", program.display()))?;
         ensure!(setup.status.success(), "setup failed: {}", String::from_utf8_lossy(&setup.stderr));
 
@@ -151,6 +160,8 @@ impl World {
             workload,
             variables: Vec::new(),
             directory,
+            small_disk: None,
+            program: program.to_owned(),
             size,
         };
         world.write_listings().await?;
@@ -195,6 +206,14 @@ impl World {
         variables.push(("WRITE_API_FAULTS".to_owned(), orders.to_owned()));
         variables.push(("WRITE_API_DATABASE_URL".to_owned(), self.logins[replica].clone()));
         self.replicas[replica].spawn(&self.environment, &variables)
+    }
+
+    /// A command line of the service, with its settings and the first replica's name at the database.
+    #[must_use]
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(arguments).envs(self.environment.variables()).env("WRITE_API_DATABASE_URL", &self.logins[0]);
+        command
     }
 
     /// Starts a replica without orders and waits until it is ready.
@@ -271,11 +290,20 @@ impl World {
 
     /// Visible and hidden messages of a lane's queue.
     pub async fn depth(&self, lane: Lane) -> Result<(u64, u64)> {
+        self.waiting(&self.urls[&lane][0]).await
+    }
+
+    /// Visible and hidden messages of a lane's dead-letter queue.
+    pub async fn letters_waiting(&self, lane: Lane) -> Result<(u64, u64)> {
+        self.waiting(&self.urls[&lane][1]).await
+    }
+
+    async fn waiting(&self, url: &str) -> Result<(u64, u64)> {
         let names = [
             QueueAttributeName::ApproximateNumberOfMessages,
             QueueAttributeName::ApproximateNumberOfMessagesNotVisible,
         ];
-        let asked = self.sqs.get_queue_attributes().queue_url(&self.urls[&lane][0]);
+        let asked = self.sqs.get_queue_attributes().queue_url(url);
         let attributes = asked.set_attribute_names(Some(names.to_vec())).send().await?.attributes.unwrap_or_default();
         let number = |name| attributes.get(name).and_then(|text| text.parse().ok()).unwrap_or(0);
         Ok((number(&names[0]), number(&names[1])))
@@ -440,6 +468,10 @@ impl World {
         let admin = PgPoolOptions::new().max_connections(1).connect(&stack.postgres().admin_url()).await?;
         let drop = format!("DROP DATABASE {} WITH (FORCE)", self.environment.names().database);
         sqlx::raw_sql(AssertSqlSafe(drop)).execute(&admin).await?;
+        if let Some(disk) = self.small_disk {
+            let drop = format!("DROP TABLESPACE {}", disk.tablespace);
+            sqlx::raw_sql(AssertSqlSafe(drop)).execute(&admin).await?;
+        }
         admin.close().await;
         Ok(())
     }
@@ -461,8 +493,8 @@ fn settings(environment: &mut Environment, size: Size) {
         ("database.max_connections", (CONNECTIONS - 1).to_string()),
         ("database.acquire_timeout", "3s".to_owned()),
         ("database.statement_timeout", "3s".to_owned()),
-        ("partner.in_flight", IN_FLIGHT.to_string()),
-        ("partner.rate_per_second", RATE.to_string()),
+        ("partner.in_flight", size.in_flight.to_string()),
+        ("partner.rate_per_second", size.rate.to_string()),
         ("partner.connect_timeout", "2s".to_owned()),
         ("partner.request_timeout", "3s".to_owned()),
         ("partner.retry_cap", "1s".to_owned()),

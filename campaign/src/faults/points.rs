@@ -8,12 +8,18 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use super::{Injection, Scene};
+use super::{Injection, Scene, redrive};
 use crate::replica::LOOK;
-use crate::world::{GRACE, RECOVERY};
+use crate::world::{GRACE, LATENCY_MS, RECOVERY};
 
 /// Until a point is passed, with all kinds of work going on.
 const PASSING_LIMIT: Duration = Duration::from_secs(20);
+/// Until a message has worn out.
+const WORN_LIMIT: Duration = Duration::from_secs(40);
+/// The partner's latency while messages wear out: a run then lasts for several receives of its second message.
+const SLOW_PARTNER_MS: u64 = 1_500;
+/// As by default.
+const MOST_RECEIVES: &str = "900";
 /// How long a thread stands still: longer than a message stays hidden.
 const STALL: Duration = Duration::from_secs(5);
 /// Deaths after which an event is quarantined. The first one leaves no trace where nothing is written before the result,
@@ -44,10 +50,18 @@ fn named_in(source: &str) -> Vec<String> {
 
 /// The process ends itself, as by kill -9, at `point`.
 pub(super) async fn crash(scene: &mut Scene<'_>, point: &str) -> Result<Injection> {
+    if point.starts_with("redrive.") {
+        return redrive::crash(scene, point).await;
+    }
     rest(scene).await?;
     let passing = scene.rng.u32(1..=2);
+    let is_of_worn = point.starts_with("resend.");
+    if is_of_worn {
+        wear(scene).await?;
+    }
     exchange(scene, &format!("{point}=kill@{passing}")).await?;
-    let deadline = Instant::now() + PASSING_LIMIT;
+    scene.world.environment.set("queue.most_receives", MOST_RECEIVES);
+    let deadline = Instant::now() + if is_of_worn { WORN_LIMIT } else { PASSING_LIMIT };
     let status = loop {
         if let Some(status) = scene.world.replicas[0].exited()? {
             break Some(status);
@@ -57,6 +71,7 @@ pub(super) async fn crash(scene: &mut Scene<'_>, point: &str) -> Result<Injectio
         }
         feed(scene).await?;
     };
+    scene.world.partner.control(|behaviour| behaviour.latency_ms = LATENCY_MS)?;
     let at_work = scene.world.at_work().await?;
     let injected = scene.world.replicas[0].has_logged(&["fault injected", point])?;
     let mut injection = Injection::new(point);
@@ -75,6 +90,16 @@ pub(super) async fn crash(scene: &mut Scene<'_>, point: &str) -> Result<Injectio
     }
     scene.world.restart(0).await?;
     Ok(injection)
+}
+
+/// A message is sent anew when it nears the number of receives after which SQS takes it for dead. Makes that the second,
+/// and sends a refresh twice: while the run is at work, its other message is received again and again.
+async fn wear(scene: &mut Scene<'_>) -> Result<()> {
+    scene.world.environment.set("queue.most_receives", "2");
+    scene.world.partner.control(|behaviour| behaviour.latency_ms = SLOW_PARTNER_MS)?;
+    let (_, message) = scene.world.workload.whole_refresh();
+    scene.world.workload.inputs.messages += 1;
+    scene.world.send(vec![message.clone(), message]).await
 }
 
 /// A panic at `point`: the event is tried again and all others go on.
