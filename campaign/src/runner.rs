@@ -18,6 +18,8 @@ use crate::schedule::Schedule;
 
 /// Rounds before a runner takes fresh servers: the broker and the emulator keep all in memory.
 const ROUNDS_PER_STACK: u64 = 40;
+/// A round is played so often at most.
+const PLAYS: u32 = 3;
 /// A planted mistake must be found out within this.
 const PLANTED_LIMIT: Duration = Duration::from_secs(300);
 
@@ -115,11 +117,17 @@ impl Campaign {
                 };
                 played += 1;
                 let mut spec = schedule.round(number);
-                // Whether a fault meets work is luck: where all missed it, two more rounds with other choices.
-                for _ in 0..3 {
+                // Whether a fault meets work is luck: where all missed it, two more rounds with other choices. A round of
+                // which the machine had too much is played again as it is; the last time, it counts.
+                for play in 1..=PLAYS {
                     let outcome = Box::pin(round::play(&spec, &servers, &self.program, &self.artefacts)).await;
                     let outcome = outcome.with_context(|| format!("round {number} ({:?})", spec.kinds))?;
                     self.tell(&spec, &outcome);
+                    if let (Some(why), true) = (&outcome.starved, play < PLAYS) {
+                        println!("    not judged and played again: {why}");
+                        lock(&report).starved += 1;
+                        continue;
+                    }
                     lock(&report).add(&spec, &outcome);
                     let met = outcome.injections.iter().any(|injection| injection.hits_at_work > 0);
                     if met || !outcome.violations.is_empty() || options.profile != Profile::Ci {
@@ -217,7 +225,10 @@ impl Campaign {
                 let left = PLANTED_LIMIT.saturating_sub(begun.elapsed());
                 let play = Box::pin(round::play(&spec, &stack, &self.program, &artefacts));
                 match tokio::time::timeout(left, play).await {
-                    Ok(outcome) => found = outcome?.violations.into_iter().next(),
+                    Ok(outcome) => {
+                        let outcome = outcome?;
+                        found = outcome.violations.into_iter().next().filter(|_| outcome.starved.is_none());
+                    }
                     Err(_) => break,
                 }
                 if found.is_some() {

@@ -16,8 +16,9 @@ const SMALL: Size = Size {
     in_flight: 40,
     rate: 300,
     limit: Duration::from_secs(300),
+    recovery: Duration::from_secs(60),
     replicas: 1,
-    proxies: false,
+    postgres_proxy: false,
 };
 /// As many as the data of a county; pages and the partner's limit as in production. A round has several refreshes of all.
 const FULL: Size = Size {
@@ -25,9 +26,11 @@ const FULL: Size = Size {
     page: 1_000,
     in_flight: 400,
     rate: 1_000,
-    limit: Duration::from_secs(1_200),
+    limit: Duration::from_secs(1_800),
+    // A burst of work alone takes more than a minute at the partner's rate, and as long again to be published.
+    recovery: Duration::from_secs(600),
     replicas: 1,
-    proxies: false,
+    postgres_proxy: false,
 };
 
 /// Crash points a round.
@@ -80,7 +83,7 @@ impl Schedule {
             kinds: vec![kind],
             injections,
             points: self.points_of(kind, number, injections, &mut rng),
-            size: Size { replicas: kind.replicas(), proxies: kind.needs_proxies(), ..size },
+            size: Size { replicas: kind.replicas(), postgres_proxy: kind.needs_postgres_proxy(), ..size },
             planted: None,
         }
     }

@@ -21,12 +21,12 @@ use crate::workload::{LANES, Lane, Message, SEEDED_AT, SEEDED_BY, Workload};
 pub const LATENCY_MS: u64 = 60;
 /// How long a message stays hidden from others without its keeper.
 pub const VISIBILITY: Duration = Duration::from_secs(4);
+/// The service's limit for an answer of SQS.
+pub const SQS_ANSWERS_WITHIN: Duration = Duration::from_secs(2);
 /// From SIGTERM to the end.
 pub const GRACE: Duration = Duration::from_secs(8);
 /// Connections to the database, for each replica.
 pub const CONNECTIONS: i64 = 6;
-/// Work must be done this long after the last fault.
-pub const RECOVERY: Duration = Duration::from_secs(60);
 
 /// How large a world is.
 #[derive(Clone, Copy, Debug)]
@@ -41,10 +41,12 @@ pub struct Size {
     pub rate: u64,
     /// A round that is not over by then makes no progress.
     pub limit: Duration,
+    /// Work must be done this long after the last fault.
+    pub recovery: Duration,
     /// Processes.
     pub replicas: usize,
-    /// Whether the processes get to SQS and Postgres through proxies that can fail.
-    pub proxies: bool,
+    /// Whether the processes get to Postgres through a proxy that can fail.
+    pub postgres_proxy: bool,
 }
 
 /// A world.
@@ -52,8 +54,8 @@ pub struct Size {
 pub struct World {
     /// The partner.
     pub partner: PartnerStub,
-    /// Before SQS, where there is one.
-    pub sqs_proxy: Option<SqsProxy>,
+    /// Before SQS: it can fail, and it is the witness of what every process did with which message.
+    pub sqs_proxy: SqsProxy,
     /// Before Postgres, where there is one.
     pub postgres_proxy: Option<PostgresProxy>,
     /// The database, past all proxies.
@@ -73,6 +75,8 @@ pub struct World {
     pub workload: Workload,
     /// More variables of every process.
     pub variables: Vec<(String, String)>,
+    /// When a process was cut off from what it had in hand: it died, was stopped, or a task of it panicked, between these.
+    interruptions: Vec<(Instant, Instant)>,
     /// Where logs go.
     pub directory: PathBuf,
     /// Where the tables are, for rounds in which it is full at times.
@@ -129,12 +133,13 @@ impl World {
             }
             urls.insert(lane, pair);
         }
-        let (mut sqs_proxy, mut postgres_proxy) = (None, None);
-        if size.proxies {
-            let (before_sqs, before_postgres) =
-                (SqsProxy::start(stack.sqs().endpoint())?, PostgresProxy::start(environment.database_url())?);
-            environment.set("aws.endpoint_url", &before_sqs.endpoint()).set("database.url", before_postgres.url());
-            (sqs_proxy, postgres_proxy) = (Some(before_sqs), Some(before_postgres));
+        let sqs_proxy = SqsProxy::start(stack.sqs().endpoint())?;
+        environment.set("aws.endpoint_url", &sqs_proxy.endpoint());
+        let mut postgres_proxy = None;
+        if size.postgres_proxy {
+            let before_postgres = PostgresProxy::start(environment.database_url())?;
+            environment.set("database.url", before_postgres.url());
+            postgres_proxy = Some(before_postgres);
         }
         let tap = environment.tap()?;
         owners::watch(&database).await?;
@@ -159,6 +164,7 @@ impl World {
             logins,
             workload,
             variables: Vec::new(),
+            interruptions: Vec::new(),
             directory,
             small_disk: None,
             program: program.to_owned(),
@@ -206,6 +212,11 @@ impl World {
         variables.push(("WRITE_API_FAULTS".to_owned(), orders.to_owned()));
         variables.push(("WRITE_API_DATABASE_URL".to_owned(), self.logins[replica].clone()));
         self.replicas[replica].spawn(&self.environment, &variables)
+    }
+
+    /// A process was cut off from what it had in hand, not before `since`.
+    pub fn interrupted(&mut self, since: Instant) {
+        self.interruptions.push((since, Instant::now()));
     }
 
     /// A command line of the service, with its settings and the first replica's name at the database.
@@ -405,6 +416,8 @@ impl World {
             records,
             records_missed: self.tap.missed(),
             letters: self.letters().await?,
+            sqs_calls: self.sqs_proxy.calls(),
+            interruptions: self.interruptions.clone(),
             left,
             partner: self.partner.stats(),
             strangers: owners::strangers(database).await?,
@@ -483,7 +496,7 @@ fn settings(environment: &mut Environment, size: Size) {
     for (key, value) in [
         ("queue.visibility_timeout", seconds(VISIBILITY)),
         ("queue.wait_time", "1s".to_owned()),
-        ("queue.request_timeout", "2s".to_owned()),
+        ("queue.request_timeout", seconds(SQS_ANSWERS_WITHIN)),
         ("queue.retry_base", "100ms".to_owned()),
         ("queue.retry_cap", "1s".to_owned()),
         // Fewer than a burst has bad bodies: a permit that is not given back is soon missed.

@@ -54,5 +54,5 @@ pub use postgres_proxy::{PgFault, PostgresProxy};
 pub use process::{Ending, Process};
 pub use python::Virtualenv;
 pub use sqs::Sqs;
-pub use sqs_proxy::{Scope, SqsFault, SqsProxy};
+pub use sqs_proxy::{Action, Done, Scope, SqsFault, SqsProxy, WatchedCall, WatchedMessage};
 pub use stack::{Stack, StackOptions, shared};

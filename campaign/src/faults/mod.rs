@@ -7,6 +7,7 @@ mod clock;
 pub mod disk;
 mod early;
 mod kafka;
+mod memory;
 mod partner;
 pub mod points;
 mod postgres;
@@ -48,6 +49,8 @@ pub enum Kind {
     PublishEarly,
     /// The wall clock of a process jumps and jumps back.
     Clock,
+    /// A process gets no more memory and is killed by the kernel.
+    MemoryCap,
     /// The disk with the database's tables is full for some seconds.
     DiskFull,
     /// The partner.
@@ -76,6 +79,7 @@ pub const KINDS: &[(&str, Kind)] = &[
     ("poison", Kind::Poison),
     ("publish-early", Kind::PublishEarly),
     ("clock", Kind::Clock),
+    ("memory-cap", Kind::MemoryCap),
     ("disk-full", Kind::DiskFull),
     ("partner-429", Kind::Partner(partner::Schedule::TooMany)),
     ("partner-retry-after", Kind::Partner(partner::Schedule::RetryAfter)),
@@ -146,6 +150,7 @@ impl Kind {
             | Self::Stall
             | Self::PublishEarly
             | Self::Clock
+            | Self::MemoryCap
             | Self::DiskFull
             | Self::Partner(_)
             | Self::Kafka(_)
@@ -154,9 +159,9 @@ impl Kind {
         }
     }
 
-    /// Whether its rounds need proxies before SQS and Postgres.
+    /// Whether its rounds need a proxy before Postgres.
     #[must_use]
-    pub fn needs_proxies(self) -> bool {
+    pub fn needs_postgres_proxy(self) -> bool {
         matches!(self, Self::Sqs(_) | Self::Postgres(_))
     }
 
@@ -177,6 +182,7 @@ impl Kind {
     pub fn unplayable(self) -> Option<String> {
         match self {
             Self::Clock => clock::refusal(),
+            Self::MemoryCap => memory::refusal(),
             Self::DiskFull => disk::refusal(),
             _ => None,
         }
@@ -199,6 +205,7 @@ impl Kind {
                 | Self::Term
                 | Self::Stop
                 | Self::CrashPoint
+                | Self::MemoryCap
                 | Self::PublishEarly
                 | Self::Clock
                 | Self::Partner(_)
@@ -230,7 +237,12 @@ pub struct Injection {
     pub proof: String,
     /// Times that calls and uncommitted answers of a process were lost by it.
     pub interruptions: u64,
+    /// Batches of answers that may have been uncommitted then: one for each run at work. `None`: as many as there can be.
+    pub batches: Option<u64>,
 }
+
+/// Runs at work in a process at most.
+const RUNS_AT_WORK: u64 = 4;
 
 /// What an injection is made in.
 pub struct Scene<'a> {
@@ -271,6 +283,7 @@ impl<'a> Scene<'a> {
             Kind::Poison => points::poison(self).await?,
             Kind::PublishEarly => early::publish(self).await?,
             Kind::Clock => clock::shift(self).await?,
+            Kind::MemoryCap => memory::cap(self).await?,
             Kind::DiskFull => disk::full(self).await?,
             Kind::Partner(schedule) => partner::inject(self, schedule).await?,
             Kind::Kafka(trouble) => kafka::inject(self, trouble).await?,
@@ -288,10 +301,11 @@ impl<'a> Scene<'a> {
     pub fn repeated_calls(&self, attempts: u64) -> u64 {
         let exact = self.log.iter().all(|injection| Kind::named(injection.kind).is_some_and(Kind::is_counted_exactly));
         let counted: u64 = self.log.iter().map(|injection| injection.interruptions).sum();
-        let interruptions = if exact { counted } else { counted.max(attempts) };
+        let batches = |injection: &Injection| injection.batches.unwrap_or(injection.interruptions * RUNS_AT_WORK);
+        let batches: u64 = self.log.iter().map(batches).sum();
+        let more = if exact { 0 } else { attempts.saturating_sub(counted) };
         // The permits are the process's; each run at work has a batch of its own.
-        let runs_at_work = 4;
-        interruptions * (self.world.size.in_flight + runs_at_work * self.world.size.page)
+        (counted + more) * self.world.size.in_flight + (batches + more * RUNS_AT_WORK) * self.world.size.page
     }
 
     fn violation(&mut self, invariant: &'static str, what: String) {
@@ -306,7 +320,7 @@ impl<'a> Scene<'a> {
 impl Injection {
     fn new(target: impl Into<String>) -> Self {
         let (target, proof) = (target.into(), String::new());
-        Self { at: 0.0, kind: "", target, hits: 0, hits_at_work: 0, proof, interruptions: 0 }
+        Self { at: 0.0, kind: "", target, hits: 0, hits_at_work: 0, proof, interruptions: 0, batches: None }
     }
 
     fn hit(mut self, at_work: bool, proof: String) -> Self {

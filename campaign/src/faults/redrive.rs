@@ -23,6 +23,8 @@ pub(super) async fn crash(scene: &mut Scene<'_>, point: &str) -> Result<Injectio
     letters(scene).await?;
     let passing = scene.rng.u32(1..=3);
     let killed = redrive(scene, &format!("{point}=kill@{passing}")).await?;
+    // It died at the end of this.
+    scene.world.interrupted(Instant::now());
     let said = String::from_utf8_lossy(&killed.stderr).into_owned();
     visible(scene).await?;
     let again = redrive(scene, "").await?;

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use local_stack::SqsFault;
 
 use super::{Injection, Scene};
@@ -49,14 +49,14 @@ pub(super) async fn inject(scene: &mut Scene<'_>, fault: SqsFault) -> Result<Inj
     }
     scene.world.busy(BUSY_LIMIT).await?;
     let times = times(fault);
-    let before = hits(scene, fault)?;
+    let before = hits(scene, fault);
     let limit = match times {
         Some(times) => {
-            proxy(scene)?.order(fault, times);
+            scene.world.sqs_proxy.order(fault, times);
             HIT_LIMIT
         }
         None => {
-            proxy(scene)?.set_ratio(fault, 0.5);
+            scene.world.sqs_proxy.set_ratio(fault, 0.5);
             Duration::from_millis(scene.rng.u64(2_000..5_000))
         }
     };
@@ -65,7 +65,7 @@ pub(super) async fn inject(scene: &mut Scene<'_>, fault: SqsFault) -> Result<Inj
     let (mut at_work, mut counted, mut working) = (0, before, true);
     loop {
         scene.world.check_alive()?;
-        let now = hits(scene, fault)?;
+        let now = hits(scene, fault);
         let work = scene.world.at_work().await?;
         let works_on = work.runs + work.publishers > 0;
         if working || works_on {
@@ -81,7 +81,7 @@ pub(super) async fn inject(scene: &mut Scene<'_>, fault: SqsFault) -> Result<Inj
         tokio::time::sleep(LOOK).await;
     }
     let hits = counted - before;
-    proxy(scene)?.clear();
+    scene.world.sqs_proxy.clear();
     if is_of_extensions(fault) {
         scene.world.partner.control(|behaviour| behaviour.latency_ms = crate::world::LATENCY_MS)?;
     }
@@ -89,10 +89,6 @@ pub(super) async fn inject(scene: &mut Scene<'_>, fault: SqsFault) -> Result<Inj
     Ok(Injection { hits, hits_at_work: at_work, proof, ..Injection::new(fault.name()) })
 }
 
-fn proxy<'a>(scene: &'a Scene<'_>) -> Result<&'a local_stack::SqsProxy> {
-    scene.world.sqs_proxy.as_ref().context("this world has no proxy before SQS")
-}
-
-fn hits(scene: &Scene<'_>, fault: SqsFault) -> Result<u64> {
-    Ok(proxy(scene)?.hits().get(fault.name()).copied().unwrap_or(0))
+fn hits(scene: &Scene<'_>, fault: SqsFault) -> u64 {
+    scene.world.sqs_proxy.hits().get(fault.name()).copied().unwrap_or(0)
 }
