@@ -149,7 +149,7 @@ async fn consumer_process() -> Result<()> {
             pages: Arc::new(Semaphore::new(config.refresh.pages_ahead)),
             publish_page_size: config.kafka.page_size,
             outbox: Arc::new(Notify::new()),
-            gate: Gate::default(),
+            gate: Arc::new(Gate::default()),
             ended: Ended::default(),
             recorder: None,
             metrics: metrics.clone(),
