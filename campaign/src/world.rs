@@ -424,8 +424,10 @@ impl World {
             replicas,
             connections: self
                 .number(
+                    // The server's own workers, such as autovacuum's, are of a database too.
                     "SELECT count(*) FROM pg_stat_activity
-                     WHERE datname = current_database() AND application_name <> 'campaign' AND pid <> pg_backend_pid()",
+                     WHERE datname = current_database() AND backend_type = 'client backend'
+                       AND application_name <> 'campaign' AND pid <> pg_backend_pid()",
                 )
                 .await?,
         })
