@@ -112,7 +112,7 @@ impl App {
             pages: Arc::new(Semaphore::new(config.refresh.pages_ahead)),
             publish_page_size: config.kafka.page_size,
             outbox: Arc::new(Notify::new()),
-            gate: Gate::default(),
+            gate: Arc::new(Gate::default()),
             ended: Ended::default(),
             recorder: recording
                 .map(|recording| Recorder::start(recording, metrics.clone()))

@@ -17,8 +17,12 @@ pub struct Report {
     messages: u64,
     states: u64,
     records: u64,
+    repeated: u64,
+    repeats_explained: u64,
     /// Promises broken.
     pub violations: u64,
+    /// Rounds that were played again because the machine was too busy for the emulators.
+    pub starved: u64,
 }
 
 #[derive(Debug, Default)]
@@ -37,6 +41,8 @@ impl Report {
         self.messages += outcome.messages;
         self.states += outcome.states;
         self.records += outcome.records;
+        self.repeated += outcome.repeated;
+        self.repeats_explained += outcome.repeats_explained;
         let violations = outcome.violations.len() as u64;
         self.violations += violations;
         for kind in &spec.kinds {
@@ -91,6 +97,18 @@ impl Report {
             self.hits(),
             self.violations
         );
+        let _ = writeln!(
+            text,
+            "{} partner calls were made again; deaths and changes of owners alone explain up to {}",
+            self.repeated, self.repeats_explained
+        );
+        if self.starved > 0 {
+            let _ = writeln!(
+                text,
+                "{} rounds on a machine that was too busy were not judged but played again",
+                self.starved
+            );
+        }
         if self.kinds.contains_key(Kind::CrashPoint.name()) {
             let missed: Vec<&str> =
                 points.iter().filter(|point| !self.points_hit.contains(*point)).map(String::as_str).collect();

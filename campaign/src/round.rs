@@ -10,10 +10,8 @@ use local_stack::Stack;
 
 use crate::checker::{self, Allowances, Observed, Violation};
 use crate::faults::{Injection, Kind, Scene};
-use crate::world::{CONNECTIONS, IN_FLIGHT, RATE, RECOVERY, Size, World};
+use crate::world::{CONNECTIONS, SQS_ANSWERS_WITHIN, Size, World};
 
-/// A round that is not over by then makes no progress.
-const LIMIT: Duration = Duration::from_secs(300);
 /// Until gauges and pools are at rest after the last work.
 const REST: Duration = Duration::from_secs(10);
 /// How much more resident memory than at its start a process may have when it is at rest: allocator, pools, statements.
@@ -48,12 +46,19 @@ pub struct Outcome {
     pub injections: Vec<Injection>,
     /// Promises that were broken.
     pub violations: Vec<Violation>,
+    /// Why what was broken says nothing about the service, if so: only promises about time, on a machine that was too busy
+    /// for the SQS emulator to answer within the service's limit.
+    pub starved: Option<String>,
     /// Messages put in.
     pub messages: u64,
     /// Listings valued or failed, over all runs.
     pub states: u64,
     /// Records read from the topic.
     pub records: u64,
+    /// Partner calls that were made again.
+    pub repeated: u64,
+    /// How many of them deaths and changes of owners explain; errors of the partner explain more.
+    pub repeats_explained: u64,
     /// How long it took.
     pub took: Duration,
 }
@@ -67,17 +72,26 @@ pub async fn play(spec: &Spec, stack: &Stack, program: &Path, directory: &Path) 
     if let Some(bug) = spec.planted {
         world.variables.push(("WRITE_API_PLANTED_BUG".to_owned(), bug.to_owned()));
     }
+    for kind in &spec.kinds {
+        kind.prepare(&mut world, stack).await.with_context(|| format!("cannot make ready for {kind}"))?;
+    }
     let mut scene = Scene::new(&mut world, stack, Rng::with_seed(spec.seed));
     let mut outcome = Outcome::default();
-    let ended = tokio::time::timeout(LIMIT, act(spec, &mut scene, &mut outcome)).await;
+    let ended = tokio::time::timeout(spec.size.limit, act(spec, &mut scene, &mut outcome)).await;
     outcome.injections = std::mem::take(&mut scene.log);
     outcome.violations.append(&mut scene.violations);
     let broken = match ended {
         Ok(Ok(())) => None,
         Ok(Err(error)) => Some(format!("{error:#}")),
-        Err(_) => Some(format!("no end after {LIMIT:?}; left: {:?}", world.left().await)),
+        Err(_) => Some(format!("no end after {:?}; left: {:?}", spec.size.limit, world.left().await)),
     };
     outcome.violations.extend(broken.map(|what| Violation { invariant: "I6", what }));
+    let (late, longest) = world.sqs_proxy.later_than(SQS_ANSWERS_WITHIN);
+    if late > 0 && !outcome.violations.is_empty() && outcome.violations.iter().all(Violation::is_about_time) {
+        let limit = SQS_ANSWERS_WITHIN;
+        outcome.starved =
+            Some(format!("the emulator took more than {limit:?} for {late} answers, {longest:?} for the longest"));
+    }
     outcome.messages = world.workload.inputs.messages;
     outcome.took = begun.elapsed();
     if outcome.violations.is_empty() {
@@ -103,8 +117,9 @@ async fn act(spec: &Spec, scene: &mut Scene<'_>, outcome: &mut Outcome) -> Resul
             return Ok(());
         }
     }
-    if let Some(left) = scene.world.rest(RECOVERY).await? {
-        let what = format!("work is left {RECOVERY:?} after the last fault: {left}");
+    let recovery = spec.size.recovery;
+    if let Some(left) = scene.world.rest(recovery).await? {
+        let what = format!("work is left {recovery:?} after the last fault: {left}");
         outcome.violations.push(Violation { invariant: "I6", what });
         // What cannot be complete would be reported again by every check.
         return Ok(());
@@ -112,16 +127,16 @@ async fn act(spec: &Spec, scene: &mut Scene<'_>, outcome: &mut Outcome) -> Resul
     at_rest(scene.world).await?;
     let observed = scene.world.observe().await?;
     let attempts: u64 = observed.runs.iter().map(|run| u64::try_from(run.attempts - 1).unwrap_or(0)).sum();
-    let replicas = scene.world.replicas.len() as u64;
-    let hits: u64 = scene.log.iter().map(|injection| injection.hits).sum();
+    let (replicas, size) = (scene.world.replicas.len() as u64, scene.world.size);
     let allowances = Allowances {
         repeated_calls: scene.repeated_calls(attempts),
-        repeated_letters: usize::try_from(hits)? * 8,
-        calls_per_second: RATE * replicas + RATE * replicas / COUNTING_TOLERANCE,
+        calls_per_second: size.rate * replicas + size.rate * replicas / COUNTING_TOLERANCE,
         connections: CONNECTIONS * i64::try_from(replicas)?,
-        descriptors: IN_FLIGHT + 64,
+        descriptors: size.in_flight + 64,
         resident: RESIDENT,
     };
+    outcome.repeated = observed.partner.repeated_requests;
+    outcome.repeats_explained = allowances.repeated_calls;
     outcome.states = observed.valuations.len() as u64;
     outcome.records = observed.records.len() as u64;
     outcome.violations.append(&mut checker::check(&scene.world.workload.inputs, &observed, &allowances));

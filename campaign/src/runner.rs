@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use local_stack::{Stack, StackOptions};
 
-use crate::faults::{KINDS, Kind, NOT_RUN, points_in};
+use crate::faults::{KINDS, Kind, points_in};
 use crate::options::{Options, Profile};
 use crate::planted::PLANTED;
 use crate::report::Report;
@@ -18,6 +18,8 @@ use crate::schedule::Schedule;
 
 /// Rounds before a runner takes fresh servers: the broker and the emulator keep all in memory.
 const ROUNDS_PER_STACK: u64 = 40;
+/// A round is played so often at most.
+const PLAYS: u32 = 3;
 /// A planted mistake must be found out within this.
 const PLANTED_LIMIT: Duration = Duration::from_secs(300);
 
@@ -43,9 +45,15 @@ pub async fn run(options: Options) -> Result<bool> {
 fn wanted(options: &Options, points: &[String]) -> Result<Vec<Kind>> {
     if options.faults.is_empty() {
         let all = KINDS.iter().map(|(_, kind)| *kind);
-        let (can, cannot): (Vec<Kind>, Vec<Kind>) = all.partition(|kind| !kind.needs_points() || !points.is_empty());
-        for kind in cannot {
-            println!("{kind} is not run: there are no fault points in {}", options.sources.display());
+        let mut can = Vec::new();
+        for kind in all {
+            if kind.needs_points() && points.is_empty() {
+                println!("NOT PLAYED: {kind}: there are no fault points in {}", options.sources.display());
+            } else if let Some(reason) = kind.unplayable() {
+                println!("NOT PLAYED: {kind}: {reason}");
+            } else {
+                can.push(kind);
+            }
         }
         return Ok(can);
     }
@@ -56,6 +64,11 @@ fn wanted(options: &Options, points: &[String]) -> Result<Vec<Kind>> {
     let named: Vec<Kind> = named.collect::<Result<_>>()?;
     if let Some(kind) = named.iter().find(|kind| kind.needs_points() && points.is_empty()) {
         bail!("--faults {kind} needs fault points, and there are none in {}", options.sources.display());
+    }
+    for kind in &named {
+        if let Some(reason) = kind.unplayable() {
+            bail!("--faults {kind} cannot be played: {reason}");
+        }
     }
     Ok(named)
 }
@@ -104,11 +117,17 @@ impl Campaign {
                 };
                 played += 1;
                 let mut spec = schedule.round(number);
-                // Whether a fault meets work is luck: where all missed it, two more rounds with other choices.
-                for _ in 0..3 {
+                // Whether a fault meets work is luck: where all missed it, two more rounds with other choices. A round of
+                // which the machine had too much is played again as it is; the last time, it counts.
+                for play in 1..=PLAYS {
                     let outcome = Box::pin(round::play(&spec, &servers, &self.program, &self.artefacts)).await;
                     let outcome = outcome.with_context(|| format!("round {number} ({:?})", spec.kinds))?;
                     self.tell(&spec, &outcome);
+                    if let (Some(why), true) = (&outcome.starved, play < PLAYS) {
+                        println!("    not judged and played again: {why}");
+                        lock(&report).starved += 1;
+                        continue;
+                    }
                     lock(&report).add(&spec, &outcome);
                     let met = outcome.injections.iter().any(|injection| injection.hits_at_work > 0);
                     if met || !outcome.violations.is_empty() || options.profile != Profile::Ci {
@@ -124,8 +143,10 @@ impl Campaign {
         let report = report.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
         println!("\n{}", report.text(&schedule.points, begun.elapsed()));
         let never = if options.round.is_some() { Vec::new() } else { report.never_hit(&schedule.kinds) };
-        for (kind, reason) in NOT_RUN {
-            println!("not run: {kind}: {reason}");
+        if options.faults.is_empty() {
+            for (kind, reason) in KINDS.iter().filter_map(|(_, kind)| Some((kind, kind.unplayable()?))) {
+                println!("NOT PLAYED: {kind}: {reason}");
+            }
         }
         if !never.is_empty() {
             println!("never hit in the middle of work: {}", never.join(", "));
@@ -204,7 +225,10 @@ impl Campaign {
                 let left = PLANTED_LIMIT.saturating_sub(begun.elapsed());
                 let play = Box::pin(round::play(&spec, &stack, &self.program, &artefacts));
                 match tokio::time::timeout(left, play).await {
-                    Ok(outcome) => found = outcome?.violations.into_iter().next(),
+                    Ok(outcome) => {
+                        let outcome = outcome?;
+                        found = outcome.violations.into_iter().next().filter(|_| outcome.starved.is_none());
+                    }
                     Err(_) => break,
                 }
                 if found.is_some() {

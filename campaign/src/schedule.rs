@@ -1,5 +1,7 @@
 //! Which round comes when, from the seed alone: the same seed and number give the same round.
 
+use std::time::Duration;
+
 use fastrand::Rng;
 
 use crate::faults::Kind;
@@ -8,9 +10,28 @@ use crate::round::Spec;
 use crate::world::Size;
 
 /// 500 listings, pages of 50.
-const SMALL: (i64, u64) = (500, 50);
-/// As many as the data of a county; pages as in production.
-const FULL: (i64, u64) = (17_000, 1_000);
+const SMALL: Size = Size {
+    listings: 500,
+    page: 50,
+    in_flight: 40,
+    rate: 300,
+    limit: Duration::from_secs(300),
+    recovery: Duration::from_secs(60),
+    replicas: 1,
+    postgres_proxy: false,
+};
+/// As many as the data of a county; pages and the partner's limit as in production. A round has several refreshes of all.
+const FULL: Size = Size {
+    listings: 17_000,
+    page: 1_000,
+    in_flight: 400,
+    rate: 1_000,
+    limit: Duration::from_secs(1_800),
+    // A burst of work alone takes more than a minute at the partner's rate, and as long again to be published.
+    recovery: Duration::from_secs(600),
+    replicas: 1,
+    postgres_proxy: false,
+};
 
 /// Crash points a round.
 const POINTS_A_ROUND: usize = 4;
@@ -51,7 +72,7 @@ impl Schedule {
             None if rng.bool() && self.kinds.contains(&Kind::Kill) => Kind::Kill,
             None => self.kinds[rng.usize(..self.kinds.len())],
         };
-        let (listings, page) = if self.profile == Profile::Full { FULL } else { SMALL };
+        let size = if self.profile == Profile::Full { FULL } else { SMALL };
         let injections = match self.profile {
             Profile::Ci => kind.injections().div_ceil(2),
             _ => kind.injections(),
@@ -62,7 +83,7 @@ impl Schedule {
             kinds: vec![kind],
             injections,
             points: self.points_of(kind, number, injections, &mut rng),
-            size: Size { listings, page, replicas: kind.replicas(), proxies: kind.needs_proxies() },
+            size: Size { replicas: kind.replicas(), postgres_proxy: kind.needs_postgres_proxy(), ..size },
             planted: None,
         }
     }

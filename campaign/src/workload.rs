@@ -84,13 +84,13 @@ pub struct Refresh {
     pub variants: Vec<(Selection, String)>,
 }
 
-/// A listing.upsert event.
+/// A listing.upsert event: one body, or two with the same id, of which the first to arrive wins.
 #[derive(Clone, Debug)]
 pub struct Upsert {
     /// When it happened.
     pub time: OffsetDateTime,
-    /// What it writes.
-    pub home: Home,
+    /// What each body writes, and the body.
+    pub variants: Vec<(Home, String)>,
 }
 
 /// A message that must end in its lane's dead-letter queue.
@@ -198,9 +198,9 @@ impl Workload {
         let listing = self.inputs.listings.len() as i64 + self.rng.i64(1..=200);
         let home = Home { id: listing, zip_code: NEW_ZIP_CODE, price_cents: self.rng.i64(1..=90_000_000) };
         let time = self.time();
-        self.inputs.upserts.insert(id.clone(), Upsert { time, home });
-        self.inputs.messages += 1;
         let body = upsert_body(&id, time, home).to_string();
+        self.inputs.upserts.insert(id.clone(), Upsert { time, variants: vec![(home, body.clone())] });
+        self.inputs.messages += 1;
         (id, Message { lane: Lane::Events, body })
     }
 
@@ -260,9 +260,23 @@ impl Workload {
         let listing = if self.rng.u8(0..4) == 0 { self.rng.i64(1..=all) } else { all + self.rng.i64(1..=40) };
         let zip_code = if listing <= all { Home::seeded(listing).zip_code } else { NEW_ZIP_CODE };
         let home = Home { id: listing, zip_code, price_cents: self.rng.i64(0..=90_000_000) };
-        self.inputs.upserts.insert(id.clone(), Upsert { time, home });
-        let message = Message { lane: Lane::Events, body: upsert_body(&id, time, home).to_string() };
-        if self.rng.u8(0..4) == 0 { vec![message.clone(), message] } else { vec![message] }
+        let mut variants = vec![(home, upsert_body(&id, time, home).to_string())];
+        let again = self.rng.u8(0..8);
+        if again == 7 {
+            // The same id for something else: another price, or another listing.
+            let rival = match self.rng.bool() {
+                true => Home { price_cents: home.price_cents + 1, ..home },
+                false => Home { id: all + 41, zip_code: NEW_ZIP_CODE, ..home },
+            };
+            variants.push((rival, upsert_body(&id, time, rival).to_string()));
+        }
+        let mut messages: Vec<Message> =
+            variants.iter().map(|(_, body)| Message { lane: Lane::Events, body: body.clone() }).collect();
+        if again < 2 {
+            messages.push(messages[0].clone());
+        }
+        self.inputs.upserts.insert(id, Upsert { time, variants });
+        messages
     }
 
     fn publish(&mut self, run: &str) -> Message {
@@ -384,6 +398,7 @@ mod tests {
         let inputs = &workload.inputs;
         assert_eq!(inputs.messages, messages.len() as u64);
         assert!(inputs.refreshes.values().any(|refresh| refresh.variants.len() == 2), "no rivals");
+        assert!(inputs.upserts.values().any(|upsert| upsert.variants.len() == 2), "no rivals of upserts");
         assert!(!inputs.publishes.is_empty() && !inputs.unwanted.is_empty());
         let mut codes: Vec<&str> = inputs.doomed.iter().map(|doomed| doomed.code).collect();
         codes.sort_unstable();

@@ -12,24 +12,21 @@ use sqlx::postgres::{PgPool, PgPoolOptions};
 use sqlx::{AssertSqlSafe, FromRow};
 
 use crate::checker::{Letter, Observed};
+use crate::faults::disk::SmallDisk;
 use crate::owners;
 use crate::replica::{LOOK, Replica};
 use crate::workload::{LANES, Lane, Message, SEEDED_AT, SEEDED_BY, Workload};
 
-/// Partner calls in flight, for each replica.
-pub const IN_FLIGHT: u64 = 40;
-/// Partner calls a second, for each replica.
-pub const RATE: u64 = 300;
 /// The partner's latency.
 pub const LATENCY_MS: u64 = 60;
 /// How long a message stays hidden from others without its keeper.
 pub const VISIBILITY: Duration = Duration::from_secs(4);
+/// The service's limit for an answer of SQS.
+pub const SQS_ANSWERS_WITHIN: Duration = Duration::from_secs(2);
 /// From SIGTERM to the end.
 pub const GRACE: Duration = Duration::from_secs(8);
 /// Connections to the database, for each replica.
 pub const CONNECTIONS: i64 = 6;
-/// Work must be done this long after the last fault.
-pub const RECOVERY: Duration = Duration::from_secs(60);
 
 /// How large a world is.
 #[derive(Clone, Copy, Debug)]
@@ -38,10 +35,18 @@ pub struct Size {
     pub listings: i64,
     /// Listings a page, answers a batch, records a page.
     pub page: u64,
+    /// Partner calls in flight, for each replica.
+    pub in_flight: u64,
+    /// Partner calls a second, for each replica.
+    pub rate: u64,
+    /// A round that is not over by then makes no progress.
+    pub limit: Duration,
+    /// Work must be done this long after the last fault.
+    pub recovery: Duration,
     /// Processes.
     pub replicas: usize,
-    /// Whether the processes get to SQS and Postgres through proxies that can fail.
-    pub proxies: bool,
+    /// Whether the processes get to Postgres through a proxy that can fail.
+    pub postgres_proxy: bool,
 }
 
 /// A world.
@@ -49,8 +54,8 @@ pub struct Size {
 pub struct World {
     /// The partner.
     pub partner: PartnerStub,
-    /// Before SQS, where there is one.
-    pub sqs_proxy: Option<SqsProxy>,
+    /// Before SQS: it can fail, and it is the witness of what every process did with which message.
+    pub sqs_proxy: SqsProxy,
     /// Before Postgres, where there is one.
     pub postgres_proxy: Option<PostgresProxy>,
     /// The database, past all proxies.
@@ -70,8 +75,13 @@ pub struct World {
     pub workload: Workload,
     /// More variables of every process.
     pub variables: Vec<(String, String)>,
+    /// When a process was cut off from what it had in hand: it died, was stopped, or a task of it panicked, between these.
+    interruptions: Vec<(Instant, Instant)>,
     /// Where logs go.
     pub directory: PathBuf,
+    /// Where the tables are, for rounds in which it is full at times.
+    pub small_disk: Option<SmallDisk>,
+    program: PathBuf,
     /// Its size.
     pub size: Size,
 }
@@ -96,7 +106,10 @@ impl World {
             PartnerStub::start(Behaviour { latency_ms: LATENCY_MS, forced: unwanted, ..Behaviour::default() })?;
         let mut environment = stack.environment(&partner).await?;
         settings(&mut environment, size);
-        let setup = Command::new(program).arg("setup").envs(environment.variables()).output();
+        let mut setup = Command::new(program);
+        setup.arg("setup").envs(environment.variables());
+        // The short limit is for the service under faults; nothing is broken yet, and servers that just started are slow.
+        let setup = setup.env("WRITE_API_QUEUE_REQUEST_TIMEOUT", "20s").output();
         let setup = setup.with_context(|| format!("cannot run {}", program.display()))?;
         ensure!(setup.status.success(), "setup failed: {}", String::from_utf8_lossy(&setup.stderr));
 
@@ -120,12 +133,13 @@ impl World {
             }
             urls.insert(lane, pair);
         }
-        let (mut sqs_proxy, mut postgres_proxy) = (None, None);
-        if size.proxies {
-            let (before_sqs, before_postgres) =
-                (SqsProxy::start(stack.sqs().endpoint())?, PostgresProxy::start(environment.database_url())?);
-            environment.set("aws.endpoint_url", &before_sqs.endpoint()).set("database.url", before_postgres.url());
-            (sqs_proxy, postgres_proxy) = (Some(before_sqs), Some(before_postgres));
+        let sqs_proxy = SqsProxy::start(stack.sqs().endpoint())?;
+        environment.set("aws.endpoint_url", &sqs_proxy.endpoint());
+        let mut postgres_proxy = None;
+        if size.postgres_proxy {
+            let before_postgres = PostgresProxy::start(environment.database_url())?;
+            environment.set("database.url", before_postgres.url());
+            postgres_proxy = Some(before_postgres);
         }
         let tap = environment.tap()?;
         owners::watch(&database).await?;
@@ -150,7 +164,10 @@ impl World {
             logins,
             workload,
             variables: Vec::new(),
+            interruptions: Vec::new(),
             directory,
+            small_disk: None,
+            program: program.to_owned(),
             size,
         };
         world.write_listings().await?;
@@ -195,6 +212,19 @@ impl World {
         variables.push(("WRITE_API_FAULTS".to_owned(), orders.to_owned()));
         variables.push(("WRITE_API_DATABASE_URL".to_owned(), self.logins[replica].clone()));
         self.replicas[replica].spawn(&self.environment, &variables)
+    }
+
+    /// A process was cut off from what it had in hand, not before `since`.
+    pub fn interrupted(&mut self, since: Instant) {
+        self.interruptions.push((since, Instant::now()));
+    }
+
+    /// A command line of the service, with its settings and the first replica's name at the database.
+    #[must_use]
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(arguments).envs(self.environment.variables()).env("WRITE_API_DATABASE_URL", &self.logins[0]);
+        command
     }
 
     /// Starts a replica without orders and waits until it is ready.
@@ -271,11 +301,20 @@ impl World {
 
     /// Visible and hidden messages of a lane's queue.
     pub async fn depth(&self, lane: Lane) -> Result<(u64, u64)> {
+        self.waiting(&self.urls[&lane][0]).await
+    }
+
+    /// Visible and hidden messages of a lane's dead-letter queue.
+    pub async fn letters_waiting(&self, lane: Lane) -> Result<(u64, u64)> {
+        self.waiting(&self.urls[&lane][1]).await
+    }
+
+    async fn waiting(&self, url: &str) -> Result<(u64, u64)> {
         let names = [
             QueueAttributeName::ApproximateNumberOfMessages,
             QueueAttributeName::ApproximateNumberOfMessagesNotVisible,
         ];
-        let asked = self.sqs.get_queue_attributes().queue_url(&self.urls[&lane][0]);
+        let asked = self.sqs.get_queue_attributes().queue_url(url);
         let attributes = asked.set_attribute_names(Some(names.to_vec())).send().await?.attributes.unwrap_or_default();
         let number = |name| attributes.get(name).and_then(|text| text.parse().ok()).unwrap_or(0);
         Ok((number(&names[0]), number(&names[1])))
@@ -377,14 +416,18 @@ impl World {
             records,
             records_missed: self.tap.missed(),
             letters: self.letters().await?,
+            sqs_calls: self.sqs_proxy.calls(),
+            interruptions: self.interruptions.clone(),
             left,
             partner: self.partner.stats(),
             strangers: owners::strangers(database).await?,
             replicas,
             connections: self
                 .number(
+                    // The server's own workers, such as autovacuum's, are of a database too.
                     "SELECT count(*) FROM pg_stat_activity
-                     WHERE datname = current_database() AND application_name <> 'campaign' AND pid <> pg_backend_pid()",
+                     WHERE datname = current_database() AND backend_type = 'client backend'
+                       AND application_name <> 'campaign' AND pid <> pg_backend_pid()",
                 )
                 .await?,
         })
@@ -440,6 +483,10 @@ impl World {
         let admin = PgPoolOptions::new().max_connections(1).connect(&stack.postgres().admin_url()).await?;
         let drop = format!("DROP DATABASE {} WITH (FORCE)", self.environment.names().database);
         sqlx::raw_sql(AssertSqlSafe(drop)).execute(&admin).await?;
+        if let Some(disk) = self.small_disk {
+            let drop = format!("DROP TABLESPACE {}", disk.tablespace);
+            sqlx::raw_sql(AssertSqlSafe(drop)).execute(&admin).await?;
+        }
         admin.close().await;
         Ok(())
     }
@@ -451,7 +498,7 @@ fn settings(environment: &mut Environment, size: Size) {
     for (key, value) in [
         ("queue.visibility_timeout", seconds(VISIBILITY)),
         ("queue.wait_time", "1s".to_owned()),
-        ("queue.request_timeout", "2s".to_owned()),
+        ("queue.request_timeout", seconds(SQS_ANSWERS_WITHIN)),
         ("queue.retry_base", "100ms".to_owned()),
         ("queue.retry_cap", "1s".to_owned()),
         // Fewer than a burst has bad bodies: a permit that is not given back is soon missed.
@@ -461,8 +508,8 @@ fn settings(environment: &mut Environment, size: Size) {
         ("database.max_connections", (CONNECTIONS - 1).to_string()),
         ("database.acquire_timeout", "3s".to_owned()),
         ("database.statement_timeout", "3s".to_owned()),
-        ("partner.in_flight", IN_FLIGHT.to_string()),
-        ("partner.rate_per_second", RATE.to_string()),
+        ("partner.in_flight", size.in_flight.to_string()),
+        ("partner.rate_per_second", size.rate.to_string()),
         ("partner.connect_timeout", "2s".to_owned()),
         ("partner.request_timeout", "3s".to_owned()),
         ("partner.retry_cap", "1s".to_owned()),

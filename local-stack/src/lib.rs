@@ -63,5 +63,5 @@ pub use program::{Program, allow_open_files};
 pub use python::Virtualenv;
 pub use sampling::{Memory, Sample, Sampler, peak};
 pub use sqs::Sqs;
-pub use sqs_proxy::{Scope, SqsFault, SqsProxy};
+pub use sqs_proxy::{Action, Done, Scope, SqsFault, SqsProxy, WatchedCall, WatchedMessage};
 pub use stack::{Stack, StackOptions, shared};

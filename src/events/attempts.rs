@@ -42,7 +42,7 @@ fn not_begun(reason: StopReason) -> Outcome {
 
 impl Events {
     /// Lets a delivery in and records that it begins; `Err`: it does not, and this is the end of the matter.
-    pub(super) async fn begin(&self, delivery: &Delivery) -> Result<Pass<'_>, Outcome> {
+    pub(super) async fn begin(&self, delivery: &Delivery) -> Result<Pass, Outcome> {
         let pass = tokio::select! {
             biased;
             pass = self.gate.enter() => pass,
@@ -60,7 +60,7 @@ impl Events {
     }
 
     /// Lets a suspect in when nobody else is at work in this process.
-    async fn begin_alone(&self, delivery: &Delivery) -> Result<Pass<'_>, Outcome> {
+    async fn begin_alone(&self, delivery: &Delivery) -> Result<Pass, Outcome> {
         let alone = tokio::select! {
             biased;
             alone = self.gate.enter_alone() => alone,
@@ -92,29 +92,29 @@ impl Events {
 
     /// Claims the run that a delivery asks for work on; `claim` is told whether it is alone. What is suspect is claimed
     /// once more when it is. `Err`: it does not begin, and this is the end of the matter.
-    pub(super) async fn claim<'a, C, F>(
-        &'a self,
+    pub(super) async fn claim<C, F>(
+        &self,
         delivery: &Delivery,
         run_id: &str,
-        mut pass: Pass<'a>,
+        pass: &mut Option<Pass>,
         claim: impl Fn(bool) -> F,
         is_suspect: fn(&C) -> bool,
-    ) -> Result<(Result<C, DbError>, Pass<'a>), Outcome>
+    ) -> Result<Result<C, DbError>, Outcome>
     where
         F: Future<Output = Result<C, DbError>>,
     {
         if let Err(error) = self.ended.write_of(&self.database, run_id).await {
             return Err(Outcome::Retry(error.into()));
         }
-        let mut claimed = claim(pass.is_alone()).await;
+        let mut claimed = claim(pass.as_ref().is_some_and(Pass::is_alone)).await;
         if claimed.as_ref().is_ok_and(is_suspect) {
             // While it waits it is not begun: what dies meanwhile is not its doing.
             self.forget(delivery).await;
-            drop(pass);
-            pass = self.begin_alone(delivery).await?;
+            *pass = None;
+            *pass = Some(self.begin_alone(delivery).await?);
             claimed = claim(true).await;
         }
-        Ok((claimed, pass))
+        Ok(claimed)
     }
 
     /// Work has lived for so long without progress that its pass is given back; before that, what it was suspected of is

@@ -5,6 +5,7 @@
 //! suspect began most likely dies of it. What gave its pass back and is still at work may be charged for that death; it has
 //! made progress or forgotten its own, so one is not enough to quarantine it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -44,16 +45,16 @@ impl State {
 #[derive(Debug, Default)]
 pub struct Gate(watch::Sender<State>);
 
-/// Leave to work; dropped when the work is over or known to do no harm.
+/// Leave to work; dropped when the work is over and nothing of it can be charged any more, or known to do no harm.
 #[derive(Debug)]
-pub struct Pass<'a> {
-    gate: &'a Gate,
+pub struct Pass {
+    gate: Arc<Gate>,
     suspect: Option<u64>,
 }
 
 impl Gate {
     /// Lets work in; waits while a suspect is alone or about to be.
-    pub async fn enter(&self) -> Pass<'_> {
+    pub async fn enter(self: &Arc<Self>) -> Pass {
         if let Some(pass) = self.try_enter() {
             return pass;
         }
@@ -70,7 +71,7 @@ impl Gate {
         }
     }
 
-    fn try_enter(&self) -> Option<Pass<'_>> {
+    fn try_enter(self: &Arc<Self>) -> Option<Pass> {
         let mut entered = false;
         self.0.send_if_modified(|state| {
             entered = state.closed_until().is_none();
@@ -79,11 +80,11 @@ impl Gate {
             false
         });
         // Made only where it was let in: a pass that is dropped is given back.
-        entered.then(|| Pass { gate: self, suspect: None })
+        entered.then(|| Pass { gate: self.clone(), suspect: None })
     }
 
     /// Lets a suspect in when nobody else is; `None` if that did not come about in 2 s.
-    pub async fn enter_alone(&self) -> Option<Pass<'_>> {
+    pub async fn enter_alone(self: &Arc<Self>) -> Option<Pass> {
         let deadline = Instant::now() + WAIT;
         let number = self.close(deadline).await?;
         // From here on the gate is opened again by dropping this, whatever happens.
@@ -103,7 +104,7 @@ impl Gate {
             return None;
         }
         std::mem::forget(closed);
-        Some(Pass { gate: self, suspect: Some(number) })
+        Some(Pass { gate: self.clone(), suspect: Some(number) })
     }
 
     /// Keeps everyone else out until `deadline`, one suspect at a time.
@@ -173,14 +174,14 @@ impl Drop for Closed<'_> {
     }
 }
 
-impl Pass<'_> {
+impl Pass {
     /// Whether it is a suspect's.
     pub fn is_alone(&self) -> bool {
         self.suspect.is_some()
     }
 }
 
-impl Drop for Pass<'_> {
+impl Drop for Pass {
     fn drop(&mut self) {
         self.gate.0.send_if_modified(|state| {
             state.passes -= 1;
@@ -195,8 +196,6 @@ impl Drop for Pass<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use tokio::time::timeout;
 
     use super::*;
@@ -205,7 +204,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_suspect_is_let_in_alone_and_nobody_beside_it() {
-        let gate = Gate::default();
+        let gate = Arc::new(Gate::default());
         let (first, second) = (gate.enter().await, gate.enter().await);
         let mut alone = std::pin::pin!(gate.enter_alone());
         timeout(MOMENT, &mut alone).await.expect_err("two are in");
@@ -223,7 +222,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_suspect_and_those_behind_it_wait_for_two_seconds_at_most() {
-        let gate = Gate::default();
+        let gate = Arc::new(Gate::default());
         let begin = Instant::now();
         let slow = gate.enter().await;
         let (alone, behind) = tokio::join!(gate.enter_alone(), async {
@@ -240,7 +239,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn one_suspect_at_a_time() {
-        let gate = Gate::default();
+        let gate = Arc::new(Gate::default());
         let first = gate.enter_alone().await.expect("nobody is in");
         let mut second = std::pin::pin!(gate.enter_alone());
         timeout(WAIT / 2, &mut second).await.expect_err("a suspect is in");
@@ -253,7 +252,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_suspect_that_lives_long_holds_up_nobody_for_ever() {
-        let gate = Gate::default();
+        let gate = Arc::new(Gate::default());
         let alone = gate.enter_alone().await.expect("nobody is in");
         let begin = Instant::now();
         let beside = gate.enter().await;
@@ -269,7 +268,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn whoever_gives_up_waiting_leaves_the_gate_as_it_was() {
-        let gate = Gate::default();
+        let gate = Arc::new(Gate::default());
         let pass = gate.enter().await;
         timeout(WAIT / 2, gate.enter_alone()).await.expect_err("one is in");
         timeout(MOMENT, gate.enter()).await.expect("the suspect gave up");

@@ -98,7 +98,7 @@ pub struct Events {
     /// Wakes the relay after a commit.
     pub outbox: Arc<Notify>,
     /// Lets suspects work alone.
-    pub gate: Gate,
+    pub gate: Arc<Gate>,
     /// Ends of attempts that Postgres has not taken yet.
     pub ended: Ended,
     /// Keeps what was consumed from the common lane, where that was asked for.
@@ -111,10 +111,13 @@ impl Handler for Events {
     fn handle<'a>(&'a self, delivery: &'a Delivery) -> BoxFuture<'a, Outcome> {
         async move {
             let outcome = match self.begin(delivery).await {
-                Ok(pass) => match self.dispatch(delivery, pass).await {
-                    Ok(outcome) => outcome,
-                    Err(refusal) => Outcome::Refuse(refusal),
-                },
+                Ok(pass) => {
+                    let mut pass = Some(pass);
+                    let outcome = self.dispatch(delivery, &mut pass).await.unwrap_or_else(Outcome::Refuse);
+                    // It can be charged for a death until its end is written, so nobody who waits to be alone begins before.
+                    delivery.keep_until_concluded(pass);
+                    outcome
+                }
                 Err(outcome) => outcome,
             };
             if let (Some(recorder), true) = (&self.recorder, delivery.lane == lane::EVENTS)
@@ -133,7 +136,7 @@ impl Handler for Events {
 }
 
 impl Events {
-    async fn dispatch(&self, delivery: &Delivery, pass: Pass<'_>) -> Result<Outcome, Refusal> {
+    async fn dispatch(&self, delivery: &Delivery, pass: &mut Option<Pass>) -> Result<Outcome, Refusal> {
         fault::point("events.decode", &delivery.message.id);
         if fault::planted("attempt-by-receive") && delivery.message.receive_count > 3 {
             let reason = format!("received {} times", delivery.message.receive_count);

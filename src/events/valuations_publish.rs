@@ -43,12 +43,12 @@ enum Ended {
 }
 
 /// Claims the publication, publishes, and ends it.
-pub(super) async fn handle<'a>(
-    events: &'a Events,
+pub(super) async fn handle(
+    events: &Events,
     event: &Event<'_>,
     data: &Data,
     delivery: &Delivery,
-    pass: Pass<'a>,
+    pass: &mut Option<Pass>,
 ) -> Result<Outcome, Refusal> {
     let digest = event.digest()?;
     let run_id = data.run_id.as_str();
@@ -64,7 +64,7 @@ pub(super) async fn handle<'a>(
             |claim| matches!(claim, PublicationClaim::Suspect),
         )
         .await;
-    let (claimed, pass) = match claimed {
+    let claimed = match claimed {
         Ok(claimed) => claimed,
         Err(outcome) => return Ok(outcome),
     };
@@ -101,9 +101,8 @@ pub(super) async fn handle<'a>(
     fault::point("publication.claimed", &event.id);
     // From now on the publication's own record says that work has begun.
     events.forget(delivery).await;
-    // Let go with the first progress, or else at the end of all.
-    let mut pass = Some(pass);
-    let ended = publish(events, event, run_id, &publication, delivery, &mut pass).await;
+    // The pass is let go with the first progress, or else at the end of all.
+    let ended = publish(events, event, run_id, &publication, delivery, pass).await;
     Ok(end(events, event, run_id, &publication, delivery, ended).await)
 }
 
@@ -113,7 +112,7 @@ async fn publish(
     run_id: &str,
     publication: &OwnedPublication,
     delivery: &Delivery,
-    pass: &mut Option<Pass<'_>>,
+    pass: &mut Option<Pass>,
 ) -> Ended {
     let records = Records::new(run_id, publication.completed_at, publication.traceparent.as_deref());
     let limit = events.publish_page_size;

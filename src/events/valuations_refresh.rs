@@ -70,14 +70,14 @@ pub(super) fn decode(event: &Event<'_>) -> Result<Data, Refusal> {
 }
 
 /// Claims the run, works on it, and ends it.
-pub(super) async fn handle<'a>(
-    events: &'a Events,
+pub(super) async fn handle(
+    events: &Events,
     event: &Event<'_>,
     data: &Data,
     delivery: &Delivery,
-    pass: Pass<'a>,
+    pass: &mut Option<Pass>,
 ) -> Result<Outcome, Refusal> {
-    let (run, pass) = match claim(events, event, data, delivery, pass).await? {
+    let run = match claim(events, event, data, delivery, pass).await? {
         Ok(claimed) => claimed,
         Err(outcome) => return Ok(outcome),
     };
@@ -92,19 +92,18 @@ pub(super) async fn handle<'a>(
             "run resumed"
         );
     }
-    // Let go with the first progress, or else at the end of all.
-    let mut pass = Some(pass);
-    let (ended, unanswered) = Work::new(events, &run, delivery, &mut pass).run().await;
+    // The pass is let go with the first progress, or else at the end of all.
+    let (ended, unanswered) = Work::new(events, &run, delivery, pass).run().await;
     Ok(end(events, event, &run, delivery, ended, unanswered).await)
 }
 
-async fn claim<'a>(
-    events: &'a Events,
+async fn claim(
+    events: &Events,
     event: &Event<'_>,
     data: &Data,
     delivery: &Delivery,
-    pass: Pass<'a>,
-) -> Result<Result<(OwnedRun, Pass<'a>), Outcome>, Refusal> {
+    pass: &mut Option<Pass>,
+) -> Result<Result<OwnedRun, Outcome>, Refusal> {
     let request = RunRequest {
         run_id: &event.id,
         digest: event.digest()?,
@@ -124,7 +123,7 @@ async fn claim<'a>(
             |claim| matches!(claim, RunClaim::Suspect),
         )
         .await;
-    let (claim, pass) = match claim {
+    let claim = match claim {
         Ok(claimed) => claimed,
         Err(outcome) => return Ok(Err(outcome)),
     };
@@ -134,7 +133,7 @@ async fn claim<'a>(
             fault::point("run.claimed", &event.id);
             // From now on the run's own record says that work has begun.
             events.forget(delivery).await;
-            Ok((*run, pass))
+            Ok(*run)
         }
         Ok(RunClaim::Busy(left)) => Err(Outcome::Defer(left + AFTER_LEASE, "another attempt works on the run".into())),
         Ok(RunClaim::Suspect) => Err(Outcome::Retry(anyhow::anyhow!("a suspect run was not let begin alone"))),

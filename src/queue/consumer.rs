@@ -328,7 +328,7 @@ impl Consumer {
         };
         // A refusal ends when the dead-letter queue has it: see `settle`.
         if in_order && !matches!(outcome, Outcome::Refuse(_)) {
-            self.parts.handler.conclude(&delivery).await;
+            self.conclude(&delivery).await;
         }
         self.report(&delivery, &outcome, started.elapsed());
         let leaks = fault::planted("permit-leak") && matches!(outcome, Outcome::Refuse(_));
@@ -412,7 +412,7 @@ impl Consumer {
                 fault::point("refuse.before_send", delivery.fault_key());
                 let sent = self.parts.sqs.send_refused(&self.dead, &refusal, &delivery.message, &self.source).await;
                 // Not before: what dies of its own refusal would be begun anew for ever.
-                self.parts.handler.conclude(&delivery).await;
+                self.conclude(&delivery).await;
                 match sent {
                     Ok(()) => {
                         fault::point("refuse.after_send", delivery.fault_key());
@@ -432,6 +432,11 @@ impl Consumer {
             return self.delete(delivery).await;
         }
         self.give_back_in(delivery, visible_in).await;
+    }
+
+    async fn conclude(&self, delivery: &Delivery) {
+        self.parts.handler.conclude(delivery).await;
+        delivery.concluded();
     }
 
     async fn delete(&self, delivery: Delivery) {

@@ -12,7 +12,7 @@ pub mod lease;
 pub mod sqs;
 
 use std::borrow::Cow;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -50,6 +50,8 @@ pub struct Delivery {
     /// Tells this handling of the message from all others.
     pub attempt: Uuid,
     identity: OnceLock<Identity>,
+    /// Dropped when the handling was concluded.
+    kept: Mutex<Option<Box<dyn Send>>>,
 }
 
 /// What a handler found out about a delivery, for the log line and the metrics.
@@ -69,12 +71,26 @@ impl Delivery {
 
     /// A delivery of `message` on `lane`.
     pub fn new(message: Message, lane: &'static str, lease: Lease) -> Self {
-        Delivery { message, lane, lease, attempt: Uuid::new_v4(), identity: OnceLock::new() }
+        Delivery { message, lane, lease, attempt: Uuid::new_v4(), identity: OnceLock::new(), kept: Mutex::default() }
     }
 
     /// Tells what the delivery is, as soon as that is known; a panic later on is then reported with it.
     pub fn identify(&self, kind: &'static str, event_id: &str) {
         let _ = self.identity.set(Identity { kind, event_id: event_id.to_owned() });
+    }
+
+    /// Keeps something until the handling of the delivery has been concluded, or the delivery is dropped.
+    pub fn keep_until_concluded(&self, what: impl Send + 'static) {
+        self.set_kept(Some(Box::new(what)));
+    }
+
+    fn concluded(&self) {
+        self.set_kept(None);
+    }
+
+    fn set_kept(&self, what: Option<Box<dyn Send>>) {
+        let before = std::mem::replace(&mut *self.kept.lock().unwrap_or_else(PoisonError::into_inner), what);
+        drop(before);
     }
 
     /// What the delivery is, if that was found out.

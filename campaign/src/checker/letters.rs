@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use super::{Findings, World};
+use super::{Findings, World, copies};
 use crate::workload::Lane;
 
 /// The longest reason, in bytes.
@@ -21,7 +21,17 @@ pub(super) fn check(world: &World<'_>, found: &mut Findings) {
             *expected.entry((Lane::Valuations, body, "id_reused".to_owned())).or_default() += 1;
         }
     }
-    let mut repeated = 0;
+    for (id, upsert) in world.inputs.upserts.iter().filter(|(_, upsert)| upsert.variants.len() > 1) {
+        let Some(winner) = world.written.get(id.as_str()) else {
+            let bodies: Vec<&str> = upsert.variants.iter().map(|(_, body)| body.as_str()).collect();
+            found.add("I5", format!("of the upserts with one id not exactly one was refused: {bodies:?}"));
+            continue;
+        };
+        for (_, body) in upsert.variants.iter().filter(|(home, _)| home != winner) {
+            *expected.entry((Lane::Events, body, "id_reused".to_owned())).or_default() += 1;
+        }
+    }
+    let mut repeated: BTreeMap<&str, u64> = BTreeMap::new();
     for letter in &world.observed.letters {
         let reason: Value = serde_json::from_str(&letter.reason).unwrap_or_default();
         let code = reason["code"].as_str().unwrap_or_default();
@@ -37,7 +47,7 @@ pub(super) fn check(world: &World<'_>, found: &mut Findings) {
             }
             Some(left) => {
                 *left -= 1;
-                repeated += usize::from(*left < 0);
+                *repeated.entry(&letter.body).or_default() += u64::from(*left < 0);
             }
         }
     }
@@ -46,8 +56,14 @@ pub(super) fn check(world: &World<'_>, found: &mut Findings) {
             found.add("I5", format!("{left} dead letters are missing on {lane:?}, refused as {code}: {body:?}"));
         }
     }
-    if repeated > world.allowances.repeated_letters {
-        let most = world.allowances.repeated_letters;
-        found.add("I5", format!("{repeated} dead letters are there again, the faults explain {most}"));
+    let explained = copies::with_cause(world.observed);
+    for (body, repeated) in repeated {
+        let most = explained.get(body).copied().unwrap_or(0);
+        if repeated > most {
+            found.add(
+                "I5",
+                format!("a dead letter is there {repeated} times more, what was seen explains {most}: {body:?}"),
+            );
+        }
     }
 }

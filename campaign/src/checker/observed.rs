@@ -1,8 +1,10 @@
 //! What a world looks like when all work is done, as read from its database, its queues, its topic, its partner and its
 //! processes.
 
-use local_stack::TapRecord;
+use std::time::Instant;
+
 use local_stack::partner::Stats;
+use local_stack::{TapRecord, WatchedCall};
 use sqlx::FromRow;
 use time::OffsetDateTime;
 
@@ -29,6 +31,10 @@ pub struct Observed {
     pub records_missed: u64,
     /// All dead-letter queues.
     pub letters: Vec<Letter>,
+    /// What the processes did with their messages, as the proxy before SQS saw it.
+    pub sqs_calls: Vec<WatchedCall>,
+    /// When a process was cut off from what it had in hand: between these times.
+    pub interruptions: Vec<(Instant, Instant)>,
     /// Messages left in each lane's queue, visible and hidden.
     pub left: Vec<(Lane, u64, u64)>,
     /// What the partner saw.

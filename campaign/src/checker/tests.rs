@@ -1,9 +1,10 @@
 //! A checker that cannot fail proves nothing: each invariant is broken once here and must be named.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
-use local_stack::TapRecord;
 use local_stack::partner::{Stats, valuation};
+use local_stack::{Action, Done, TapRecord, WatchedCall, WatchedMessage};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -29,7 +30,10 @@ fn good() -> (Inputs, Observed, Allowances) {
     let event: Value = serde_json::from_str(&first.body).expect("JSON");
     let records = valued.iter().map(|row| record(row)).collect();
     let mut listings: Vec<Listing> = inputs.listings.iter().map(|home| listing(home, SEEDED_BY, SEEDED_AT)).collect();
-    listings.push(listing(&inputs.upserts[&upsert].home, &upsert, inputs.upserts[&upsert].time));
+    let (home, won) = inputs.upserts[&upsert].variants[0].clone();
+    listings.push(listing(&home, &upsert, inputs.upserts[&upsert].time));
+    let (other, lost) = (Home { price_cents: home.price_cents + 1, ..home }, format!("{won} "));
+    inputs.upserts.get_mut(&upsert).expect("it was made").variants.push((other, lost.clone()));
     let current = valued.iter().map(|row| Current {
         listing_id: row.listing_id,
         run_id: run.clone(),
@@ -71,7 +75,13 @@ fn good() -> (Inputs, Observed, Allowances) {
         publications: vec![publication(&publish), publication(&by_hand)],
         records,
         records_missed: 0,
-        letters: vec![letter(Lane::Events, "#no", "invalid_json"), letter(Lane::Valuations, &rival, "id_reused")],
+        letters: vec![
+            letter(Lane::Events, "#no", "invalid_json"),
+            letter(Lane::Events, &lost, "id_reused"),
+            letter(Lane::Valuations, &rival, "id_reused"),
+        ],
+        sqs_calls: Vec::new(),
+        interruptions: Vec::new(),
         left: vec![(Lane::Events, 0, 0)],
         strangers: Vec::new(),
         partner: Stats {
@@ -295,6 +305,97 @@ fn wrong_letters_are_found() {
         world.letters.push(letter);
     };
     assert_eq!(broken(good_event), ["I5"]);
+}
+
+#[test]
+fn of_upserts_with_one_id_exactly_one_is_refused() {
+    assert_eq!(broken(|world| drop(world.letters.remove(1))), ["I5", "order"], "none");
+    let both = |world: &mut Observed| {
+        let mut letter = world.letters[1].clone();
+        letter.body.pop();
+        world.letters.push(letter);
+    };
+    assert_eq!(broken(both), ["I5", "order"], "both");
+    // The one that was refused was written all the same.
+    let wrong = |world: &mut Observed| world.listings.last_mut().expect("the upsert").list_price_cents += 1;
+    assert_eq!(broken(wrong), ["order"]);
+}
+
+/// A world in which the bad body is in the dead-letter queue twice, and what the proxy saw of it. Times are milliseconds.
+struct Twice {
+    begin: Instant,
+    calls: Vec<WatchedCall>,
+    interruptions: Vec<(u64, u64)>,
+}
+
+impl Twice {
+    fn new() -> Self {
+        Self { begin: Instant::now(), calls: Vec::new(), interruptions: Vec::new() }
+    }
+
+    fn call(mut self, action: Action, at: u64, answered_after: Option<u64>, receipt: &str, done: Done) -> Self {
+        let messages = vec![WatchedMessage::new(receipt, "message", "#no", done)];
+        let (at, answered_after) = (self.begin + Duration::from_millis(at), answered_after.map(Duration::from_millis));
+        self.calls.push(WatchedCall { action, at, answered_after, messages });
+        self
+    }
+
+    /// The whole of a refusal, with a delete that ends so.
+    fn refusal(self, at: u64, receipt: &str, deleted: Option<Done>) -> Self {
+        let sent = self.call(Action::Receive, at, Some(1), receipt, Done::Yes);
+        let sent = sent.call(Action::Send, at + 2, Some(1), "", Done::Yes);
+        match deleted {
+            Some(done) => sent.call(Action::Delete, at + 4, Some(1), receipt, done),
+            None => sent,
+        }
+    }
+
+    fn interrupted(mut self, at: u64) -> Self {
+        self.interruptions.push((at, at));
+        self
+    }
+
+    fn broken(self) -> Vec<&'static str> {
+        broken(|world| {
+            let letter = world.letters.iter().find(|letter| letter.body == "#no").expect("it is there").clone();
+            world.letters.push(letter);
+            let at = |milliseconds: u64| self.begin + Duration::from_millis(milliseconds);
+            world.interruptions = self.interruptions.iter().map(|(since, until)| (at(*since), at(*until))).collect();
+            world.sqs_calls = self.calls.clone();
+        })
+    }
+}
+
+#[test]
+fn a_dead_letter_that_is_there_again_has_a_cause() {
+    let good = || Twice::new().refusal(0, "first", Some(Done::Yes)).refusal(4_000, "second", Some(Done::Yes));
+    let none: [&str; 0] = [];
+    assert_eq!(good().broken(), ["I5"], "refused twice and deleted twice");
+    assert_eq!(good().interrupted(1_000).broken(), ["I5"], "a death that met nothing of it");
+    let forgotten = || Twice::new().refusal(0, "first", None).refusal(4_000, "second", Some(Done::Yes));
+    assert_eq!(forgotten().broken(), ["I5"], "no delete was asked for");
+    assert_eq!(forgotten().interrupted(5_000).broken(), ["I5"], "a death after the second delivery");
+    assert_eq!(forgotten().interrupted(1).broken(), ["I5"], "a death before the send");
+    assert_eq!(forgotten().interrupted(3).broken(), none, "a death between send and delete");
+
+    let undeleted = Twice::new().refusal(0, "first", Some(Done::No)).refusal(4_000, "second", Some(Done::Yes));
+    assert_eq!(undeleted.broken(), none, "a delete that SQS did not do");
+    let lost = good().call(Action::Send, 5, None, "", Done::Yes);
+    assert_eq!(lost.broken(), none, "a send whose answer was lost");
+    let late = good().call(Action::Send, 5, Some(1_500), "", Done::Perhaps);
+    assert_eq!(late.broken(), none, "a send whose answer was late");
+    let refused = good().call(Action::Send, 5, None, "", Done::No);
+    assert_eq!(refused.broken(), ["I5"], "a send that SQS never got");
+    let repeated = good().call(Action::Receive, 6, Some(1), "first", Done::Yes);
+    assert_eq!(repeated.broken(), none, "the proxy delivered it twice");
+
+    let lapsed = |extended| {
+        let first = Twice::new().refusal(0, "first", None).call(Action::Change, 2_000, Some(1), "first", extended);
+        let both = first.refusal(4_000, "second", Some(Done::Yes));
+        both.call(Action::Delete, 4_500, Some(1), "first", Done::Yes)
+    };
+    assert_eq!(lapsed(Done::Yes).broken(), ["I5"], "delivered again although it was kept");
+    assert_eq!(lapsed(Done::No).broken(), none, "SQS did not keep it");
 }
 
 #[test]

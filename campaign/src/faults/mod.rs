@@ -3,11 +3,16 @@
 //! An injection counts as a hit only if something shows that it took effect, and as a hit at work only if that was in the
 //! middle of work: a run had an owner or a publisher, or calls were out.
 
+mod clock;
+pub mod disk;
+mod early;
 mod kafka;
+mod memory;
 mod partner;
 pub mod points;
 mod postgres;
 mod process;
+mod redrive;
 mod sqs;
 
 use std::collections::BTreeMap;
@@ -17,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use fastrand::Rng;
-use local_stack::Stack;
+use local_stack::{SqsFault, Stack};
 use serde::Serialize;
 
 use crate::checker::Violation;
@@ -40,6 +45,14 @@ pub enum Kind {
     Stall,
     /// An event that ends the process each time.
     Poison,
+    /// A publish event before its run is complete.
+    PublishEarly,
+    /// The wall clock of a process jumps and jumps back.
+    Clock,
+    /// A process gets no more memory and is killed by the kernel.
+    MemoryCap,
+    /// The disk with the database's tables is full for some seconds.
+    DiskFull,
     /// The partner.
     Partner(partner::Schedule),
     /// The broker.
@@ -47,8 +60,13 @@ pub enum Kind {
     /// The database.
     Postgres(postgres::Trouble),
     /// The queues.
-    Sqs(sqs::Trouble),
+    Sqs(SqsFault),
 }
+
+/// Past the client's limit of its wait and 2 s more, so that the messages are lost until they are visible.
+const LATE_RECEIVE_ANSWER: SqsFault = SqsFault::LateReceiveAnswer(3_500);
+/// Past the client's limit for a call.
+const SLOW_EXTENSION: SqsFault = SqsFault::ExtensionSlow(2_500);
 
 /// All kinds, with their names and what a round of it needs.
 pub const KINDS: &[(&str, Kind)] = &[
@@ -59,6 +77,10 @@ pub const KINDS: &[(&str, Kind)] = &[
     ("panic", Kind::Panic),
     ("stall", Kind::Stall),
     ("poison", Kind::Poison),
+    ("publish-early", Kind::PublishEarly),
+    ("clock", Kind::Clock),
+    ("memory-cap", Kind::MemoryCap),
+    ("disk-full", Kind::DiskFull),
     ("partner-429", Kind::Partner(partner::Schedule::TooMany)),
     ("partner-retry-after", Kind::Partner(partner::Schedule::RetryAfter)),
     ("partner-5xx", Kind::Partner(partner::Schedule::Errors)),
@@ -79,21 +101,21 @@ pub const KINDS: &[(&str, Kind)] = &[
     ("postgres-swallow", Kind::Postgres(postgres::Trouble::Swallow)),
     ("postgres-delay", Kind::Postgres(postgres::Trouble::Delay)),
     ("postgres-throttle", Kind::Postgres(postgres::Trouble::Throttle)),
-    ("sqs-hung-receive", Kind::Sqs(sqs::Trouble::HungReceive)),
-    ("sqs-late-receive-answer", Kind::Sqs(sqs::Trouble::LateReceiveAnswer)),
-    ("sqs-duplicate-delivery", Kind::Sqs(sqs::Trouble::DuplicateDelivery)),
-    ("sqs-extension-fails", Kind::Sqs(sqs::Trouble::ExtensionFails)),
-    ("sqs-extension-slow", Kind::Sqs(sqs::Trouble::ExtensionSlow)),
-    ("sqs-extension-refused", Kind::Sqs(sqs::Trouble::ExtensionRefused)),
-    ("sqs-twelve-hour-refusal", Kind::Sqs(sqs::Trouble::TwelveHourRefusal)),
-    ("sqs-delete-answer-lost", Kind::Sqs(sqs::Trouble::DeleteAnswerLost)),
-    ("sqs-delete-fails", Kind::Sqs(sqs::Trouble::DeleteFails)),
-    ("sqs-stale-receipt", Kind::Sqs(sqs::Trouble::StaleReceipt)),
-    ("sqs-partial-batch-failure", Kind::Sqs(sqs::Trouble::PartialBatchFailure)),
-    ("sqs-throttle", Kind::Sqs(sqs::Trouble::Throttle)),
-    ("sqs-expired-credentials", Kind::Sqs(sqs::Trouble::ExpiredCredentials)),
-    ("sqs-send-answer-lost", Kind::Sqs(sqs::Trouble::SendAnswerLost)),
-    ("sqs-down", Kind::Sqs(sqs::Trouble::Down)),
+    ("sqs-hung-receive", Kind::Sqs(SqsFault::HungReceive)),
+    ("sqs-late-receive-answer", Kind::Sqs(LATE_RECEIVE_ANSWER)),
+    ("sqs-duplicate-delivery", Kind::Sqs(SqsFault::DuplicateDelivery)),
+    ("sqs-extension-fails", Kind::Sqs(SqsFault::ExtensionFails)),
+    ("sqs-extension-slow", Kind::Sqs(SLOW_EXTENSION)),
+    ("sqs-extension-refused", Kind::Sqs(SqsFault::ExtensionRefused)),
+    ("sqs-twelve-hour-refusal", Kind::Sqs(SqsFault::TwelveHourRefusal)),
+    ("sqs-delete-answer-lost", Kind::Sqs(SqsFault::DeleteAnswerLost)),
+    ("sqs-delete-fails", Kind::Sqs(SqsFault::DeleteFails)),
+    ("sqs-stale-receipt", Kind::Sqs(SqsFault::StaleReceipt)),
+    ("sqs-partial-batch-failure", Kind::Sqs(SqsFault::PartialBatchFailure)),
+    ("sqs-throttle", Kind::Sqs(SqsFault::Throttle)),
+    ("sqs-expired-credentials", Kind::Sqs(SqsFault::ExpiredCredentials)),
+    ("sqs-send-answer-lost", Kind::Sqs(SqsFault::SendAnswerLost)),
+    ("sqs-down", Kind::Sqs(SqsFault::Down)),
 ];
 
 impl Kind {
@@ -124,14 +146,22 @@ impl Kind {
             Self::Postgres(postgres::Trouble::Backend | postgres::Trouble::Cut) => 8,
             Self::CrashPoint => 4,
             Self::Kafka(kafka::Trouble::Errors) | Self::Panic | Self::Postgres(_) => 3,
-            Self::Stop | Self::Stall | Self::Partner(_) | Self::Kafka(_) | Self::Sqs(_) => 2,
+            Self::Stop
+            | Self::Stall
+            | Self::PublishEarly
+            | Self::Clock
+            | Self::MemoryCap
+            | Self::DiskFull
+            | Self::Partner(_)
+            | Self::Kafka(_)
+            | Self::Sqs(_) => 2,
             Self::Poison => 1,
         }
     }
 
-    /// Whether its rounds need proxies before SQS and Postgres.
+    /// Whether its rounds need a proxy before Postgres.
     #[must_use]
-    pub fn needs_proxies(self) -> bool {
+    pub fn needs_postgres_proxy(self) -> bool {
         matches!(self, Self::Sqs(_) | Self::Postgres(_))
     }
 
@@ -144,12 +174,43 @@ impl Kind {
     /// Whether no process dies by it and none is cut off from its queue and its database: work must not be begun anew.
     #[must_use]
     pub fn leaves_the_owner_alone(self) -> bool {
-        matches!(self, Self::Partner(_) | Self::Kafka(_))
+        matches!(self, Self::Partner(_) | Self::Kafka(_) | Self::Clock | Self::PublishEarly)
+    }
+
+    /// Why this machine does not let it be played, if so.
+    #[must_use]
+    pub fn unplayable(self) -> Option<String> {
+        match self {
+            Self::Clock => clock::refusal(),
+            Self::MemoryCap => memory::refusal(),
+            Self::DiskFull => disk::refusal(),
+            _ => None,
+        }
+    }
+
+    /// Makes ready what its rounds need in a world that has not started yet.
+    pub async fn prepare(self, world: &mut World, stack: &Stack) -> Result<()> {
+        match self {
+            Self::Clock => clock::prepare(world),
+            Self::DiskFull => disk::prepare(world, stack).await,
+            _ => Ok(()),
+        }
     }
 
     /// Whether each loss of partner calls is by a death or a change of owner that the log of faults counts.
     fn is_counted_exactly(self) -> bool {
-        matches!(self, Self::Kill | Self::Term | Self::Stop | Self::CrashPoint | Self::Partner(_) | Self::Kafka(_))
+        matches!(
+            self,
+            Self::Kill
+                | Self::Term
+                | Self::Stop
+                | Self::CrashPoint
+                | Self::MemoryCap
+                | Self::PublishEarly
+                | Self::Clock
+                | Self::Partner(_)
+                | Self::Kafka(_)
+        )
     }
 }
 
@@ -176,7 +237,12 @@ pub struct Injection {
     pub proof: String,
     /// Times that calls and uncommitted answers of a process were lost by it.
     pub interruptions: u64,
+    /// Batches of answers that may have been uncommitted then: one for each run at work. `None`: as many as there can be.
+    pub batches: Option<u64>,
 }
+
+/// Runs at work in a process at most.
+const RUNS_AT_WORK: u64 = 4;
 
 /// What an injection is made in.
 pub struct Scene<'a> {
@@ -215,10 +281,14 @@ impl<'a> Scene<'a> {
             Kind::Panic => points::panic(self, point.unwrap_or_default()).await?,
             Kind::Stall => points::stall(self, point.unwrap_or_default()).await?,
             Kind::Poison => points::poison(self).await?,
+            Kind::PublishEarly => early::publish(self).await?,
+            Kind::Clock => clock::shift(self).await?,
+            Kind::MemoryCap => memory::cap(self).await?,
+            Kind::DiskFull => disk::full(self).await?,
             Kind::Partner(schedule) => partner::inject(self, schedule).await?,
             Kind::Kafka(trouble) => kafka::inject(self, trouble).await?,
             Kind::Postgres(trouble) => postgres::inject(self, trouble).await?,
-            Kind::Sqs(trouble) => sqs::inject(self, trouble).await?,
+            Kind::Sqs(fault) => sqs::inject(self, fault).await?,
         };
         (injection.at, injection.kind) = (at, kind.name());
         self.log.push(injection);
@@ -231,10 +301,11 @@ impl<'a> Scene<'a> {
     pub fn repeated_calls(&self, attempts: u64) -> u64 {
         let exact = self.log.iter().all(|injection| Kind::named(injection.kind).is_some_and(Kind::is_counted_exactly));
         let counted: u64 = self.log.iter().map(|injection| injection.interruptions).sum();
-        let interruptions = if exact { counted } else { counted.max(attempts) };
+        let batches = |injection: &Injection| injection.batches.unwrap_or(injection.interruptions * RUNS_AT_WORK);
+        let batches: u64 = self.log.iter().map(batches).sum();
+        let more = if exact { 0 } else { attempts.saturating_sub(counted) };
         // The permits are the process's; each run at work has a batch of its own.
-        let runs_at_work = 4;
-        interruptions * (crate::world::IN_FLIGHT + runs_at_work * self.world.size.page)
+        (counted + more) * self.world.size.in_flight + (batches + more * RUNS_AT_WORK) * self.world.size.page
     }
 
     fn violation(&mut self, invariant: &'static str, what: String) {
@@ -249,7 +320,7 @@ impl<'a> Scene<'a> {
 impl Injection {
     fn new(target: impl Into<String>) -> Self {
         let (target, proof) = (target.into(), String::new());
-        Self { at: 0.0, kind: "", target, hits: 0, hits_at_work: 0, proof, interruptions: 0 }
+        Self { at: 0.0, kind: "", target, hits: 0, hits_at_work: 0, proof, interruptions: 0, batches: None }
     }
 
     fn hit(mut self, at_work: bool, proof: String) -> Self {
@@ -259,13 +330,6 @@ impl Injection {
         self
     }
 }
-
-/// What reliability engineering would also do and this campaign does not, with the reason.
-pub const NOT_RUN: &[(&str, &str)] = &[
-    ("memory-cap", "needs a control group of its own; a process that is killed for its memory ends as by `kill`"),
-    ("disk-full", "needs a data directory on a file system of its own"),
-    ("clock", "needs libfaketime, which is not part of the toolchain; leases follow the clock of the database"),
-];
 
 /// Names of all points in the sources below `root`.
 pub fn points_in(root: &Path) -> Result<Vec<String>> {

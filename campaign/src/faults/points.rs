@@ -8,12 +8,18 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use super::{Injection, Scene};
+use super::{Injection, Scene, redrive};
 use crate::replica::LOOK;
-use crate::world::{GRACE, RECOVERY};
+use crate::world::{GRACE, LATENCY_MS};
 
 /// Until a point is passed, with all kinds of work going on.
 const PASSING_LIMIT: Duration = Duration::from_secs(20);
+/// Until a message has worn out.
+const WORN_LIMIT: Duration = Duration::from_secs(40);
+/// The partner's latency while messages wear out: a run then lasts for several receives of its second message.
+const SLOW_PARTNER_MS: u64 = 1_500;
+/// As by default.
+const MOST_RECEIVES: &str = "900";
 /// How long a thread stands still: longer than a message stays hidden.
 const STALL: Duration = Duration::from_secs(5);
 /// Deaths after which an event is quarantined. The first one leaves no trace where nothing is written before the result,
@@ -44,19 +50,32 @@ fn named_in(source: &str) -> Vec<String> {
 
 /// The process ends itself, as by kill -9, at `point`.
 pub(super) async fn crash(scene: &mut Scene<'_>, point: &str) -> Result<Injection> {
+    if point.starts_with("redrive.") {
+        return redrive::crash(scene, point).await;
+    }
     rest(scene).await?;
     let passing = scene.rng.u32(1..=2);
+    let is_of_worn = point.starts_with("resend.");
+    if is_of_worn {
+        wear(scene).await?;
+    }
     exchange(scene, &format!("{point}=kill@{passing}")).await?;
-    let deadline = Instant::now() + PASSING_LIMIT;
+    scene.world.environment.set("queue.most_receives", MOST_RECEIVES);
+    let deadline = Instant::now() + if is_of_worn { WORN_LIMIT } else { PASSING_LIMIT };
+    let mut lived = Instant::now();
     let status = loop {
+        let looked = Instant::now();
         if let Some(status) = scene.world.replicas[0].exited()? {
+            scene.world.interrupted(lived);
             break Some(status);
         }
         if Instant::now() > deadline {
             break None;
         }
+        lived = looked;
         feed(scene).await?;
     };
+    scene.world.partner.control(|behaviour| behaviour.latency_ms = LATENCY_MS)?;
     let at_work = scene.world.at_work().await?;
     let injected = scene.world.replicas[0].has_logged(&["fault injected", point])?;
     let mut injection = Injection::new(point);
@@ -77,11 +96,22 @@ pub(super) async fn crash(scene: &mut Scene<'_>, point: &str) -> Result<Injectio
     Ok(injection)
 }
 
+/// A message is sent anew when it nears the number of receives after which SQS takes it for dead. Makes that the second,
+/// and sends a refresh twice: while the run is at work, its other message is received again and again.
+async fn wear(scene: &mut Scene<'_>) -> Result<()> {
+    scene.world.environment.set("queue.most_receives", "2");
+    scene.world.partner.control(|behaviour| behaviour.latency_ms = SLOW_PARTNER_MS)?;
+    let (_, message) = scene.world.workload.whole_refresh();
+    scene.world.workload.inputs.messages += 1;
+    scene.world.send(vec![message.clone(), message]).await
+}
+
 /// A panic at `point`: the event is tried again and all others go on.
 pub(super) async fn panic(scene: &mut Scene<'_>, point: &str) -> Result<Injection> {
     rest(scene).await?;
     exchange(scene, &format!("{point}=panic@1")).await?;
-    let injection = passed(scene, point).await?;
+    let (injection, since) = passed(scene, point).await?;
+    scene.world.interrupted(since);
     rest(scene).await?;
     Ok(injection)
 }
@@ -92,7 +122,7 @@ pub(super) async fn stall(scene: &mut Scene<'_>, point: &str) -> Result<Injectio
     let retaken = "SELECT coalesce(sum(attempts - 1), 0)::bigint FROM runs";
     exchange(scene, &format!("{point}=stall:{}@1", STALL.as_millis())).await?;
     let before = scene.world.number(retaken).await?;
-    let injection = passed(scene, point).await?;
+    let (injection, _) = passed(scene, point).await?;
     tokio::time::sleep(STALL).await;
     let after = scene.world.number(retaken).await?;
     if after != before {
@@ -106,19 +136,23 @@ pub(super) async fn stall(scene: &mut Scene<'_>, point: &str) -> Result<Injectio
 pub(super) async fn poison(scene: &mut Scene<'_>) -> Result<Injection> {
     rest(scene).await?;
     let (id, message) = scene.world.workload.poison("quarantined");
-    let orders = format!("events.begin[{id}]=kill");
+    // What ends beside it ends slowly: it must not be charged for a death that meets its end.
+    let orders = format!("events.begin[{id}]=kill,delivery.before_forget=stall:200");
     exchange(scene, &orders).await?;
     scene.world.more(2).await?;
     scene.world.send(vec![message]).await?;
-    let deadline = Instant::now() + RECOVERY;
+    let deadline = Instant::now() + scene.world.size.recovery;
     let mut deaths = 0;
+    let mut lived = Instant::now();
     loop {
+        let looked = Instant::now();
         if let Some(status) = scene.world.replicas[0].exited()? {
             let ordered = scene.world.replicas[0].has_logged(&["fault injected", &id])?;
             if status.signal() != Some(libc::SIGKILL) || !ordered {
                 scene.violation("poison", format!("it ended with {status}, not by the poison"));
             }
             deaths += 1;
+            scene.world.interrupted(lived);
             scene.world.spawn(0, &orders)?;
         } else if scene.world.idle().await? {
             break;
@@ -126,6 +160,7 @@ pub(super) async fn poison(scene: &mut Scene<'_>) -> Result<Injection> {
         if deaths > *DEATHS.end() || Instant::now() > deadline {
             break;
         }
+        lived = looked;
         tokio::time::sleep(LOOK).await;
     }
     if !DEATHS.contains(&deaths) {
@@ -142,8 +177,9 @@ pub(super) async fn poison(scene: &mut Scene<'_>) -> Result<Injection> {
 
 /// All work done, so that no run meets its third death in a row by chance.
 async fn rest(scene: &mut Scene<'_>) -> Result<()> {
-    if let Some(left) = scene.world.rest(RECOVERY).await? {
-        scene.violation("I6", format!("not at rest {RECOVERY:?} after a fault: {left}"));
+    let recovery = scene.world.size.recovery;
+    if let Some(left) = scene.world.rest(recovery).await? {
+        scene.violation("I6", format!("not at rest {recovery:?} after a fault: {left}"));
     }
     Ok(())
 }
@@ -154,7 +190,7 @@ async fn exchange(scene: &mut Scene<'_>, orders: &str) -> Result<()> {
     scene.world.spawn(0, orders)
 }
 
-async fn stop(scene: &mut Scene<'_>) -> Result<()> {
+pub(super) async fn stop(scene: &mut Scene<'_>) -> Result<()> {
     scene.world.replicas[0].signal(libc::SIGTERM)?;
     scene.world.replicas[0].exit(GRACE * 3).await?;
     Ok(())
@@ -169,19 +205,22 @@ async fn feed(scene: &mut Scene<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Waits until the point was passed by a process that lives on.
-async fn passed(scene: &mut Scene<'_>, point: &str) -> Result<Injection> {
+/// Waits until the point was passed by a process that lives on; when it was not yet, for the last time.
+async fn passed(scene: &mut Scene<'_>, point: &str) -> Result<(Injection, Instant)> {
     scene.world.replicas[0].ready().await?;
     let deadline = Instant::now() + PASSING_LIMIT;
+    let mut before = Instant::now();
     while Instant::now() < deadline {
         scene.world.check_alive()?;
+        let looked = Instant::now();
         if scene.world.replicas[0].has_logged(&["fault injected", point])? {
             let injection = Injection { interruptions: 1, ..Injection::new(point) };
-            return Ok(injection.hit(true, format!("passed {point}")));
+            return Ok((injection.hit(true, format!("passed {point}")), before));
         }
+        before = looked;
         feed(scene).await?;
     }
-    Ok(Injection::new(point))
+    Ok((Injection::new(point), before))
 }
 
 #[cfg(test)]

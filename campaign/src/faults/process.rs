@@ -22,8 +22,10 @@ pub(super) async fn kill(scene: &mut Scene<'_>) -> Result<Injection> {
     scene.pause(0..1_000).await;
     spare_the_hopeless(scene).await?;
     let replica = scene.rng.usize(0..scene.world.replicas.len());
+    let killed = Instant::now();
     scene.world.replicas[replica].signal(libc::SIGKILL)?;
     let status = scene.world.replicas[replica].exit(BUSY_LIMIT).await?;
+    scene.world.interrupted(killed);
     // Before a new process can take it.
     let at_work = scene.world.at_work().await?;
     let hidden = scene.world.depth(Lane::Valuations).await?.1;
@@ -31,6 +33,7 @@ pub(super) async fn kill(scene: &mut Scene<'_>) -> Result<Injection> {
     scene.world.restart(replica).await?;
     let mut injection = Injection::new(&scene.world.replicas[replica].name);
     injection.interruptions = 1;
+    injection.batches = u64::try_from(at_work.runs).ok();
     if status.signal() != Some(libc::SIGKILL) {
         return Ok(injection);
     }
@@ -50,7 +53,7 @@ async fn owned(scene: &Scene<'_>) -> Result<BTreeMap<String, i64>> {
 
 /// Waits while a run is owned that has died already since its last progress. Three such deaths in a row quarantine an event
 /// by right; a kill at random is not what that is for, so no run gets more than two.
-async fn spare_the_hopeless(scene: &Scene<'_>) -> Result<()> {
+pub(super) async fn spare_the_hopeless(scene: &Scene<'_>) -> Result<()> {
     let deadline = Instant::now() + BUSY_LIMIT;
     loop {
         let owned = owned(scene).await?;
@@ -131,8 +134,9 @@ pub(super) async fn stop(scene: &mut Scene<'_>) -> Result<Injection> {
         }
         ensure!(Instant::now() < deadline, "no replica says that it works on a run");
     };
-    scene.world.replicas[replica].signal(libc::SIGSTOP)?;
     let stopped = Instant::now();
+    scene.world.replicas[replica].signal(libc::SIGSTOP)?;
+    scene.world.interrupted(stopped);
     let before = owners(scene).await?;
     let limit = VISIBILITY * 6;
     let taken = loop {

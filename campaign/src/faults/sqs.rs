@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use local_stack::SqsFault;
 
 use super::{Injection, Scene};
@@ -15,70 +15,48 @@ const HIT_LIMIT: Duration = Duration::from_secs(20);
 /// The partner's latency while extensions are to be met: a run then lasts for several of them.
 const SLOW_PARTNER_MS: u64 = 1_500;
 
-/// What SQS does. The names are the proxy's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[allow(missing_docs, reason = "each is the proxy's fault of the same name")]
-pub enum Trouble {
-    HungReceive,
-    LateReceiveAnswer,
-    DuplicateDelivery,
-    ExtensionFails,
-    ExtensionSlow,
-    ExtensionRefused,
-    TwelveHourRefusal,
-    DeleteAnswerLost,
-    DeleteFails,
-    StaleReceipt,
-    PartialBatchFailure,
-    Throttle,
-    ExpiredCredentials,
-    SendAnswerLost,
-    Down,
-}
-
-impl Trouble {
-    /// The proxy's fault, and how often it is ordered at once; `None`: half of all calls for some time.
-    fn order(self) -> (SqsFault, Option<u64>) {
-        match self {
-            Self::HungReceive => (SqsFault::HungReceive, Some(3)),
-            // Past the client's limit of its wait and 2 s more, so that the messages are lost until they are visible.
-            Self::LateReceiveAnswer => (SqsFault::LateReceiveAnswer(3_500), Some(3)),
-            Self::DuplicateDelivery => (SqsFault::DuplicateDelivery, Some(6)),
-            Self::ExtensionFails => (SqsFault::ExtensionFails, Some(2)),
-            Self::ExtensionSlow => (SqsFault::ExtensionSlow(2_500), Some(2)),
-            Self::ExtensionRefused => (SqsFault::ExtensionRefused, Some(1)),
-            Self::TwelveHourRefusal => (SqsFault::TwelveHourRefusal, Some(1)),
-            Self::DeleteAnswerLost => (SqsFault::DeleteAnswerLost, Some(3)),
-            Self::DeleteFails => (SqsFault::DeleteFails, Some(3)),
-            Self::StaleReceipt => (SqsFault::StaleReceipt, Some(3)),
-            Self::PartialBatchFailure => (SqsFault::PartialBatchFailure, Some(4)),
-            Self::SendAnswerLost => (SqsFault::SendAnswerLost, Some(3)),
-            Self::Throttle => (SqsFault::Throttle, None),
-            Self::ExpiredCredentials => (SqsFault::ExpiredCredentials, None),
-            Self::Down => (SqsFault::Down, None),
-        }
-    }
-
-    /// Whether it needs work that lasts for longer than a message stays hidden.
-    fn is_of_extensions(self) -> bool {
-        matches!(self, Self::ExtensionFails | Self::ExtensionSlow | Self::ExtensionRefused | Self::TwelveHourRefusal)
+/// How often a fault is ordered at once; `None`: half of all calls for some time.
+fn times(fault: SqsFault) -> Option<u64> {
+    match fault {
+        SqsFault::ExtensionRefused | SqsFault::TwelveHourRefusal => Some(1),
+        SqsFault::ExtensionFails | SqsFault::ExtensionSlow(_) => Some(2),
+        SqsFault::HungReceive
+        | SqsFault::LateReceiveAnswer(_)
+        | SqsFault::DeleteAnswerLost
+        | SqsFault::DeleteFails
+        | SqsFault::StaleReceipt
+        | SqsFault::SendAnswerLost => Some(3),
+        SqsFault::PartialBatchFailure => Some(4),
+        SqsFault::DuplicateDelivery => Some(6),
+        SqsFault::Throttle | SqsFault::ExpiredCredentials | SqsFault::Down => None,
     }
 }
 
-pub(super) async fn inject(scene: &mut Scene<'_>, trouble: Trouble) -> Result<Injection> {
-    if trouble.is_of_extensions() {
+/// Whether it needs work that lasts for longer than a message stays hidden.
+fn is_of_extensions(fault: SqsFault) -> bool {
+    matches!(
+        fault,
+        SqsFault::ExtensionFails
+            | SqsFault::ExtensionSlow(_)
+            | SqsFault::ExtensionRefused
+            | SqsFault::TwelveHourRefusal
+    )
+}
+
+pub(super) async fn inject(scene: &mut Scene<'_>, fault: SqsFault) -> Result<Injection> {
+    if is_of_extensions(fault) {
         scene.world.partner.control(|behaviour| behaviour.latency_ms = SLOW_PARTNER_MS)?;
     }
     scene.world.busy(BUSY_LIMIT).await?;
-    let (fault, times) = trouble.order();
-    let before = hits(scene, fault)?;
+    let times = times(fault);
+    let before = hits(scene, fault);
     let limit = match times {
         Some(times) => {
-            proxy(scene)?.order(fault, times);
+            scene.world.sqs_proxy.order(fault, times);
             HIT_LIMIT
         }
         None => {
-            proxy(scene)?.set_ratio(fault, 0.5);
+            scene.world.sqs_proxy.set_ratio(fault, 0.5);
             Duration::from_millis(scene.rng.u64(2_000..5_000))
         }
     };
@@ -87,7 +65,7 @@ pub(super) async fn inject(scene: &mut Scene<'_>, trouble: Trouble) -> Result<In
     let (mut at_work, mut counted, mut working) = (0, before, true);
     loop {
         scene.world.check_alive()?;
-        let now = hits(scene, fault)?;
+        let now = hits(scene, fault);
         let work = scene.world.at_work().await?;
         let works_on = work.runs + work.publishers > 0;
         if working || works_on {
@@ -103,18 +81,14 @@ pub(super) async fn inject(scene: &mut Scene<'_>, trouble: Trouble) -> Result<In
         tokio::time::sleep(LOOK).await;
     }
     let hits = counted - before;
-    proxy(scene)?.clear();
-    if trouble.is_of_extensions() {
+    scene.world.sqs_proxy.clear();
+    if is_of_extensions(fault) {
         scene.world.partner.control(|behaviour| behaviour.latency_ms = crate::world::LATENCY_MS)?;
     }
     let proof = format!("{hits} times by the proxy's count in {:?}, {at_work} of them at work", begun.elapsed());
     Ok(Injection { hits, hits_at_work: at_work, proof, ..Injection::new(fault.name()) })
 }
 
-fn proxy<'a>(scene: &'a Scene<'_>) -> Result<&'a local_stack::SqsProxy> {
-    scene.world.sqs_proxy.as_ref().context("this world has no proxy before SQS")
-}
-
-fn hits(scene: &Scene<'_>, fault: SqsFault) -> Result<u64> {
-    Ok(proxy(scene)?.hits().get(fault.name()).copied().unwrap_or(0))
+fn hits(scene: &Scene<'_>, fault: SqsFault) -> u64 {
+    scene.world.sqs_proxy.hits().get(fault.name()).copied().unwrap_or(0)
 }

@@ -7,7 +7,7 @@ use crate::orders::Fault;
 
 /// What can go wrong with a call of SQS, or with what it delivers. A call on which a fault can do nothing (a receive
 /// that got no message, for one that repeats messages) does not use it up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum SqsFault {
     /// A receive is never answered. No message is taken from the queue.
     HungReceive,

@@ -7,14 +7,17 @@ mod fault;
 mod protocol;
 mod repeats;
 mod server;
+mod witness;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Result;
 
 pub use fault::{Scope, SqsFault};
+pub use witness::{Action, Done, WatchedCall, WatchedMessage};
 
 use crate::background::Background;
 use crate::orders::Hit;
@@ -83,6 +86,19 @@ impl SqsProxy {
     #[must_use]
     pub fn hits(&self) -> BTreeMap<String, u64> {
         self.state.orders.hits()
+    }
+
+    /// Every call so far that was about messages, oldest first, and what became of it.
+    #[must_use]
+    pub fn calls(&self) -> Vec<WatchedCall> {
+        self.state.witness.calls()
+    }
+
+    /// How many of the emulator's own answers took longer than `limit`, the time of a long poll not counted, and how long
+    /// the longest took.
+    #[must_use]
+    pub fn later_than(&self, limit: Duration) -> (usize, Duration) {
+        self.state.witness.later_than(limit)
     }
 
     /// Every fault that has really happened, with its time, oldest first.

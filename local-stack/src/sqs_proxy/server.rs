@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{future, io};
 
 use bytes::Bytes;
@@ -22,6 +22,7 @@ use tokio::sync::watch;
 use super::fault::{self, Refusal, Scope, Scoped, SqsFault};
 use super::protocol::{self, Answer, Call};
 use super::repeats::Repeats;
+use super::witness::{Done, Watched, WatchedMessage, Witness};
 use crate::background::accept;
 use crate::orders::{Orders, Taken};
 
@@ -29,6 +30,7 @@ use crate::orders::{Orders, Taken};
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) orders: Orders<Scoped>,
+    pub(super) witness: Witness,
     emulator: Authority,
     client: Client<HttpConnector, Full<Bytes>>,
     repeats: Mutex<Repeats>,
@@ -50,6 +52,7 @@ impl State {
     pub(super) fn new(emulator: Authority) -> Self {
         Self {
             orders: Orders::new(),
+            witness: Witness::default(),
             emulator,
             client: Client::builder(TokioExecutor::new()).build(HttpConnector::new()),
             repeats: Mutex::default(),
@@ -95,8 +98,23 @@ async fn handle(state: Arc<State>, request: Request<Incoming>) -> io::Result<Ans
     *state.calls().entry(call.action.clone()).or_default() += 1;
     let taken = state.orders.take(|scoped| !scoped.fault.needs_messages() && scoped.fits(&call));
     call.replace_receipts(|made| state.repeats().receipt(made));
+    let watched = state.witness.begin(&call);
+    let answer = answer(&state, call, taken, &watched).await?;
+    watched.answered();
+    Ok(answer)
+}
+
+async fn answer(
+    state: &Arc<State>,
+    call: Call,
+    taken: Option<Taken<Scoped>>,
+    watched: &Watched<'_>,
+) -> io::Result<Answer> {
     let Some(taken) = taken else {
-        return if call.is_receive() { receive(&state, &Arc::new(call)).await } else { forward(&state, &call).await };
+        return match call.is_receive() {
+            true => receive(state, &Arc::new(call), watched).await,
+            false => forward(state, &call, watched).await,
+        };
     };
 
     match taken.fault.fault {
@@ -142,10 +160,10 @@ async fn handle(state: Arc<State>, request: Request<Incoming>) -> io::Result<Ans
         SqsFault::ExtensionSlow(milliseconds) => {
             state.hit(&taken, &call);
             tokio::time::sleep(Duration::from_millis(milliseconds)).await;
-            forward(&state, &call).await
+            forward(state, &call, watched).await
         }
         SqsFault::DeleteAnswerLost | SqsFault::SendAnswerLost => {
-            let answer = forward(&state, &call).await?;
+            let answer = forward(state, &call, watched).await?;
             if answer.status().is_success() {
                 state.hit(&taken, &call);
                 Err(closed_on_purpose())
@@ -155,7 +173,7 @@ async fn handle(state: Arc<State>, request: Request<Incoming>) -> io::Result<Ans
             }
         }
         // Taken by `receive`, when there is a message.
-        SqsFault::LateReceiveAnswer(_) | SqsFault::DuplicateDelivery => receive(&state, &Arc::new(call)).await,
+        SqsFault::LateReceiveAnswer(_) | SqsFault::DuplicateDelivery => receive(state, &Arc::new(call), watched).await,
         SqsFault::ExtensionRefused | SqsFault::TwelveHourRefusal => {
             state.hit(&taken, &call);
             let refusal = match taken.fault.fault {
@@ -165,18 +183,18 @@ async fn handle(state: Arc<State>, request: Request<Incoming>) -> io::Result<Ans
             let fate = |_, entry: &Value| {
                 if protocol::extends(entry) { Fate::Refuse(refusal) } else { Fate::Forward }
             };
-            one_by_one(&state, call, fate).await
+            one_by_one(state, call, watched, fate).await
         }
         SqsFault::StaleReceipt => {
             state.hit(&taken, &call);
             let is_delete = call.is_delete();
             let fate = |_, _: &Value| if is_delete { Fate::Pretend } else { Fate::Refuse(Refusal::Stale) };
-            one_by_one(&state, call, fate).await
+            one_by_one(state, call, watched, fate).await
         }
         SqsFault::PartialBatchFailure => {
             state.hit(&taken, &call);
             let fate = |index, _: &Value| if index == 0 { Fate::Refuse(Refusal::Internal) } else { Fate::Forward };
-            one_by_one(&state, call, fate).await
+            one_by_one(state, call, watched, fate).await
         }
     }
 }
@@ -186,10 +204,15 @@ fn closed_on_purpose() -> io::Error {
 }
 
 /// Carries out a call for those of its messages that are to be forwarded, and answers for all.
-async fn one_by_one(state: &State, mut call: Call, fate: impl Fn(usize, &Value) -> Fate) -> io::Result<Answer> {
+async fn one_by_one(
+    state: &State,
+    mut call: Call,
+    watched: &Watched<'_>,
+    fate: impl Fn(usize, &Value) -> Fate,
+) -> io::Result<Answer> {
     let Some(entries) = call.body.get("Entries").and_then(Value::as_array) else {
         return match fate(0, &call.body) {
-            Fate::Forward => forward(state, &call).await,
+            Fate::Forward => forward(state, &call, watched).await,
             Fate::Refuse(refusal) => Ok(refused(refusal, &call.body)),
             Fate::Pretend => Ok(protocol::success(&json!({}))),
         };
@@ -209,7 +232,7 @@ async fn one_by_one(state: &State, mut call: Call, fate: impl Fn(usize, &Value) 
         return Ok(protocol::success(&json!({"Successful": pretended, "Failed": failed})));
     }
     call.body["Entries"] = forwarded.into();
-    let answer = forward(state, &call).await?;
+    let answer = forward(state, &call, watched).await?;
     if !answer.status().is_success() {
         return Ok(answer);
     }
@@ -237,8 +260,14 @@ struct Received {
 }
 
 /// Receives, and does with the messages what was ordered.
-async fn receive(state: &Arc<State>, call: &Arc<Call>) -> io::Result<Answer> {
+async fn receive(state: &Arc<State>, call: &Arc<Call>, watched: &Watched<'_>) -> io::Result<Answer> {
     let Received { answer, messages, from_queue } = poll(state, call).await?;
+    watched.received(messages.iter().map(|message| {
+        let text = |name: &str| message[name].as_str().unwrap_or_default();
+        let own = state.repeats().receipt(text("ReceiptHandle"));
+        let receipt = own.as_deref().unwrap_or(text("ReceiptHandle"));
+        WatchedMessage::new(receipt, text("MessageId"), text("Body"), Done::Yes)
+    }));
     let Some(message) = messages.first() else { return Ok(answer) };
     // What is a repeat already is not repeated again.
     let may_be = |fault| fault != SqsFault::DuplicateDelivery || from_queue;
@@ -265,7 +294,7 @@ async fn poll(state: &Arc<State>, call: &Arc<Call>) -> io::Result<Received> {
     let mut arrivals = state.arrivals.subscribe();
     let mut poll = Box::pin({
         let (state, call) = (state.clone(), call.clone());
-        async move { received(forward(&state, &call).await?).await }
+        async move { received(carry(&state, &call).await?).await }
     });
     let mut begun = false;
     loop {
@@ -315,7 +344,19 @@ async fn read(answer: Answer) -> io::Result<(Answer, Value)> {
     Ok((Answer::from_parts(parts, Full::default()), body))
 }
 
-async fn forward(state: &State, call: &Call) -> io::Result<Answer> {
+/// Has the emulator do what is asked, and notes what it did.
+async fn forward(state: &State, call: &Call, watched: &Watched<'_>) -> io::Result<Answer> {
+    watched.forwarded(&call.body);
+    let answer = carry(state, call).await?;
+    let (parts, body) = answer.into_parts();
+    let body = body.collect().await.map_err(io::Error::other)?.to_bytes();
+    let said = serde_json::from_slice(&body).unwrap_or_default();
+    watched.carried_out(&call.body, parts.status.is_success().then_some(&said));
+    Ok(Answer::from_parts(parts, Full::from(body)))
+}
+
+async fn carry(state: &State, call: &Call) -> io::Result<Answer> {
+    let begun = Instant::now();
     let uri = Uri::builder().scheme("http").authority(state.emulator.clone()).path_and_query("/").build();
     let mut request = Request::post(uri.map_err(io::Error::other)?)
         .body(Full::from(call.body.to_string()))
@@ -326,5 +367,7 @@ async fn forward(state: &State, call: &Call) -> io::Result<Answer> {
     let (mut parts, body) = answer.into_parts();
     protocol::end_to_end(&mut parts.headers);
     let body = body.collect().await.map_err(io::Error::other)?.to_bytes();
+    let parked = call.body["WaitTimeSeconds"].as_u64().unwrap_or(0);
+    state.witness.took(begun.elapsed().saturating_sub(Duration::from_secs(parked)));
     Ok(Answer::from_parts(parts, Full::from(body)))
 }

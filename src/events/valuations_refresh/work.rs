@@ -70,12 +70,12 @@ struct Answer {
     verdict: Verdict,
 }
 
-pub(super) struct Work<'a, 'p> {
+pub(super) struct Work<'a> {
     events: &'a Events,
     run: &'a OwnedRun,
     delivery: &'a Delivery,
     /// Let go with the first progress.
-    pass: &'a mut Option<Pass<'p>>,
+    pass: &'a mut Option<Pass>,
     key: RunKey,
     /// Where the next page begins.
     read_to: i64,
@@ -89,12 +89,12 @@ pub(super) struct Work<'a, 'p> {
     counted: (i64, i64),
 }
 
-impl<'a, 'p> Work<'a, 'p> {
+impl<'a> Work<'a> {
     pub(super) fn new(
         events: &'a Events,
         run: &'a OwnedRun,
         delivery: &'a Delivery,
-        pass: &'a mut Option<Pass<'p>>,
+        pass: &'a mut Option<Pass>,
     ) -> Self {
         Work {
             events,
