@@ -78,7 +78,7 @@ impl Ground {
 
     /// SQS calls so far, by action.
     pub(crate) fn sqs_calls(&self) -> BTreeMap<String, u64> {
-        self.sqs.calls()
+        self.sqs.calls_by_action()
     }
 }
 

@@ -187,5 +187,5 @@ impl Course<'_> {
 }
 
 fn sqs_calls(sqs: &SqsProxy) -> u64 {
-    sqs.calls().values().sum()
+    sqs.calls_by_action().values().sum()
 }

@@ -18,14 +18,16 @@ const SLOW_PARTNER_MS: u64 = 1_500;
 /// How often a fault is ordered at once; `None`: half of all calls for some time.
 fn times(fault: SqsFault) -> Option<u64> {
     match fault {
-        SqsFault::ExtensionRefused | SqsFault::TwelveHourRefusal => Some(1),
+        SqsFault::ExtensionRefused | SqsFault::TwelveHourRefusal | SqsFault::SizeLimit(_) => Some(1),
         SqsFault::ExtensionFails | SqsFault::ExtensionSlow(_) => Some(2),
         SqsFault::HungReceive
         | SqsFault::LateReceiveAnswer(_)
         | SqsFault::DeleteAnswerLost
         | SqsFault::DeleteFails
         | SqsFault::StaleReceipt
-        | SqsFault::SendAnswerLost => Some(3),
+        | SqsFault::SendAnswerLost
+        | SqsFault::Hang
+        | SqsFault::HangAnswer => Some(3),
         SqsFault::PartialBatchFailure => Some(4),
         SqsFault::DuplicateDelivery => Some(6),
         SqsFault::Throttle | SqsFault::ExpiredCredentials | SqsFault::Down => None,

@@ -78,7 +78,7 @@ impl SqsProxy {
 
     /// The calls that have come in, by action (`ReceiveMessage`).
     #[must_use]
-    pub fn calls(&self) -> BTreeMap<String, u64> {
+    pub fn calls_by_action(&self) -> BTreeMap<String, u64> {
         self.state.calls().clone()
     }
 

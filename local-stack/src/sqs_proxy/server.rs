@@ -127,7 +127,7 @@ async fn answer(
             future::pending().await
         }
         SqsFault::HangAnswer => {
-            let answer = forward(&state, &call).await?;
+            let answer = forward(state, &call, watched).await?;
             if answer.status().is_success() {
                 state.hit(&taken, &call);
                 future::pending().await
@@ -142,7 +142,7 @@ async fn answer(
                 true => Fate::Refuse(Refusal::TooLarge(limit)),
                 false => Fate::Forward,
             };
-            one_by_one(&state, call, fate).await
+            one_by_one(state, call, watched, fate).await
         }
         SqsFault::Throttle => {
             state.hit(&taken, &call);
