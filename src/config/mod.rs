@@ -325,6 +325,21 @@ pub struct Profiling {
     pub listen: SocketAddr,
     /// Demanded of every request where set.
     pub token: Option<Secret>,
+    /// Heap profiles kept on disk.
+    pub snapshots: Snapshots,
+}
+
+/// Heap profiles kept on disk.
+#[derive(Debug, Clone)]
+pub struct Snapshots {
+    /// Where; `None` for nowhere.
+    pub directory: Option<PathBuf>,
+    /// The longest time between two.
+    pub interval: Duration,
+    /// What all of them together may take.
+    pub budget_bytes: u64,
+    /// What the process may have, where it is not the limit of its control group.
+    pub memory_limit_bytes: Option<u64>,
 }
 
 /// Stopping.

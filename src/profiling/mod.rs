@@ -38,6 +38,7 @@ mod one_at_a_time;
 pub mod pprof;
 mod request;
 mod sampling;
+pub mod snapshots;
 mod symbols;
 mod tasks;
 mod threads;

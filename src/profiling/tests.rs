@@ -6,7 +6,7 @@ use http_body_util::BodyExt;
 use tower_service::Service;
 
 use super::*;
-use crate::config::{Profiling, Secret};
+use crate::config::{Profiling, Secret, Snapshots};
 use crate::task::mark::{self, Kind, Mark, Stage};
 use crate::task::usage;
 
@@ -16,7 +16,13 @@ static PROFILER: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 const TOKEN: &str = "0123456789abcdef";
 
 fn profiling(token: Option<&str>) -> Profiling {
-    Profiling { enabled: true, listen: ([127, 0, 0, 1], 0).into(), token: token.map(Secret::new) }
+    let snapshots = Snapshots {
+        directory: None,
+        interval: Duration::from_secs(30),
+        budget_bytes: 1 << 20,
+        memory_limit_bytes: None,
+    };
+    Profiling { enabled: true, listen: ([127, 0, 0, 1], 0).into(), token: token.map(Secret::new), snapshots }
 }
 
 async fn ask(token: Option<&str>, method: &str, path: &str, headers: &[(&str, &str)]) -> (u16, Vec<u8>, Response) {

@@ -34,5 +34,6 @@ mod resume;
 mod retention;
 mod secrets;
 mod shutdown;
+mod snapshots;
 mod sqs_stub;
 mod state_machine;
