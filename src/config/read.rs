@@ -195,7 +195,10 @@ fn snapshots(layers: &mut Layers) -> Snapshots {
     Snapshots {
         directory: (!directory.is_empty()).then(|| PathBuf::from(directory)),
         interval: layers.duration("profiling.snapshots.interval", SECOND * 5..=HOUR * 24),
+        growth_bytes: u64::from(layers.integer("profiling.snapshots.growth_mib", 0..=1_048_576)) * MIB,
         budget_bytes: u64::from(layers.integer("profiling.snapshots.budget_mib", 1..=1_048_576)) * MIB,
+        max_count: layers.integer("profiling.snapshots.max_count", 3..=1_000_000) as usize,
+        max_age: layers.duration("profiling.snapshots.max_age", HOUR..=HOUR * 24 * 366),
         memory_limit_bytes: (memory_limit > 0).then(|| u64::from(memory_limit) * MIB),
     }
 }

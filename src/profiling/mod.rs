@@ -29,6 +29,7 @@ mod access;
 mod allocator;
 mod contention;
 mod cpu;
+pub mod growth;
 mod heap;
 mod heap_text;
 mod jeheap;

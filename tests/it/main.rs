@@ -28,6 +28,7 @@ mod postgres_faults;
 mod postgres_tls;
 mod pprof;
 mod probation;
+mod profile_verbs;
 mod recording;
 mod replay;
 mod resume;

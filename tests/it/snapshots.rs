@@ -13,7 +13,7 @@ use write_api::profiling::snapshots::Record;
 use crate::harness::{LONG, SOON, World, until};
 
 /// The records in `directory`, in the order in which they were taken; each has a profile that can be read.
-fn records(directory: &Path) -> Result<Vec<Record>> {
+pub fn records(directory: &Path) -> Result<Vec<Record>> {
     let mut records = Vec::new();
     for entry in fs::read_dir(directory).with_context(|| format!("{}", directory.display()))? {
         let path = entry?.path();
@@ -28,7 +28,7 @@ fn records(directory: &Path) -> Result<Vec<Record>> {
 }
 
 /// Waits for one with `reason` that `wanted` likes.
-async fn taken(directory: &Path, reason: &str, wanted: impl Fn(&Record) -> bool) -> Result<Record> {
+pub async fn taken(directory: &Path, reason: &str, wanted: impl Fn(&Record) -> bool) -> Result<Record> {
     until(&format!("a snapshot for {reason}"), LONG, async || {
         if !directory.exists() {
             return Ok(None);
@@ -83,6 +83,73 @@ async fn a_slow_event_is_framed_and_a_crossed_share_is_told() -> Result<()> {
     world.finish(service).await?;
     let told = records(&directory)?.iter().filter(|record| record.reason == "memory").count();
     ensure!(told == 1, "{told} snapshots for memory");
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_event_of_milliseconds_is_named_with_its_beginning_and_its_end() -> Result<()> {
+    let mut world = World::new(Behaviour::default()).await?;
+    let directory = world.path("snapshots");
+    world.set("profiling.snapshots.directory", directory.display()).set("profiling.snapshots.interval", "1h");
+    world.listings(5).await?;
+    let service = world.serve().await?;
+    taken(&directory, "start", |_| true).await?;
+    let ids = [world.refresh(&[])?, world.refresh(&[])?];
+    for id in &ids {
+        world.published(id, LONG).await?;
+    }
+    world.finish(service).await?;
+    let records = records(&directory)?;
+    for kind in ["valuations.refresh", "valuations.publish"] {
+        let told = |names: fn(&Record) -> &Vec<String>| {
+            records.iter().flat_map(names).filter(|name| name.starts_with(kind)).count()
+        };
+        let (began, ended) = (told(|record| &record.began), told(|record| &record.ended));
+        ensure!(began >= 2 && began == ended, "{kind}: {began} began and {ended} ended in {records:#?}");
+    }
+    for id in &ids {
+        let refresh = format!("valuations.refresh {id}");
+        ensure!(records.iter().any(|record| record.began.contains(&refresh)), "{refresh} is not in {records:#?}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn growth_since_a_slow_event_began_is_told() -> Result<()> {
+    let mut world = World::new(Behaviour { latency_ms: 15_000, ..Behaviour::default() }).await?;
+    let directory = world.path("snapshots");
+    world
+        .set("profiling.snapshots.directory", directory.display())
+        .set("profiling.snapshots.interval", "1h")
+        .set("profiling.snapshots.growth_mib", 4)
+        .set("partner.rate_per_second", 0)
+        .set("partner.request_timeout", "1m");
+    world.listings(1_000).await?;
+    let service = world.serve().await?;
+    taken(&directory, "start", |_| true).await?;
+    let id = world.refresh(&[])?;
+    let refresh = format!("valuations.refresh {id}");
+    // A thousand calls in flight take more than that.
+    let grown = taken(&directory, "growth", |record| record.slow_events.contains_key(&refresh)).await?;
+    ensure!(grown.rss_bytes >= grown.slow_events[&refresh] + (4 << 20), "{grown:?}");
+    world.published(&id, LONG).await?;
+    world.finish(service).await
+}
+
+#[tokio::test]
+async fn no_more_are_kept_than_may_be_and_first_last_and_peak_stay() -> Result<()> {
+    let mut world = World::new(Behaviour::default()).await?;
+    let directory = world.path("snapshots");
+    world
+        .set("profiling.snapshots.directory", directory.display())
+        .set("profiling.snapshots.interval", "5s")
+        .set("profiling.snapshots.max_count", 4);
+    let service = world.serve().await?;
+    taken(&directory, "interval", |record| record.sequence >= 5).await?;
+    world.finish(service).await?;
+    let records = records(&directory)?;
+    let (first, last) = (records.first().context("none")?, records.last().context("none")?);
+    ensure!(records.len() == 4 && first.sequence == 1 && last.reason == "stop", "{records:#?}");
     Ok(())
 }
 

@@ -1,14 +1,18 @@
 //! Heap profiles kept on disk while the service works, each with a record of its moment, so that what grew over a weekend
 //! can be read on Monday and a killed process loses at most one interval.
 //!
-//! A thread of its own at low priority looks once a second whether one is due (`trigger`), takes it, and writes it
-//! (`directory`). The work never waits for it; what fails is told and tried again later.
+//! A thread of its own at low priority hears of each slow event that begins or ends, looks at memory once a second, decides
+//! whether a snapshot is due (`trigger`), takes it, and writes it (`directory`). The work never waits for it; what fails is
+//! told and tried again later.
 
 mod directory;
+mod name;
 mod record;
+mod retention;
+mod store;
 mod trigger;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::{self, JoinHandle};
@@ -21,10 +25,12 @@ use crate::config;
 use crate::task::{Kind, registry};
 
 use directory::Directory;
+pub use name::Name;
 pub use record::{Allocator, Record};
-use trigger::{Look, Reason, Trigger};
+pub use store::{Store, Stored};
+use trigger::{Due, Look, Trigger};
 
-/// Between two looks at memory and events.
+/// Between two looks at memory.
 const TICK: Duration = Duration::from_secs(1);
 
 /// After a failure nothing is written for so long, then for twice as long, up to [`LONGEST_PAUSE`].
@@ -45,29 +51,45 @@ pub enum Outcome {
     Failed,
 }
 
+/// What the thread is told.
+enum Signal {
+    /// A slow event began.
+    Began(String),
+    /// A slow event ended.
+    Ended(String),
+    /// The last snapshot is to be taken.
+    Stop,
+}
+
 /// The running thread.
 pub struct Snapshots {
-    stop: mpsc::Sender<()>,
+    signals: mpsc::Sender<Signal>,
     thread: JoinHandle<()>,
 }
 
 impl Snapshots {
-    /// Starts the thread; `tell` is called on it with each outcome.
+    /// Starts the thread; `tell` is called on it with each outcome. For one at a time in a process: the slow events are told
+    /// to the one that was started last.
     pub fn start(settings: &config::Snapshots, tell: impl Fn(Outcome) + Send + 'static) -> io::Result<Self> {
-        let (stop, stopped) = mpsc::channel();
-        let settings = settings.clone();
+        let (signals, received) = mpsc::channel();
+        let writer = Writer::new(settings.clone());
         let thread = thread::Builder::new().name("snapshots".to_owned()).spawn(move || {
             // SAFETY: takes numbers only; 0 is the calling thread. Refused, the thread merely has a higher priority.
             unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
-            let writer = Writer::new(settings);
-            writer.run(&stopped, tell);
+            writer.run(&received, tell);
         })?;
-        Ok(Snapshots { stop, thread })
+        let heard = signals.clone();
+        registry::on_slow_event(move |event| {
+            let name = format!("{} {}", event.kind.name(), event.about);
+            // Nobody hears it any more while the process ends.
+            let _ = heard.send(if event.began { Signal::Began(name) } else { Signal::Ended(name) });
+        });
+        Ok(Snapshots { signals, thread })
     }
 
     /// Takes the last one and ends. Blocks until it is written.
     pub fn stop(self) {
-        let _ = self.stop.send(());
+        let _ = self.signals.send(Signal::Stop);
         if self.thread.join().is_err() {
             tracing::warn!("the thread of the snapshots panicked");
         }
@@ -76,14 +98,9 @@ impl Snapshots {
 
 /// Makes the directory, and writes a file there and removes it.
 pub fn try_directory(settings: &config::Snapshots) -> anyhow::Result<()> {
-    let Some(directory) = directory_of(settings) else { return Ok(()) };
+    let Some(directory) = Directory::of(settings) else { return Ok(()) };
     directory.tidy()?;
     directory.try_out()
-}
-
-fn directory_of(settings: &config::Snapshots) -> Option<Directory> {
-    let path = settings.directory.clone()?;
-    Some(Directory::new(path, settings.budget_bytes))
 }
 
 struct Writer {
@@ -100,41 +117,36 @@ struct Writer {
 
 impl Writer {
     fn new(settings: config::Snapshots) -> Self {
-        let directory = directory_of(&settings);
-        let trigger = Trigger::new(settings.interval);
-        let limit = settings.memory_limit_bytes.or_else(record::memory_limit_bytes);
         Writer {
-            settings,
-            directory,
+            directory: Directory::of(&settings),
             tidied: false,
-            trigger,
+            trigger: Trigger::new(settings.interval, settings.growth_bytes),
             host: record::host(),
             start_ms: now_ms(),
             sequence: 0,
-            limit,
+            limit: settings.memory_limit_bytes.or_else(record::memory_limit_bytes),
+            settings,
         }
     }
 
-    fn run(mut self, stopped: &mpsc::Receiver<()>, tell: impl Fn(Outcome)) {
+    fn run(mut self, signals: &mpsc::Receiver<Signal>, tell: impl Fn(Outcome)) {
         let begin = Instant::now();
         let mut pause = PAUSE;
         let mut not_before = begin;
         // What failed is tried again for its reason.
-        let mut owed = None;
+        let mut owed: Option<Due> = None;
+        let mut stopping = false;
         loop {
-            let stopping = match stopped.recv_timeout(TICK) {
-                Err(RecvTimeoutError::Timeout) => false,
-                Ok(()) | Err(RecvTimeoutError::Disconnected) => true,
+            let due = if stopping {
+                Some(self.trigger.stop(owed.take()))
+            } else if Instant::now() < not_before {
+                None
+            } else {
+                let look = Look { now: begin.elapsed(), rss: record::rss_bytes(), limit: self.limit };
+                owed.take().or_else(|| self.trigger.due(look))
             };
-            if !stopping && Instant::now() < not_before {
-                continue;
-            }
-            let reason = match stopping {
-                true => Some(Reason::Stop),
-                false => owed.take().or_else(|| self.trigger.due(look(begin.elapsed(), self.limit))),
-            };
-            if let Some(reason) = reason {
-                match self.write(reason) {
+            if let Some(due) = due {
+                match self.write(&due) {
                     Ok(bytes) => {
                         pause = PAUSE;
                         tell(Outcome::Written { bytes });
@@ -145,11 +157,11 @@ impl Writer {
                         tracing::warn!(
                             error = format!("{error:#}"),
                             directory = %directory.display(),
-                            reason = reason.name(),
+                            reason = due.reason.name(),
                             pause_s = pause.as_secs(),
                             "no snapshot of the heap; the work goes on, and it is tried again after a pause"
                         );
-                        owed = Some(reason);
+                        owed = Some(due);
                         not_before = Instant::now() + pause;
                         pause = (pause * 2).min(LONGEST_PAUSE);
                     }
@@ -158,10 +170,27 @@ impl Writer {
             if stopping {
                 return;
             }
+            // Not later than the interval ends, so that a killed process loses no more than that.
+            let wait = TICK.min(self.trigger.left_of_interval(begin.elapsed()));
+            stopping = self.hear(signals, wait);
         }
     }
 
-    fn write(&mut self, reason: Reason) -> anyhow::Result<u64> {
+    /// Waits for a signal and takes all that there are. Tells whether it is time to stop.
+    fn hear(&mut self, signals: &mpsc::Receiver<Signal>, wait: Duration) -> bool {
+        let mut signal = signals.recv_timeout(wait);
+        loop {
+            match signal {
+                Ok(Signal::Began(event)) => self.trigger.begin(event, record::rss_bytes()),
+                Ok(Signal::Ended(event)) => self.trigger.end(event),
+                Ok(Signal::Stop) | Err(RecvTimeoutError::Disconnected) => return true,
+                Err(RecvTimeoutError::Timeout) => return false,
+            }
+            signal = signals.recv_timeout(Duration::ZERO);
+        }
+    }
+
+    fn write(&mut self, due: &Due) -> anyhow::Result<u64> {
         let directory = self.directory.as_mut().context("profiling.snapshots.directory is not set")?;
         if !self.tidied {
             directory.tidy()?;
@@ -171,13 +200,17 @@ impl Writer {
         self.sequence += 1;
         let record = Record {
             time_ms: now_ms(),
-            reason: reason.name().to_owned(),
+            reason: due.reason.name().to_owned(),
+            service: SERVICE.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             build_id: profile.mappings.first().map(|program| program.build_id.clone()).unwrap_or_default(),
             host: self.host.clone(),
             start_ms: self.start_ms,
             sequence: self.sequence,
             events_in_flight: events_in_flight(),
+            slow_events: self.trigger.slow_events(),
+            began: due.began.clone(),
+            ended: due.ended.clone(),
             rss_bytes: record::rss_bytes(),
             memory_limit_bytes: self.limit,
             jemalloc: Allocator::read(),
@@ -186,15 +219,8 @@ impl Writer {
     }
 }
 
-fn look(now: Duration, limit: Option<u64>) -> Look {
-    let mut slow_events = BTreeSet::new();
-    for task in registry::live() {
-        if let (Kind::ValuationsRefresh | Kind::ValuationsPublish, Some(id)) = (task.kind, &task.about) {
-            slow_events.insert(format!("{} {id}", task.kind.name()));
-        }
-    }
-    Look { now, rss: record::rss_bytes(), limit, slow_events }
-}
+/// What the names of snapshots begin with.
+const SERVICE: &str = "write-api";
 
 /// Events that tasks work on now, by kind.
 fn events_in_flight() -> BTreeMap<String, u64> {

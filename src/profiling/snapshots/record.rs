@@ -7,13 +7,17 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use tikv_jemalloc_ctl::{epoch, stats};
 
+use super::name::Name;
+
 /// The record of a snapshot: JSON beside its profile.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Record {
     /// When, in milliseconds since 1970.
     pub time_ms: u64,
-    /// Why: start, interval, memory, event-start, event-end, stop.
+    /// Why: start, interval, memory, growth, event-start, event-end, stop.
     pub reason: String,
+    /// Which program.
+    pub service: String,
     /// The program's version.
     pub version: String,
     /// Of the program's file; empty where it has none.
@@ -26,12 +30,36 @@ pub struct Record {
     pub sequence: u64,
     /// Events being worked on, by kind.
     pub events_in_flight: BTreeMap<String, u64>,
+    /// Those of them that are slow, by kind and id, with the resident bytes when each began.
+    #[serde(default)]
+    pub slow_events: BTreeMap<String, u64>,
+    /// Slow events that began since the snapshot before, by kind and id.
+    #[serde(default)]
+    pub began: Vec<String>,
+    /// Slow events that ended since then.
+    #[serde(default)]
+    pub ended: Vec<String>,
     /// Resident bytes of the process.
     pub rss_bytes: u64,
     /// The most they may be; none without a limit.
     pub memory_limit_bytes: Option<u64>,
     /// The allocator's own figures.
     pub jemalloc: Allocator,
+}
+
+impl Record {
+    /// What the snapshot is known by.
+    pub fn name(&self) -> Name {
+        Name {
+            start_ms: self.start_ms,
+            host: self.host.clone(),
+            sequence: self.sequence,
+            reason: self.reason.clone(),
+            service: self.service.clone(),
+            version: self.version.clone(),
+            build: self.build_id.chars().take(12).collect(),
+        }
+    }
 }
 
 /// The allocator's own figures, in bytes, as its manual defines them.
