@@ -13,7 +13,7 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::db::{self, Database, runs};
 use crate::events::recorder::{Recorder, Recording};
 use crate::events::relay::{self, Relay};
@@ -24,6 +24,7 @@ use crate::kafka::Publisher;
 use crate::lifecycle::{Company, Stop, StopSource};
 use crate::metrics::Metrics;
 use crate::partner::{BreakerState, Partner};
+use crate::profiling::snapshots::{Outcome, Snapshots};
 use crate::queue::consumer::{ConsumerParts, consume};
 use crate::queue::keeper::{Keeper, KeeperSettings, Renewals};
 use crate::queue::sqs::Sqs;
@@ -68,6 +69,7 @@ pub struct App {
     keeper: Arc<Keeper>,
     events: Arc<Events>,
     listeners: Option<Listeners>,
+    snapshots: Option<Snapshots>,
 }
 
 /// Bound before anything starts, so that an address in use is a start-up error.
@@ -120,6 +122,7 @@ impl App {
                 .context("the thread of the recorder")?,
             metrics: metrics.clone(),
         });
+        let snapshots = start_snapshots(&config.profiling.snapshots, metrics.clone())?;
         Ok(App {
             metrics,
             health,
@@ -129,6 +132,7 @@ impl App {
             keeper: Arc::new(keeper),
             events,
             listeners: Some(listeners),
+            snapshots,
             config,
         })
     }
@@ -173,6 +177,8 @@ impl App {
         };
 
         let began = Instant::now();
+        // At once: it shows the process at work, and is written while the events end.
+        let last_snapshot = self.snapshots.take().map(|snapshots| task::spawn_blocking(|| snapshots.stop()));
         let grace = self.config.shutdown.grace;
         self.health.drain();
         let for_events = grace.saturating_sub(LAST_STEPS);
@@ -216,6 +222,11 @@ impl App {
         });
         if in_time.await.is_err() {
             tracing::warn!("the last steps of stopping did not end in time");
+        }
+        if let Some(last_snapshot) = last_snapshot
+            && timeout(left(), last_snapshot).await.is_err()
+        {
+            tracing::warn!("the last snapshot of the heap was not written in time");
         }
         drop(self.events);
         match Arc::try_unwrap(self.keeper) {
@@ -325,6 +336,24 @@ impl Listeners {
         }
         Ok(Listeners { admin, profiling })
     }
+}
+
+/// Starts to keep heap profiles, where a directory for them is set.
+fn start_snapshots(settings: &config::Snapshots, metrics: Arc<Metrics>) -> anyhow::Result<Option<Snapshots>> {
+    if settings.directory.is_none() {
+        return Ok(None);
+    }
+    let tell = move |outcome| {
+        let result = match outcome {
+            Outcome::Written { bytes } => {
+                metrics.snapshot_bytes.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+                "written"
+            }
+            Outcome::Failed => "failed",
+        };
+        metrics.snapshots.with_label_values(&[result]).inc();
+    };
+    Ok(Some(Snapshots::start(settings, tell).context("the thread of the snapshots")?))
 }
 
 /// Looks at Postgres, and at the schema until it was found whole, and again after each outage: with a migration missing,

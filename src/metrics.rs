@@ -103,6 +103,10 @@ metrics! {
     /// Time waited, by kind of event and by what for: permit, pacing, partner, database, kafka, queue, lock. What waits side
     /// by side counts side by side.
     wait_seconds: CounterVec("write_api_wait_seconds_total", &["kind", "for"]),
+    /// Snapshots of the heap by result: written, failed.
+    snapshots: IntCounterVec("write_api_snapshots_total", &["result"]),
+    /// Bytes of all snapshots of the heap on disk.
+    snapshot_bytes: IntGauge("write_api_snapshot_bytes"),
     /// Live tasks.
     tasks: IntGauge("write_api_tasks"),
     /// Bytes in live allocations.

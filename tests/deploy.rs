@@ -208,6 +208,15 @@ async fn names_labels_ports_and_mounts_fit_each_other_and_the_settings() -> Resu
         ensure!(at(&container[probe], "/httpGet/path")? == path, "{probe}: {}", container[probe]);
         ensure!(container[probe]["httpGet"]["port"] == container["ports"][0]["name"], "{probe}: {}", container[probe]);
     }
+    let snapshots = &config.profiling.snapshots;
+    let directory = snapshots.directory.as_ref().context("heap snapshots go nowhere")?.display().to_string();
+    let mount = list(&container["volumeMounts"]).find(|mount| mount["mountPath"] == directory);
+    let mount = mount.with_context(|| format!("nothing is mounted at {directory}"))?;
+    ensure!(mount["readOnly"] != true, "{mount}");
+    let volume = list(&pod["spec"]["volumes"]).find(|volume| volume["name"] == mount["name"]).context("no volume")?;
+    let limit = at(volume, "/emptyDir/sizeLimit")?;
+    let limit_mib: u64 = limit.strip_suffix("Mi").context(limit.to_owned())?.parse()?;
+    ensure!(limit_mib << 20 > snapshots.budget_bytes, "{limit} is no room for {} bytes", snapshots.budget_bytes);
     let patience = number(&pod["spec"], "/terminationGracePeriodSeconds")?;
     ensure!(patience >= config.shutdown.grace.as_secs() + 5, "{patience} s for a grace of {:?}", config.shutdown.grace);
     Ok(())

@@ -129,11 +129,23 @@ async fn heap_profile(config: &config::Profiling) -> Vec<Finding> {
         profiling::try_heap_dump()
     });
     let token = if config.token.is_some() { "with a token" } else { "on loopback only, without a token" };
-    vec![match dumped.await {
+    let mut findings = vec![match dumped.await {
         Ok(Ok(bytes)) => Finding::ok("profiling", format!("a heap profile can be taken ({bytes} bytes), {token}")),
         Ok(Err(error)) => {
             Finding::fail("profiling", format!("{error:#}"), "mend that, or set profiling.enabled to false")
         }
         Err(panic) => Finding::fail("profiling", panic.to_string(), "set profiling.enabled to false"),
-    }]
+    }];
+    if let Some(directory) = &config.snapshots.directory {
+        let directory = directory.display();
+        findings.push(match profiling::snapshots::try_directory(&config.snapshots) {
+            Ok(()) => Finding::ok("snapshots", format!("a file was written to {directory} and removed")),
+            Err(error) => Finding::fail(
+                "snapshots",
+                format!("{error:#}"),
+                "give the service a directory that it may write to (profiling.snapshots.directory), or empty the setting",
+            ),
+        });
+    }
+    findings
 }

@@ -44,7 +44,7 @@ pub(super) async fn run(config: &Config) -> anyhow::Result<()> {
 }
 
 /// A listener on every address is asked on loopback.
-fn from_here(listen: SocketAddr) -> SocketAddr {
+pub(super) fn from_here(listen: SocketAddr) -> SocketAddr {
     let loopback: IpAddr = match listen.ip() {
         ip if !ip.is_unspecified() => ip,
         IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),

@@ -11,6 +11,7 @@ mod config;
 mod dlq;
 mod health;
 mod migrate;
+mod profile;
 mod replay;
 mod retry;
 mod seed;
@@ -120,6 +121,9 @@ enum Verb {
     /// run beside the service.
     #[command(after_long_help = audit::HELP)]
     Audit(audit::Options),
+    /// Show whose memory it is, what grew, and since when, from profiles and snapshots of the heap.
+    #[command(subcommand)]
+    Profile(profile::Options),
     /// Print the script with which a shell completes this command line.
     #[command(after_long_help = completions::HELP)]
     Completions(completions::Options),
@@ -133,9 +137,13 @@ impl Verb {
             Verb::Migrate | Verb::Seed(_) | Verb::Status(_) | Verb::Cancel(_) | Verb::Retry(_) => &[Section::Database],
             Verb::Setup | Verb::Audit(_) => &[Section::Database, Section::Kafka],
             Verb::Dlq(dlq::Options::Redrive(_)) => &[Section::Database],
-            Verb::Health | Verb::Send(_) | Verb::Replay(_) | Verb::Dlq(_) | Verb::Config(_) | Verb::Completions(_) => {
-                &[]
-            }
+            Verb::Health
+            | Verb::Send(_)
+            | Verb::Replay(_)
+            | Verb::Dlq(_)
+            | Verb::Profile(_)
+            | Verb::Config(_)
+            | Verb::Completions(_) => &[],
         }
     }
 }
@@ -196,6 +204,7 @@ pub fn run() -> ExitCode {
         Verb::Cancel(options) => block_on(cancel::run(&config, &options)),
         Verb::Retry(options) => block_on(retry::run(&config, &options)),
         Verb::Dlq(options) => block_on(dlq::run(&config, &options)),
+        Verb::Profile(options) => block_on(profile::run(&config, &options)),
         Verb::Audit(options) => match block_on(audit::run(&config, &options)) {
             Ok(verdict) => {
                 code = verdict.exit_code();

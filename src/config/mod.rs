@@ -325,6 +325,27 @@ pub struct Profiling {
     pub listen: SocketAddr,
     /// Demanded of every request where set.
     pub token: Option<Secret>,
+    /// Heap profiles kept on disk.
+    pub snapshots: Snapshots,
+}
+
+/// Heap profiles kept on disk.
+#[derive(Debug, Clone)]
+pub struct Snapshots {
+    /// Where; `None` for nowhere.
+    pub directory: Option<PathBuf>,
+    /// The longest time between two.
+    pub interval: Duration,
+    /// The growth during a slow event at which one is taken; 0 for none.
+    pub growth_bytes: u64,
+    /// What all of them together may take.
+    pub budget_bytes: u64,
+    /// How many may be kept.
+    pub max_count: usize,
+    /// How long they are kept.
+    pub max_age: Duration,
+    /// What the process may have, where it is not the limit of its control group.
+    pub memory_limit_bytes: Option<u64>,
 }
 
 /// Stopping.

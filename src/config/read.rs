@@ -7,6 +7,7 @@ use super::layers::Layers;
 use super::{
     Admin, Aws, Backoff, ClientCertificate, Config, ConfigError, Credential, Database, Kafka, KafkaSasl, KafkaTls,
     Lane, Lanes, Log, LogFormat, Outbox, Partner, Profiling, Queue, Refresh, Retention, Secret, Section, Shutdown,
+    Snapshots,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -119,6 +120,7 @@ impl Config {
                 enabled: layers.boolean("profiling.enabled"),
                 listen: layers.socket_address("profiling.listen"),
                 token: profiling_token(layers),
+                snapshots: snapshots(layers),
             },
             shutdown: Shutdown { grace: layers.duration("shutdown.grace", SECOND * 3..=HOUR) },
             log: Log {
@@ -131,6 +133,13 @@ impl Config {
 
     /// Settings that are fine alone and dangerous together.
     fn check_pairs(&self, layers: &mut Layers) {
+        if !self.profiling.enabled && self.profiling.snapshots.directory.is_some() {
+            layers.error(
+                "profiling.snapshots.directory",
+                "is set and profiling.enabled is false, so nothing is sampled",
+                "set profiling.enabled, or empty the directory",
+            );
+        }
         if self.profiling.enabled && !self.profiling.listen.ip().is_loopback() && self.profiling.token.is_none() {
             layers.error(
                 "profiling.listen",
@@ -177,6 +186,21 @@ fn retention(layers: &mut Layers) -> Retention {
     let enabled = layers.boolean("retention.enabled");
     let age = layers.duration("retention.age", LEAST_RETENTION..=HOUR * 24 * 3650);
     Retention { age: enabled.then_some(age) }
+}
+
+fn snapshots(layers: &mut Layers) -> Snapshots {
+    const MIB: u64 = 1024 * 1024;
+    let directory = layers.text("profiling.snapshots.directory", "a path, or nothing");
+    let memory_limit = layers.integer("profiling.snapshots.memory_limit_mib", 0..=16_777_216);
+    Snapshots {
+        directory: (!directory.is_empty()).then(|| PathBuf::from(directory)),
+        interval: layers.duration("profiling.snapshots.interval", SECOND * 5..=HOUR * 24),
+        growth_bytes: u64::from(layers.integer("profiling.snapshots.growth_mib", 0..=1_048_576)) * MIB,
+        budget_bytes: u64::from(layers.integer("profiling.snapshots.budget_mib", 1..=1_048_576)) * MIB,
+        max_count: layers.integer("profiling.snapshots.max_count", 3..=1_000_000) as usize,
+        max_age: layers.duration("profiling.snapshots.max_age", HOUR..=HOUR * 24 * 366),
+        memory_limit_bytes: (memory_limit > 0).then(|| u64::from(memory_limit) * MIB),
+    }
 }
 
 fn lane(layers: &mut Layers, prefix: &str) -> Lane {

@@ -6,7 +6,7 @@ use http_body_util::BodyExt;
 use tower_service::Service;
 
 use super::*;
-use crate::config::{Profiling, Secret};
+use crate::config::{Profiling, Secret, Snapshots};
 use crate::task::mark::{self, Kind, Mark, Stage};
 use crate::task::usage;
 
@@ -16,7 +16,16 @@ static PROFILER: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 const TOKEN: &str = "0123456789abcdef";
 
 fn profiling(token: Option<&str>) -> Profiling {
-    Profiling { enabled: true, listen: ([127, 0, 0, 1], 0).into(), token: token.map(Secret::new) }
+    let snapshots = Snapshots {
+        directory: None,
+        interval: Duration::from_secs(30),
+        growth_bytes: 0,
+        budget_bytes: 1 << 20,
+        max_count: 10,
+        max_age: Duration::from_secs(3600),
+        memory_limit_bytes: None,
+    };
+    Profiling { enabled: true, listen: ([127, 0, 0, 1], 0).into(), token: token.map(Secret::new), snapshots }
 }
 
 async fn ask(token: Option<&str>, method: &str, path: &str, headers: &[(&str, &str)]) -> (u16, Vec<u8>, Response) {
@@ -227,6 +236,54 @@ async fn what_samples_say_of_a_kind_is_what_the_allocator_counted() {
     let (sampled, exact) = ((allocated(&late) - allocated(&early)) as f64, (recounted - counted) as f64);
     assert!(exact > 7e9, "{exact}");
     assert!((sampled / exact - 1.0).abs() < 0.05, "{sampled} bytes by samples, {exact} by the allocator's count");
+}
+
+/// 16 MiB in four blocks, so large that each is sampled for certain.
+#[inline(never)]
+fn planted_leak(leaked: &mut Vec<Vec<u8>>) {
+    for _ in 0..4 {
+        leaked.push(black_box(Vec::with_capacity(4 << 20)));
+    }
+}
+
+#[tokio::test]
+async fn what_grew_over_many_profiles_names_the_kind_that_leaks_and_its_function_first() {
+    let _alone = PROFILER.lock().await;
+    sample_allocations(true).unwrap();
+    let under = |kind| Mark { kind, stage: Stage::Other };
+    let counted = || {
+        let used = usage::of_kind(Kind::Planted);
+        used.allocated as i64 - used.freed as i64
+    };
+    let (mut leaked, mut in_flight, mut profiles) = (Vec::new(), Vec::new(), Vec::new());
+    let before = counted();
+    for round in 0..12 {
+        mark::under(under(Kind::Planted), || planted_leak(&mut leaked));
+        // An event that holds more than all that leaked comes and goes in between, and another one at the very end.
+        if [3, 4, 5, 11].contains(&round) {
+            in_flight
+                .push(mark::under(under(Kind::ValuationsRefresh), || black_box(Vec::<u8>::with_capacity(1 << 30))));
+        } else {
+            in_flight.clear();
+        }
+        profiles.push(profile_at("/debug/pprof/heap").await);
+    }
+    let exact = counted() - before;
+    let held = profiles[0].sample_type("inuse_space").unwrap();
+    let kinds = growth::rank(&profiles.iter().map(|profile| growth::by_kind(profile, held)).collect::<Vec<_>>());
+    assert_eq!((kinds[0].key.as_str(), kinds[0].rose), ("planted", 11), "{kinds:#?}");
+    let places: Vec<_> = profiles
+        .iter()
+        .map(|profile| growth::by_place(profile, held).into_iter().map(|(place, amount)| (place, amount.own)).collect())
+        .collect();
+    let first = &growth::rank(&places)[0];
+    let named = (first.key.kind.as_str(), first.key.function.as_str());
+    assert_eq!(named, ("planted", "write_api::profiling::tests::planted_leak"), "{first:?}");
+    // What the samples say of the kind is what the allocator has counted for it.
+    let sampled = kinds[0].series[11];
+    assert!(exact >= 192 << 20, "{exact}");
+    assert!((sampled as f64 / exact as f64 - 1.0).abs() < 0.05, "{sampled} bytes by samples, {exact} counted");
+    drop((leaked, in_flight));
 }
 
 #[tokio::test]

@@ -47,6 +47,11 @@ impl Kind {
         }
     }
 
+    /// Whether its work takes seconds to hours, so that it is worth to look at the process when it begins and ends.
+    pub fn is_slow(self) -> bool {
+        matches!(self, Kind::ValuationsRefresh | Kind::ValuationsPublish | Kind::Planted)
+    }
+
     /// The kind of that name; what has none is the service's.
     pub fn named(name: &str) -> Kind {
         Kind::ALL.into_iter().find(|kind| kind.name() == name).unwrap_or(Kind::Service)

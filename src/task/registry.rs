@@ -6,7 +6,7 @@ use std::panic::Location;
 use std::pin::Pin;
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,11 @@ static NEXT: AtomicU64 = AtomicU64::new(1);
 /// What times of polls are counted from.
 static START: LazyLock<Instant> = LazyLock::new(Instant::now);
 
+/// Who hears of slow events.
+static LISTENER: RwLock<Option<Listener>> = RwLock::new(None);
+
+type Listener = Box<dyn Fn(&SlowEvent<'_>) + Send + Sync>;
+
 thread_local! {
     /// The task that this thread polls.
     static CURRENT: Cell<*const Task> = const { Cell::new(ptr::null()) };
@@ -33,6 +38,8 @@ thread_local! {
 struct Task {
     number: u64,
     name: &'static str,
+    /// Whether the event's work ends with it.
+    is_event: bool,
     place: &'static Location<'static>,
     spawned_at: Instant,
     kind: AtomicU8,
@@ -71,6 +78,31 @@ pub struct Snapshot {
     pub waits_at: Option<&'static Location<'static>>,
 }
 
+/// The work on a slow event, as it begins or ends.
+#[derive(Clone, Copy, Debug)]
+pub struct SlowEvent<'a> {
+    /// Whose work it is.
+    pub kind: Kind,
+    /// The event's id.
+    pub about: &'a str,
+    /// Whether the work begins; else it ends.
+    pub began: bool,
+}
+
+/// Has `listener` called when the work on a slow event begins or ends, by the thread that does it: it must not wait. It
+/// takes the place of the one before.
+pub fn on_slow_event(listener: impl Fn(&SlowEvent<'_>) + Send + Sync + 'static) {
+    *LISTENER.write().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(listener));
+}
+
+fn tell(event: &SlowEvent<'_>) {
+    if event.kind.is_slow()
+        && let Some(listener) = &*LISTENER.read().unwrap_or_else(PoisonError::into_inner)
+    {
+        listener(event);
+    }
+}
+
 fn tasks() -> MutexGuard<'static, HashMap<u64, Arc<Task>>> {
     TASKS.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -93,8 +125,11 @@ pub fn count() -> usize {
 pub fn identify(kind: Kind, about: &str) {
     with_current(|task| {
         task.kind.store(kind as u8, Ordering::Relaxed);
-        let _ = task.about.set(about.into());
+        let is_new = task.about.set(about.into()).is_ok();
         mark::set_kind(kind);
+        if is_new && task.is_event {
+            tell(&SlowEvent { kind, about, began: true });
+        }
     });
 }
 
@@ -144,7 +179,6 @@ impl Task {
 /// In the table from its making to its drop.
 struct Registered {
     task: Arc<Task>,
-    is_event: bool,
 }
 
 impl Registered {
@@ -154,6 +188,7 @@ impl Registered {
         let task = Arc::new(Task {
             number: NEXT.fetch_add(1, Ordering::Relaxed),
             name,
+            is_event,
             place,
             spawned_at: Instant::now(),
             kind: AtomicU8::new(kind as u8),
@@ -165,7 +200,7 @@ impl Registered {
             waits_at: AtomicPtr::new(ptr::null_mut()),
         });
         tasks().insert(task.number, Arc::clone(&task));
-        Registered { task, is_event }
+        Registered { task }
     }
 }
 
@@ -173,9 +208,12 @@ impl Drop for Registered {
     fn drop(&mut self) {
         let task = &self.task;
         tasks().remove(&task.number);
-        if self.is_event {
+        if task.is_event {
             let kind = Kind::ALL[usize::from(task.kind.load(Ordering::Relaxed))];
             trace::note(Mark { kind, stage: Stage::Other }, task.number as u32, task.spawned_at);
+            if let Some(about) = task.about.get() {
+                tell(&SlowEvent { kind, about, began: false });
+            }
         }
     }
 }
@@ -270,6 +308,28 @@ mod tests {
         go.send(()).unwrap();
         task.await.unwrap();
         assert!(named("listed").is_none());
+    }
+
+    #[tokio::test]
+    async fn slow_events_are_told_when_they_begin_and_end() {
+        static TOLD: Mutex<Vec<(String, bool)>> = Mutex::new(Vec::new());
+        on_slow_event(|event| TOLD.lock().unwrap().push((event.about.to_owned(), event.began)));
+        let told = |about: &str| -> Vec<bool> {
+            TOLD.lock().unwrap().iter().filter(|told| told.0 == about).map(|told| told.1).collect()
+        };
+        let slow = spawn_event("slow", async move {
+            identify(Kind::ValuationsPublish, "event 12");
+            assert_eq!(told("event 12"), [true]);
+            // A part of it is not the event.
+            spawn("part", async { identify(Kind::ValuationsPublish, "event 12, a part") }).await.unwrap();
+            panic!("as a handler might");
+        });
+        assert!(slow.await.unwrap_err().is_panic());
+        assert_eq!(told("event 12"), [true, false]);
+        assert!(told("event 12, a part").is_empty());
+        spawn_event("fast", async { identify(Kind::ListingUpsert, "event 13") }).await.unwrap();
+        assert!(told("event 13").is_empty());
+        *LISTENER.write().unwrap() = None;
     }
 
     #[tokio::test]

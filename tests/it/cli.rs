@@ -48,6 +48,7 @@ fn help_is_there_for_every_verb_and_wrong_usage_is_told_apart_from_failure() -> 
         "status",
         "cancel",
         "retry",
+        "profile",
         "completions",
     ] {
         ensure!(help.lines().any(|line| line.trim_start().starts_with(verb)), "{verb} is not in\n{help}");
@@ -79,6 +80,10 @@ fn help_is_there_for_every_verb_and_wrong_usage_is_told_apart_from_failure() -> 
         "replay x --dry-run --resume",
         "replay - -",
         "replay - --resume",
+        "profile",
+        "profile diff one.pb.gz",
+        "profile fetch --mode everything",
+        "profile grew --count 1",
     ] {
         let output = program(&wrong.split_whitespace().collect::<Vec<_>>(), &[])?;
         ended(&output, USAGE)?;

@@ -7,7 +7,7 @@
 //! - [`Builder`] makes one from stacks of addresses.
 //! - [`Profile::encode`] and [`Profile::decode`] are the way to bytes and back.
 //! - [`combine()`] adds and subtracts profiles, also those of different processes of one program.
-//! - [`collapsed`] and [`flame_graph`] are for readers without Go; a [`FlameGraph`] can also show a difference.
+//! - [`collapsed`] and [`flame_graph`] are for readers without Go; [`difference_graph`] shows what changed.
 
 mod builder;
 mod combine;
@@ -23,7 +23,7 @@ pub use combine::{CombineError, combine};
 pub use decode::DecodeError;
 pub use flame::FlameGraph;
 pub use profile::{Function, Label, LabelValue, Line, Location, Mapping, Profile, Sample, ValueType};
-pub use stacks::{collapsed, flame_graph, frames};
+pub use stacks::{collapsed, difference_graph, flame_graph, frames};
 
 #[cfg(test)]
 mod tests;

@@ -48,6 +48,27 @@ pub fn flame_graph(profile: &Profile, sample_type: usize, roots: &[&str], title:
     graph
 }
 
+/// The flame graph of what changed from one profile to another: boxes are as wide as the later one, and coloured by what
+/// they have more or less than the earlier one. The profiles must have the same sample types.
+pub fn difference_graph(
+    before: &Profile,
+    after: &Profile,
+    sample_type: usize,
+    roots: &[&str],
+    title: &str,
+) -> FlameGraph {
+    let mut graph = FlameGraph::new(title, &after.sample_types[sample_type].unit);
+    for sample in &after.samples {
+        let (names, value) = (rooted(after, sample, roots), sample.values[sample_type]);
+        graph.add(names.iter().map(AsRef::as_ref), value, value);
+    }
+    for sample in &before.samples {
+        let names = rooted(before, sample, roots);
+        graph.add(names.iter().map(AsRef::as_ref), 0, sample.values[sample_type].saturating_neg());
+    }
+    graph
+}
+
 /// The texts of the labels in `roots`, then the functions.
 fn rooted<'a>(profile: &'a Profile, sample: &'a Sample, roots: &[&str]) -> Vec<Cow<'a, str>> {
     let labels = roots.iter().filter_map(|key| sample.label(key)).map(Cow::Borrowed);

@@ -185,6 +185,16 @@ fn collapsed_lines_go_from_the_outermost_to_the_innermost() {
 }
 
 #[test]
+fn a_difference_is_drawn_over_the_later_profile() {
+    let before = small();
+    let mut after = small();
+    after.samples[0].values[1] = 500;
+    let svg = difference_graph(&before, &after, 1, &["event_kind"], "grew").svg();
+    assert!(svg.contains("service (500 bytes, 90.91%, +200)"), "{svg}");
+    assert!(svg.contains("all (550 bytes, 100.00%, +200)"), "{svg}");
+}
+
+#[test]
 fn what_grew_is_found_wherever_the_files_were_mapped() {
     let early = small();
     let mut late = small();

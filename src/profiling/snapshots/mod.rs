@@ -1,0 +1,238 @@
+//! Heap profiles kept on disk while the service works, each with a record of its moment, so that what grew over a weekend
+//! can be read on Monday and a killed process loses at most one interval.
+//!
+//! A thread of its own at low priority hears of each slow event that begins or ends, looks at memory once a second, decides
+//! whether a snapshot is due (`trigger`), takes it, and writes it (`directory`). The work never waits for it; what fails is
+//! told and tried again later.
+
+mod directory;
+mod name;
+mod record;
+mod retention;
+mod store;
+mod trigger;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+
+use super::{heap, now};
+use crate::config;
+use crate::task::{Kind, registry};
+
+use directory::Directory;
+pub use name::Name;
+pub use record::{Allocator, Record};
+pub use store::{Store, Stored};
+use trigger::{Due, Look, Trigger};
+
+/// Between two looks at memory.
+const TICK: Duration = Duration::from_secs(1);
+
+/// After a failure nothing is written for so long, then for twice as long, up to [`LONGEST_PAUSE`].
+const PAUSE: Duration = Duration::from_secs(5);
+const LONGEST_PAUSE: Duration = Duration::from_secs(600);
+
+const NICE: libc::c_int = 10;
+
+/// What came of a snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is on disk; so many bytes are all that are kept.
+    Written {
+        /// Of all snapshots in the directory.
+        bytes: u64,
+    },
+    /// It is not.
+    Failed,
+}
+
+/// What the thread is told.
+enum Signal {
+    /// A slow event began.
+    Began(String),
+    /// A slow event ended.
+    Ended(String),
+    /// The last snapshot is to be taken.
+    Stop,
+}
+
+/// The running thread.
+pub struct Snapshots {
+    signals: mpsc::Sender<Signal>,
+    thread: JoinHandle<()>,
+}
+
+impl Snapshots {
+    /// Starts the thread; `tell` is called on it with each outcome. For one at a time in a process: the slow events are told
+    /// to the one that was started last.
+    pub fn start(settings: &config::Snapshots, tell: impl Fn(Outcome) + Send + 'static) -> io::Result<Self> {
+        let (signals, received) = mpsc::channel();
+        let writer = Writer::new(settings.clone());
+        let thread = thread::Builder::new().name("snapshots".to_owned()).spawn(move || {
+            // SAFETY: takes numbers only; 0 is the calling thread. Refused, the thread merely has a higher priority.
+            unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
+            writer.run(&received, tell);
+        })?;
+        let heard = signals.clone();
+        registry::on_slow_event(move |event| {
+            let name = format!("{} {}", event.kind.name(), event.about);
+            // Nobody hears it any more while the process ends.
+            let _ = heard.send(if event.began { Signal::Began(name) } else { Signal::Ended(name) });
+        });
+        Ok(Snapshots { signals, thread })
+    }
+
+    /// Takes the last one and ends. Blocks until it is written.
+    pub fn stop(self) {
+        let _ = self.signals.send(Signal::Stop);
+        if self.thread.join().is_err() {
+            tracing::warn!("the thread of the snapshots panicked");
+        }
+    }
+}
+
+/// Makes the directory, and writes a file there and removes it.
+pub fn try_directory(settings: &config::Snapshots) -> anyhow::Result<()> {
+    let Some(directory) = Directory::of(settings) else { return Ok(()) };
+    directory.tidy()?;
+    directory.try_out()
+}
+
+struct Writer {
+    settings: config::Snapshots,
+    directory: Option<Directory>,
+    /// Whether the directory is there and without the rests of dead processes.
+    tidied: bool,
+    trigger: Trigger,
+    host: String,
+    start_ms: u64,
+    sequence: u64,
+    limit: Option<u64>,
+}
+
+impl Writer {
+    fn new(settings: config::Snapshots) -> Self {
+        Writer {
+            directory: Directory::of(&settings),
+            tidied: false,
+            trigger: Trigger::new(settings.interval, settings.growth_bytes),
+            host: record::host(),
+            start_ms: now_ms(),
+            sequence: 0,
+            limit: settings.memory_limit_bytes.or_else(record::memory_limit_bytes),
+            settings,
+        }
+    }
+
+    fn run(mut self, signals: &mpsc::Receiver<Signal>, tell: impl Fn(Outcome)) {
+        let begin = Instant::now();
+        let mut pause = PAUSE;
+        let mut not_before = begin;
+        // What failed is tried again for its reason.
+        let mut owed: Option<Due> = None;
+        let mut stopping = false;
+        loop {
+            let due = if stopping {
+                Some(self.trigger.stop(owed.take()))
+            } else if Instant::now() < not_before {
+                None
+            } else {
+                let look = Look { now: begin.elapsed(), rss: record::rss_bytes(), limit: self.limit };
+                owed.take().or_else(|| self.trigger.due(look))
+            };
+            if let Some(due) = due {
+                match self.write(&due) {
+                    Ok(bytes) => {
+                        pause = PAUSE;
+                        tell(Outcome::Written { bytes });
+                    }
+                    Err(error) => {
+                        tell(Outcome::Failed);
+                        let directory = self.settings.directory.as_deref().unwrap_or_else(|| "".as_ref());
+                        tracing::warn!(
+                            error = format!("{error:#}"),
+                            directory = %directory.display(),
+                            reason = due.reason.name(),
+                            pause_s = pause.as_secs(),
+                            "no snapshot of the heap; the work goes on, and it is tried again after a pause"
+                        );
+                        owed = Some(due);
+                        not_before = Instant::now() + pause;
+                        pause = (pause * 2).min(LONGEST_PAUSE);
+                    }
+                }
+            }
+            if stopping {
+                return;
+            }
+            // Not later than the interval ends, so that a killed process loses no more than that.
+            let wait = TICK.min(self.trigger.left_of_interval(begin.elapsed()));
+            stopping = self.hear(signals, wait);
+        }
+    }
+
+    /// Waits for a signal and takes all that there are. Tells whether it is time to stop.
+    fn hear(&mut self, signals: &mpsc::Receiver<Signal>, wait: Duration) -> bool {
+        let mut signal = signals.recv_timeout(wait);
+        loop {
+            match signal {
+                Ok(Signal::Began(event)) => self.trigger.begin(event, record::rss_bytes()),
+                Ok(Signal::Ended(event)) => self.trigger.end(event),
+                Ok(Signal::Stop) | Err(RecvTimeoutError::Disconnected) => return true,
+                Err(RecvTimeoutError::Timeout) => return false,
+            }
+            signal = signals.recv_timeout(Duration::ZERO);
+        }
+    }
+
+    fn write(&mut self, due: &Due) -> anyhow::Result<u64> {
+        let directory = self.directory.as_mut().context("profiling.snapshots.directory is not set")?;
+        if !self.tidied {
+            directory.tidy()?;
+            self.tidied = true;
+        }
+        let profile = heap::profile(heap::View::Heap)?;
+        self.sequence += 1;
+        let record = Record {
+            time_ms: now_ms(),
+            reason: due.reason.name().to_owned(),
+            service: SERVICE.to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            build_id: profile.mappings.first().map(|program| program.build_id.clone()).unwrap_or_default(),
+            host: self.host.clone(),
+            start_ms: self.start_ms,
+            sequence: self.sequence,
+            events_in_flight: events_in_flight(),
+            slow_events: self.trigger.slow_events(),
+            began: due.began.clone(),
+            ended: due.ended.clone(),
+            rss_bytes: record::rss_bytes(),
+            memory_limit_bytes: self.limit,
+            jemalloc: Allocator::read(),
+        };
+        directory.write(&record, &profile.encode())
+    }
+}
+
+/// What the names of snapshots begin with.
+const SERVICE: &str = "write-api";
+
+/// Events that tasks work on now, by kind.
+fn events_in_flight() -> BTreeMap<String, u64> {
+    let mut kinds = BTreeMap::new();
+    for task in registry::live() {
+        if task.kind != Kind::Service && task.about.is_some() {
+            *kinds.entry(task.kind.name().to_owned()).or_default() += 1;
+        }
+    }
+    kinds
+}
+
+fn now_ms() -> u64 {
+    u64::try_from(now() / 1_000_000).unwrap_or(0)
+}
