@@ -288,7 +288,7 @@ mod tests {
     #[test]
     fn what_is_sent_goes_before_what_is_not() {
         let folder = tempfile::tempdir().expect("a directory");
-        let retention = Retention { budget_bytes: 22_000, ..ALL };
+        let retention = Retention { budget_bytes: 21_000, ..ALL };
         let mut directory = Directory::new(folder.path().to_owned(), retention, true);
         assert!(unsent(&folder.path().join("not there")).expect("nothing").is_empty());
         for sequence in 1..=3 {
