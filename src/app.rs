@@ -344,16 +344,22 @@ fn start_snapshots(settings: &config::Snapshots, metrics: Arc<Metrics>) -> anyho
         return Ok(None);
     }
     let tell = move |outcome| {
+        let gauge = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
         let result = match outcome {
             Outcome::Written { bytes } => {
-                metrics.snapshot_bytes.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+                metrics.snapshot_bytes.set(gauge(bytes));
                 "written"
             }
             Outcome::Failed => "failed",
+            Outcome::Sent { left } => {
+                metrics.snapshots_unsent.set(gauge(left));
+                "sent"
+            }
+            Outcome::NotSent => "not_sent",
         };
         metrics.snapshots.with_label_values(&[result]).inc();
     };
-    Ok(Some(Snapshots::start(settings, tell).context("the thread of the snapshots")?))
+    Ok(Some(Snapshots::start(settings, tell).context("snapshots of the heap")?))
 }
 
 /// Looks at Postgres, and at the schema until it was found whole, and again after each outage: with a migration missing,

@@ -11,12 +11,14 @@
 //! - [`admin`]: health and metrics over HTTP.
 //! - [`app`]: builds all of these, starts them, stops them in order.
 //! - [`cli`]: the command line, a file for each verb.
+//! - [`aws`]: what AWS's services have in common.
 //! - [`config`], [`metrics`], [`health`], [`lifecycle`], [`telemetry`]: what everything above stands on.
 //! - [`task`]: what runs, whose work it is, and what it uses; every task is spawned there. [`stack`]: its stacks.
 //! - [`fault`]: empty in releases; the faults that tests order.
 
 pub mod admin;
 pub mod app;
+pub mod aws;
 pub mod cli;
 pub mod config;
 pub mod db;

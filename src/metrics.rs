@@ -107,6 +107,8 @@ metrics! {
     snapshots: IntCounterVec("write_api_snapshots_total", &["result"]),
     /// Bytes of all snapshots of the heap on disk.
     snapshot_bytes: IntGauge("write_api_snapshot_bytes"),
+    /// Snapshots of the heap that are still to be sent to S3.
+    snapshots_unsent: IntGauge("write_api_snapshots_unsent"),
     /// Live tasks.
     tasks: IntGauge("write_api_tasks"),
     /// Bytes in live allocations.

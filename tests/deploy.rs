@@ -304,10 +304,36 @@ fn both_folders_can_be_built() -> Result<()> {
     Ok(())
 }
 
+/// The one policy that is about S3.
+const SNAPSHOTS: &str = "iam-snapshots.json";
+
+#[test]
+fn snapshots_may_be_written_below_one_prefix_and_nothing_else() -> Result<()> {
+    let policy: Value = serde_json::from_slice(&fs::read(deploy().join("aws").join(SNAPSHOTS))?)?;
+    let [statement] = &policy["Statement"].as_array().context("statements")?[..] else { bail!("{policy}") };
+    ensure!(
+        statement["Effect"] == "Allow" && statement["Action"] == serde_json::json!(["s3:PutObject"]),
+        "{statement}"
+    );
+    let [resource] = &statement["Resource"].as_array().context("resources")?[..] else { bail!("{statement}") };
+    let key = resource.as_str().and_then(|arn| arn.strip_prefix("arn:aws:s3:::")).context("not S3")?;
+    let (bucket, prefix) = key.split_once('/').context("the whole bucket")?;
+    ensure!(!bucket.contains('*') && prefix.strip_suffix("/*").is_some_and(|prefix| !prefix.is_empty()), "{key}");
+    // What the service calls; the bucket's other calls are those of the verbs that read.
+    let source = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/src/profiling/snapshots/upload.rs"))?;
+    let called: BTreeSet<&str> =
+        source.split("self.bucket.").skip(1).filter_map(|rest| rest.split('(').next()).collect();
+    ensure!(called == BTreeSet::from(["put"]), "{called:?}");
+    Ok(())
+}
+
 /// Policy name to action to the queues that it is allowed on.
 fn policies() -> Result<BTreeMap<String, BTreeMap<String, BTreeSet<String>>>> {
     let mut policies = BTreeMap::new();
     for path in files(&deploy().join("aws"), "json")? {
+        if path.ends_with(SNAPSHOTS) {
+            continue;
+        }
         let policy: Value = serde_json::from_slice(&fs::read(&path)?).with_context(|| path.display().to_string())?;
         ensure!(policy["Version"] == "2012-10-17", "{}", path.display());
         let mut allowed: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();

@@ -27,6 +27,13 @@ pub async fn post_json(url: &str, body: &impl serde::Serialize) -> Result<Bytes>
     Ok(answer)
 }
 
+/// PUTs nothing to `url`; any status but 2xx is an error.
+pub async fn put(url: &str) -> Result<()> {
+    let (status, answer) = send(Request::put(url), Bytes::new()).await.with_context(|| format!("PUT {url} failed"))?;
+    ensure!(status.is_success(), "PUT {url} answered {status}: {}", String::from_utf8_lossy(&answer));
+    Ok(())
+}
+
 async fn send(request: http::request::Builder, body: Bytes) -> Result<(StatusCode, Bytes)> {
     tokio::time::timeout(TIMEOUT, async {
         let url = request.uri_ref().cloned().unwrap_or_default();

@@ -1,24 +1,16 @@
-//! An SQS emulator (PyPI `ministack`) on 127.0.0.1.
+//! An SQS emulator on 127.0.0.1.
 
-use std::fs;
 use std::path::Path;
-use std::process::Command;
-use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use aws_config::{BehaviorVersion, Region};
 use aws_credential_types::Credentials;
 use aws_sdk_sqs::Client;
 
-use crate::process::{Ending, Process};
-use crate::python::Virtualenv;
+use crate::ministack;
+use crate::process::Process;
 use crate::scratch::Scratch;
-use crate::{http_client, machine};
 
-/// The emulator is young: another version is another behaviour.
-const PACKAGE: &str = "ministack==1.5.33";
-/// From the start of the emulator to its first answer.
-const START_LIMIT: Duration = Duration::from_secs(60);
 /// The region that the emulator's queues are in.
 pub const REGION: &str = "us-east-1";
 /// Access key id and secret key: the emulator takes any.
@@ -42,26 +34,7 @@ impl Sqs {
     }
 
     pub(crate) async fn start(scratch: &Path) -> Result<Self> {
-        let environment = Virtualenv::with(PACKAGE).await?;
-        let home = scratch.join("sqs");
-        fs::create_dir(&home).with_context(|| format!("cannot make {}", home.display()))?;
-        let port = machine::free_port()?;
-        let endpoint = format!("http://127.0.0.1:{port}");
-
-        let mut command = Command::new(environment.python());
-        command.args(["-m", "ministack"]).current_dir(&home);
-        // Only what is named here: variables meant for other emulators would change what this one does.
-        command.env_clear().env("HOME", &home).env("TMPDIR", &home).env("PYTHONUNBUFFERED", "1");
-        command.env("GATEWAY_PORT", port.to_string()).env("BIND_HOST", "127.0.0.1").env("MINISTACK_HOST", "127.0.0.1");
-        command.env("SERVICES", "sqs").env("LOG_LEVEL", "WARNING");
-        // It emulates much else. Two of those would listen on ports of their own, and one removes containers from the
-        // machine's Docker when it starts.
-        command.env("SFTP_ENABLED", "0").env("IOT_MTLS_ENABLED", "0").env("DOCKER_HOST", "unix:///nonexistent");
-        let process = Process::spawn("the SQS emulator", command, &scratch.join("sqs.log"), None, Ending::AT_ONCE)?;
-
-        let health = format!("{endpoint}/_ministack/health");
-        let probe = async || http_client::get(&health).await.ok().filter(|(status, _)| status.is_success());
-        process.ready(START_LIMIT, probe).await?;
+        let (process, endpoint) = ministack::start(scratch, "sqs").await?;
         Ok(Self { process, endpoint, _own_scratch: None })
     }
 

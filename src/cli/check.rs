@@ -147,5 +147,15 @@ async fn heap_profile(config: &config::Profiling) -> Vec<Finding> {
             ),
         });
     }
+    if let Some(url) = &config.snapshots.s3_url {
+        findings.push(match profiling::snapshots::try_bucket(url, &config.snapshots.s3).await {
+            Ok(()) => Finding::ok("snapshots", format!("a file was written to {url}")),
+            Err(error) => Finding::fail(
+                "snapshots",
+                format!("{error:#}"),
+                "give the service s3:PutObject there and credentials (profiling.snapshots.s3_url), or empty the setting",
+            ),
+        });
+    }
     findings
 }

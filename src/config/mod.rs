@@ -346,6 +346,19 @@ pub struct Snapshots {
     pub max_age: Duration,
     /// What the process may have, where it is not the limit of its control group.
     pub memory_limit_bytes: Option<u64>,
+    /// Where they are sent as well, `s3://BUCKET/PREFIX`; `None` for nowhere.
+    pub s3_url: Option<String>,
+    /// How S3 is reached.
+    pub s3: S3,
+}
+
+/// S3, or what speaks its protocol; credentials come from the standard AWS chain.
+#[derive(Debug, Clone)]
+pub struct S3 {
+    /// Endpoint of what is not AWS, `None` for AWS itself.
+    pub endpoint_url: Option<String>,
+    /// AWS region.
+    pub region: String,
 }
 
 /// Stopping.

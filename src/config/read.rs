@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::layers::Layers;
 use super::{
     Admin, Aws, Backoff, ClientCertificate, Config, ConfigError, Credential, Database, Kafka, KafkaSasl, KafkaTls,
-    Lane, Lanes, Log, LogFormat, Outbox, Partner, Profiling, Queue, Refresh, Retention, Secret, Section, Shutdown,
+    Lane, Lanes, Log, LogFormat, Outbox, Partner, Profiling, Queue, Refresh, Retention, S3, Secret, Section, Shutdown,
     Snapshots,
 };
 
@@ -51,10 +51,7 @@ impl Config {
         let ms = Duration::from_millis;
         let (kafka_tls, kafka_sasl) = kafka_security(layers);
         Config {
-            aws: Aws {
-                region: layers.required("aws.region", "the region of the queues, such as us-east-1"),
-                endpoint_url: optional_url(layers, "aws.endpoint_url"),
-            },
+            aws: Aws { region: region(layers), endpoint_url: optional_url(layers, "aws.endpoint_url") },
             lanes: Lanes {
                 events: lane(layers, "lanes.events"),
                 valuations: lane(layers, "lanes.valuations"),
@@ -140,6 +137,13 @@ impl Config {
                 "set profiling.enabled, or empty the directory",
             );
         }
+        if self.profiling.snapshots.s3_url.is_some() && self.profiling.snapshots.directory.is_none() {
+            layers.error(
+                "profiling.snapshots.s3_url",
+                "is set and profiling.snapshots.directory is not, where snapshots wait until they are sent",
+                "set the directory as well",
+            );
+        }
         if self.profiling.enabled && !self.profiling.listen.ip().is_loopback() && self.profiling.token.is_none() {
             layers.error(
                 "profiling.listen",
@@ -188,6 +192,10 @@ fn retention(layers: &mut Layers) -> Retention {
     Retention { age: enabled.then_some(age) }
 }
 
+fn region(layers: &mut Layers) -> String {
+    layers.required("aws.region", "the region of the queues, such as us-east-1")
+}
+
 fn snapshots(layers: &mut Layers) -> Snapshots {
     const MIB: u64 = 1024 * 1024;
     let directory = layers.text("profiling.snapshots.directory", "a path, or nothing");
@@ -200,7 +208,20 @@ fn snapshots(layers: &mut Layers) -> Snapshots {
         max_count: layers.integer("profiling.snapshots.max_count", 3..=1_000_000) as usize,
         max_age: layers.duration("profiling.snapshots.max_age", HOUR..=HOUR * 24 * 366),
         memory_limit_bytes: (memory_limit > 0).then(|| u64::from(memory_limit) * MIB),
+        s3_url: s3_url(layers),
+        s3: S3 { endpoint_url: optional_url(layers, "profiling.snapshots.s3_endpoint_url"), region: region(layers) },
     }
+}
+
+fn s3_url(layers: &mut Layers) -> Option<String> {
+    const KEY: &str = "profiling.snapshots.s3_url";
+    let url = layers.text(KEY, "s3://BUCKET/PREFIX, or nothing");
+    let bucket = url.strip_prefix("s3://").and_then(|rest| rest.split('/').next()).unwrap_or_default();
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b".-_".contains(&byte);
+    if !url.is_empty() && (bucket.is_empty() || !bucket.bytes().all(plain)) {
+        layers.error(KEY, format!("{url:?} names no bucket"), "give s3://BUCKET/PREFIX, or nothing");
+    }
+    (!url.is_empty()).then_some(url)
 }
 
 fn lane(layers: &mut Layers, prefix: &str) -> Lane {

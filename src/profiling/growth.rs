@@ -13,8 +13,8 @@ const NO_KIND: &str = "-";
 pub struct Place {
     /// The kind of event.
     pub kind: String,
-    /// The innermost function of this program on the stack, closures and async blocks under the function that has them. A
-    /// stack without any goes by its innermost function.
+    /// The innermost function of this program on the stack that is more than a wrapper, closures and async blocks under the
+    /// function that has them. A stack without any goes by its innermost function.
     pub function: String,
 }
 
@@ -33,8 +33,14 @@ pub fn by_place(profile: &Profile, sample_type: usize) -> BTreeMap<Place, Amount
     for sample in &profile.samples {
         let (value, kind) = (sample.values[sample_type], kind(sample));
         let names = frames(profile, sample);
-        // From the innermost to the outermost.
-        let mut functions: Vec<&str> = names.iter().rev().map(|name| plain(name)).filter(|name| is_own(name)).collect();
+        let own = |is_own: fn(&str) -> bool| -> Vec<&str> {
+            // From the innermost to the outermost.
+            names.iter().rev().map(|name| plain(name)).filter(|name| is_own(name)).collect()
+        };
+        let mut functions = own(|name| is_own(name) && !is_wrapper(name));
+        if functions.is_empty() {
+            functions = own(is_own);
+        }
         if functions.is_empty() {
             functions.push(names.last().map_or("(no stack)", |name| name));
         }
@@ -70,6 +76,11 @@ fn kind(sample: &Sample) -> &str {
 fn is_own(function: &str) -> bool {
     const PROGRAM: &str = concat!(env!("CARGO_CRATE_NAME"), "::");
     function.trim_start_matches(['<', '&']).starts_with(PROGRAM)
+}
+
+/// Whether it only marks and counts what others do, as all of `task`: it is on most stacks and to blame for none.
+fn is_wrapper(function: &str) -> bool {
+    function.trim_start_matches(['<', '&']).starts_with(concat!(env!("CARGO_CRATE_NAME"), "::task::"))
 }
 
 /// The function that has a closure or async block.
@@ -152,6 +163,8 @@ mod tests {
             ),
             (&["write_api::app::run::{{closure}}::{{closure}}", "write_api::app::run"], "a", 5),
             (&["rd_malloc", "rd_thread"], "service", 3),
+            (&["alloc::boxed", "<write_api::task::waits::Wait<F> as Future>::poll", "write_api::db::wait"], "a", 4),
+            (&["alloc::boxed", "write_api::task::mark::under", "std::go"], "b", 1),
             (&[], "", 2),
         ]);
         let places: Vec<_> = by_place(&profile, 0)
@@ -165,11 +178,13 @@ mod tests {
                 row("-", "(no stack)", 2, 2),
                 row("a", "<write_api::db::X as T>::read", 10, 10),
                 row("a", "write_api::app::run", 5, 15),
+                row("a", "write_api::db::wait", 4, 4),
+                row("b", "write_api::task::mark::under", 1, 1),
                 row("service", "rd_malloc", 3, 3),
             ]
         );
         let kinds: Vec<_> = by_kind(&profile, 0).into_iter().collect();
-        assert_eq!(kinds, [("-".to_owned(), 2), ("a".to_owned(), 15), ("service".to_owned(), 3)]);
+        assert_eq!(kinds, [("-".to_owned(), 2), ("a".to_owned(), 19), ("b".to_owned(), 1), ("service".to_owned(), 3)]);
     }
 
     fn ranked(series: &[(&'static str, &[i64])]) -> Vec<(&'static str, i64, usize)> {

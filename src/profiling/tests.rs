@@ -6,7 +6,7 @@ use http_body_util::BodyExt;
 use tower_service::Service;
 
 use super::*;
-use crate::config::{Profiling, Secret, Snapshots};
+use crate::config::{Profiling, S3, Secret, Snapshots};
 use crate::task::mark::{self, Kind, Mark, Stage};
 use crate::task::usage;
 
@@ -24,6 +24,8 @@ fn profiling(token: Option<&str>) -> Profiling {
         max_count: 10,
         max_age: Duration::from_secs(3600),
         memory_limit_bytes: None,
+        s3_url: None,
+        s3: S3 { endpoint_url: None, region: "us-east-1".to_owned() },
     };
     Profiling { enabled: true, listen: ([127, 0, 0, 1], 0).into(), token: token.map(Secret::new), snapshots }
 }

@@ -8,18 +8,15 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use aws_config::BehaviorVersion;
 use aws_config::retry::RetryConfig;
 use aws_config::stalled_stream_protection::StalledStreamProtectionConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_sdk_sqs::Client;
-use aws_sdk_sqs::config::Region;
 use aws_sdk_sqs::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_sqs::types::{
     ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry, MessageAttributeValue,
     MessageSystemAttributeName, QueueAttributeName, SendMessageBatchRequestEntry,
 };
-use aws_smithy_http_client::tls;
 use futures::FutureExt;
 use tokio::time::Instant;
 
@@ -146,12 +143,7 @@ pub struct Sqs {
 impl Sqs {
     /// A client with connections of its own. Nothing is called yet.
     pub async fn new(aws: &config::Aws, queue: &config::Queue, metrics: Arc<Metrics>) -> Self {
-        let http = aws_smithy_http_client::Builder::new()
-            .tls_provider(tls::Provider::Rustls(tls::rustls_provider::CryptoMode::Ring))
-            .build_https();
-        let mut loader = aws_config::defaults(BehaviorVersion::latest())
-            .http_client(http)
-            .region(Region::new(aws.region.clone()))
+        let mut loader = crate::aws::loader(&aws.region)
             .retry_config(RetryConfig::disabled())
             // Meant for streamed bodies; a long poll is silent by design.
             .stalled_stream_protection(StalledStreamProtectionConfig::disabled())

@@ -36,5 +36,6 @@ mod retention;
 mod secrets;
 mod shutdown;
 mod snapshots;
+mod snapshots_s3;
 mod sqs_stub;
 mod state_machine;

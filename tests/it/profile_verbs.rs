@@ -76,7 +76,8 @@ async fn what_grew_while_a_slow_event_is_worked_on_is_named_from_snapshots_files
     let top = json(&world, &["profile", "top", service.profiling_url(), "--json"])?;
     let kinds = top["kinds"].as_array().context("no kinds")?;
     let sum: i64 = kinds.iter().filter_map(|kind| kind["value"].as_i64()).sum();
-    ensure!(kinds[0]["kind"] == refresh && Some(sum) == top["total"].as_i64(), "{top}");
+    ensure!(kinds.iter().any(|kind| kind["kind"] == refresh) && Some(sum) == top["total"].as_i64(), "{top}");
+    ensure!(kinds.is_sorted_by_key(|kind| std::cmp::Reverse(kind["value"].as_i64())), "{top}");
     ensure!(top["functions"].as_array().is_some_and(|all| !all.is_empty() && all.len() <= 20), "{top}");
 
     let output = world.path("flame.svg").display().to_string();

@@ -1,4 +1,4 @@
-//! `write-api profile list`: the snapshots of a directory.
+//! `write-api profile list`: the snapshots of a directory, or in S3.
 
 use std::fmt::Write as _;
 
@@ -13,11 +13,13 @@ use crate::config::Config;
 use crate::profiling::snapshots::{Record, Store, Stored};
 
 pub(super) const HELP: &str = "\
-Needs: a directory of snapshots, by default that of the settings, profiling.snapshots.directory.
+Needs: a directory of snapshots, by default that of the settings, profiling.snapshots.directory; or of S3 the permissions \
+s3:ListBucket and s3:GetObject.
 
 Examples:
   write-api profile list
   write-api profile list /var/lib/write-api/snapshots --limit 100
+  write-api profile list s3://profiles/write-api --host pod-1
   write-api profile list --json | jq -r '.[] | [.time_ms, .reason, .rss_bytes] | @tsv'
 
 A line for each snapshot, by process; `write-api profile top DIRECTORY#SEQ` shows what was held then.
@@ -27,7 +29,7 @@ Exit codes: 0 listed, 1 failed, or there are none, 64 wrong usage, 78 wrong conf
 /// Which directory, and how much of it.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Options {
-    /// The directory of snapshots.
+    /// The directory of snapshots, or s3://BUCKET/PREFIX.
     #[arg(value_name = "SOURCE")]
     source: Option<String>,
     #[command(flatten)]
@@ -46,7 +48,7 @@ pub(super) fn store(source: Option<&str>, config: &Config) -> anyhow::Result<Sto
     let by_settings = || settings.directory.as_ref().map(|path| path.display().to_string());
     let place = source.map(str::to_owned).or_else(by_settings);
     let place = place.context("name a directory of snapshots, or set profiling.snapshots.directory")?;
-    Store::open(&place)
+    Store::open(&place, &settings.s3)
 }
 
 pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()> {

@@ -1,4 +1,4 @@
-//! Where the verbs take profiles from: a file, a directory of snapshots, or a running service.
+//! Where the verbs take profiles from: a file, a directory or S3 with snapshots, or a running service.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -13,10 +13,11 @@ use crate::profiling::snapshots::{Record, Store, Stored};
 
 /// What all verbs say of it.
 pub(super) const SOURCES: &str = "\
-A SOURCE is a profile's file; a directory of snapshots; or http://HOST:PORT, a running \
+A SOURCE is a profile's file; a directory of snapshots, or s3://BUCKET/PREFIX with them; or http://HOST:PORT, a running \
 service with profiling.listen there (http://x:TOKEN@HOST:PORT, or the token of the settings). Of a directory it is the last \
 snapshot; DIRECTORY#3 is the third, and there are #first, #last and #peak, the one with the most resident memory. Where \
-several processes wrote to one directory, it is the one that started last unless --host or --start choose another.";
+several processes wrote to one directory, it is the one that started last unless --host or --start choose another. S3 is \
+reached as profiling.snapshots.s3_endpoint_url and aws.region say, with credentials from the standard AWS chain.";
 
 /// Which process of a directory.
 #[derive(Debug, Default, Args)]
@@ -76,7 +77,7 @@ impl Source {
             Some((place, select)) => (place, Select::parse(select).with_context(|| text.to_owned())?),
             None => (text, Select::Last),
         };
-        Ok(Source::Stored { store: Store::open(place)?, select })
+        Ok(Source::Stored { store: Store::open(place, &config.profiling.snapshots.s3)?, select })
     }
 
     /// The running service of this machine.

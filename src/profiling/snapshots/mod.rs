@@ -3,17 +3,19 @@
 //!
 //! A thread of its own at low priority hears of each slow event that begins or ends, looks at memory once a second, decides
 //! whether a snapshot is due (`trigger`), takes it, and writes it (`directory`). The work never waits for it; what fails is
-//! told and tried again later.
+//! told and tried again later. A second thread sends what is written to S3 where that is set (`upload`).
 
+mod bucket;
 mod directory;
 mod name;
 mod record;
 mod retention;
 mod store;
 mod trigger;
+mod upload;
 
 use std::collections::BTreeMap;
-use std::io;
+use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -24,11 +26,13 @@ use super::{heap, now};
 use crate::config;
 use crate::task::{Kind, registry};
 
+pub use bucket::Bucket;
 use directory::Directory;
 pub use name::Name;
 pub use record::{Allocator, Record};
 pub use store::{Store, Stored};
 use trigger::{Due, Look, Trigger};
+use upload::Uploader;
 
 /// Between two looks at memory.
 const TICK: Duration = Duration::from_secs(1);
@@ -49,7 +53,17 @@ pub enum Outcome {
     },
     /// It is not.
     Failed,
+    /// It is in S3.
+    Sent {
+        /// So many are still to be sent.
+        left: u64,
+    },
+    /// It is not in S3, and will be sent again.
+    NotSent,
 }
+
+/// Who hears of outcomes.
+type Tell = Arc<dyn Fn(Outcome) + Send + Sync>;
 
 /// What the thread is told.
 enum Signal {
@@ -68,15 +82,23 @@ pub struct Snapshots {
 }
 
 impl Snapshots {
-    /// Starts the thread; `tell` is called on it with each outcome. For one at a time in a process: the slow events are told
-    /// to the one that was started last.
-    pub fn start(settings: &config::Snapshots, tell: impl Fn(Outcome) + Send + 'static) -> io::Result<Self> {
+    /// Starts the threads; `tell` is called with each outcome. For one at a time in a process: the slow events are told to the
+    /// one that was started last.
+    pub fn start(settings: &config::Snapshots, tell: impl Fn(Outcome) + Send + Sync + 'static) -> anyhow::Result<Self> {
+        let tell: Tell = Arc::new(tell);
         let (signals, received) = mpsc::channel();
-        let writer = Writer::new(settings.clone());
+        let uploader = match (&settings.s3_url, &settings.directory) {
+            (Some(url), Some(directory)) => {
+                let bucket = Bucket::open(url, &settings.s3)?;
+                Some(Uploader::start(directory.clone(), bucket, Arc::clone(&tell))?)
+            }
+            _ => None,
+        };
+        let writer = Writer::new(settings.clone(), uploader);
         let thread = thread::Builder::new().name("snapshots".to_owned()).spawn(move || {
             // SAFETY: takes numbers only; 0 is the calling thread. Refused, the thread merely has a higher priority.
             unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
-            writer.run(&received, tell);
+            writer.run(&received, &tell);
         })?;
         let heard = signals.clone();
         registry::on_slow_event(move |event| {
@@ -87,7 +109,7 @@ impl Snapshots {
         Ok(Snapshots { signals, thread })
     }
 
-    /// Takes the last one and ends. Blocks until it is written.
+    /// Takes the last one and ends. Blocks until it is written and, for some seconds at most, sent.
     pub fn stop(self) {
         let _ = self.signals.send(Signal::Stop);
         if self.thread.join().is_err() {
@@ -103,9 +125,15 @@ pub fn try_directory(settings: &config::Snapshots) -> anyhow::Result<()> {
     directory.try_out()
 }
 
+/// Writes a small file to S3, where nothing may be removed; it is the same file each time.
+pub async fn try_bucket(url: &str, settings: &config::S3) -> anyhow::Result<()> {
+    Bucket::open(url, settings)?.put("write-api_check", b"a test".to_vec()).await
+}
+
 struct Writer {
     settings: config::Snapshots,
     directory: Option<Directory>,
+    uploader: Option<Uploader>,
     /// Whether the directory is there and without the rests of dead processes.
     tidied: bool,
     trigger: Trigger,
@@ -116,9 +144,10 @@ struct Writer {
 }
 
 impl Writer {
-    fn new(settings: config::Snapshots) -> Self {
+    fn new(settings: config::Snapshots, uploader: Option<Uploader>) -> Self {
         Writer {
             directory: Directory::of(&settings),
+            uploader,
             tidied: false,
             trigger: Trigger::new(settings.interval, settings.growth_bytes),
             host: record::host(),
@@ -129,7 +158,7 @@ impl Writer {
         }
     }
 
-    fn run(mut self, signals: &mpsc::Receiver<Signal>, tell: impl Fn(Outcome)) {
+    fn run(mut self, signals: &mpsc::Receiver<Signal>, tell: &Tell) {
         let begin = Instant::now();
         let mut pause = PAUSE;
         let mut not_before = begin;
@@ -150,6 +179,9 @@ impl Writer {
                     Ok(bytes) => {
                         pause = PAUSE;
                         tell(Outcome::Written { bytes });
+                        if let Some(uploader) = &self.uploader {
+                            uploader.wake();
+                        }
                     }
                     Err(error) => {
                         tell(Outcome::Failed);
@@ -168,6 +200,9 @@ impl Writer {
                 }
             }
             if stopping {
+                if let Some(uploader) = self.uploader.take() {
+                    uploader.stop();
+                }
                 return;
             }
             // Not later than the interval ends, so that a killed process loses no more than that.
@@ -196,10 +231,11 @@ impl Writer {
             directory.tidy()?;
             self.tidied = true;
         }
+        let time_ms = now_ms();
         let profile = heap::profile(heap::View::Heap)?;
         self.sequence += 1;
         let record = Record {
-            time_ms: now_ms(),
+            time_ms,
             reason: due.reason.name().to_owned(),
             service: SERVICE.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),

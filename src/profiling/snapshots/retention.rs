@@ -11,6 +11,8 @@ pub(super) struct Entry {
     pub time_ms: u64,
     pub bytes: u64,
     pub rss_bytes: u64,
+    /// Whether it is in S3 as well, or is not to be.
+    pub is_sent: bool,
 }
 
 /// What may stay.
@@ -25,7 +27,8 @@ impl Retention {
     /// What has to go, the newest aside, which stays whatever the limits are.
     ///
     /// The first, the last and the largest of each process are its landmarks. They stay beyond the age, and go after all
-    /// others where there are too many, or too many bytes; else the oldest goes first.
+    /// others where there are too many, or too many bytes; else the oldest goes first. What is not sent yet goes for bytes
+    /// alone, and after all that is sent.
     pub fn surplus(&self, entries: &HashMap<String, Entry>, now_ms: u64) -> Vec<String> {
         let mut by_time: Vec<(&String, &Entry)> = entries.iter().collect();
         by_time.sort_by_key(|(stem, entry)| (entry.time_ms, *stem));
@@ -34,14 +37,14 @@ impl Retention {
         let mut bytes: u64 = by_time.iter().map(|(_, entry)| entry.bytes).sum();
         let mut count = by_time.len();
         let oldest_ms = now_ms.saturating_sub(u64::try_from(self.age.as_millis()).unwrap_or(u64::MAX));
-        let (last_to_go, first_to_go): (Vec<_>, Vec<_>) =
-            by_time.into_iter().partition(|(stem, _)| landmarks.contains(stem));
-        let ordinary = first_to_go.len();
+        // Stable, so that the order of time stays within each of the four.
+        by_time.sort_by_key(|(stem, entry)| (!entry.is_sent, landmarks.contains(stem)));
         let mut gone = Vec::new();
-        for (index, (stem, entry)) in first_to_go.into_iter().chain(last_to_go).enumerate() {
-            let is_old = index < ordinary && entry.time_ms < oldest_ms;
-            let is_too_much = bytes > self.budget_bytes || count > self.most;
-            if Some(stem) != newest && (is_old || is_too_much) {
+        for (stem, entry) in by_time {
+            let is_old = entry.time_ms < oldest_ms && !landmarks.contains(stem);
+            let too_many = count > self.most;
+            let goes = bytes > self.budget_bytes || entry.is_sent && (is_old || too_many);
+            if goes && Some(stem) != newest {
                 bytes -= entry.bytes;
                 count -= 1;
                 gone.push(stem.clone());
@@ -76,6 +79,7 @@ mod tests {
             time_ms: n * 1_000,
             bytes: 10,
             rss_bytes: if n == 4 { 9 } else { 1 },
+            is_sent: true,
         };
         (1..=count).map(|n| (n.to_string(), entry(n))).collect()
     }
@@ -110,9 +114,23 @@ mod tests {
 
     #[test]
     fn landmarks_of_dead_processes_go_before_the_budget_breaks() {
-        let entry = |start, time_ms| Entry { process: ("a".to_owned(), start), time_ms, bytes: 10, rss_bytes: 1 };
+        let process = |start| ("a".to_owned(), start);
+        let entry = |start, time_ms| Entry { process: process(start), time_ms, bytes: 10, rss_bytes: 1, is_sent: true };
         let entries: HashMap<String, Entry> = (1..=9).map(|n| (n.to_string(), entry(n, n))).collect();
         let retention = Retention { budget_bytes: 20, ..ALL };
         assert_eq!(retention.surplus(&entries, 9), ["1", "2", "3", "4", "5", "6", "7"]);
+    }
+    #[test]
+    fn what_is_not_sent_goes_last_and_for_bytes_alone() {
+        let mut entries = of_one_process(9);
+        for unsent in ["2", "3", "9"] {
+            entries.get_mut(unsent).expect("there").is_sent = false;
+        }
+        let age = Retention { age: Duration::ZERO, ..ALL };
+        assert_eq!(age.surplus(&entries, 1_000_000), ["5", "6", "7", "8"]);
+        let count = Retention { most: 1, ..ALL };
+        assert_eq!(count.surplus(&entries, 9_000), ["5", "6", "7", "8", "1", "4"]);
+        let bytes = Retention { budget_bytes: 20, ..ALL };
+        assert_eq!(bytes.surplus(&entries, 9_000), ["5", "6", "7", "8", "1", "4", "2"]);
     }
 }

@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 
+use super::bucket::Bucket;
 use super::name::Name;
 use super::record::Record;
+use crate::config;
 
 /// Files that are read at once: from a network each takes a while.
 const AT_ONCE: usize = 16;
@@ -17,6 +19,8 @@ const AT_ONCE: usize = 16;
 pub enum Store {
     /// A directory.
     Directory(PathBuf),
+    /// S3.
+    Bucket(Bucket),
 }
 
 /// A snapshot in a store.
@@ -29,10 +33,11 @@ pub struct Stored {
 }
 
 impl Store {
-    /// The one at the path of a directory.
-    pub fn open(place: &str) -> anyhow::Result<Self> {
-        match Path::new(place).is_dir() {
-            true => Ok(Store::Directory(place.into())),
+    /// The one at an `s3://` URL, or at the path of a directory.
+    pub fn open(place: &str, settings: &config::S3) -> anyhow::Result<Self> {
+        match place.starts_with("s3://") {
+            true => Bucket::open(place, settings).map(Store::Bucket),
+            false if Path::new(place).is_dir() => Ok(Store::Directory(place.into())),
             false => bail!("{place}: there is no such file or directory"),
         }
     }
@@ -41,6 +46,10 @@ impl Store {
     pub async fn list(&self) -> anyhow::Result<Vec<Stored>> {
         let mut stored = match self {
             Store::Directory(path) => in_directory(path)?,
+            Store::Bucket(bucket) => {
+                let named = |(file, bytes): (String, u64)| Some(Stored { name: Name::of_profile(&file)?, bytes });
+                bucket.list().await?.into_iter().filter_map(named).collect()
+            }
         };
         stored.sort();
         Ok(stored)
@@ -72,6 +81,7 @@ impl Store {
     pub fn place(&self, file: &str) -> String {
         match self {
             Store::Directory(path) => path.join(file).display().to_string(),
+            Store::Bucket(bucket) => bucket.place(file),
         }
     }
 
@@ -80,6 +90,7 @@ impl Store {
             Store::Directory(path) => {
                 fs::read(path.join(file)).with_context(|| format!("cannot read {}", self.place(file)))
             }
+            Store::Bucket(bucket) => bucket.get(file).await,
         }
     }
 }
