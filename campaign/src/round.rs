@@ -10,7 +10,7 @@ use local_stack::Stack;
 
 use crate::checker::{self, Allowances, Observed, Violation};
 use crate::faults::{Injection, Kind, Scene};
-use crate::world::{CONNECTIONS, SQS_ANSWERS_WITHIN, Size, World};
+use crate::world::{CONNECTIONS, Size, World};
 
 /// Until gauges and pools are at rest after the last work.
 const REST: Duration = Duration::from_secs(10);
@@ -47,7 +47,7 @@ pub struct Outcome {
     /// Promises that were broken.
     pub violations: Vec<Violation>,
     /// Why what was broken says nothing about the service, if so: only promises about time, on a machine that was too busy
-    /// for the SQS emulator to answer within the service's limit.
+    /// for the servers to answer within the service's limits.
     pub starved: Option<String>,
     /// Messages put in.
     pub messages: u64,
@@ -86,11 +86,8 @@ pub async fn play(spec: &Spec, stack: &Stack, program: &Path, directory: &Path) 
         Err(_) => Some(format!("no end after {:?}; left: {:?}", spec.size.limit, world.left().await)),
     };
     outcome.violations.extend(broken.map(|what| Violation { invariant: "I6", what }));
-    let (late, longest) = world.sqs_proxy.later_than(SQS_ANSWERS_WITHIN);
-    if late > 0 && !outcome.violations.is_empty() && outcome.violations.iter().all(Violation::is_about_time) {
-        let limit = SQS_ANSWERS_WITHIN;
-        outcome.starved =
-            Some(format!("the emulator took more than {limit:?} for {late} answers, {longest:?} for the longest"));
+    if !outcome.violations.is_empty() && outcome.violations.iter().all(Violation::is_about_time) {
+        outcome.starved = world.starved();
     }
     outcome.messages = world.workload.inputs.messages;
     outcome.took = begun.elapsed();

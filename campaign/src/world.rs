@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -21,6 +22,8 @@ use crate::workload::{LANES, Lane, Message, SEEDED_AT, SEEDED_BY, Workload};
 pub const LATENCY_MS: u64 = 60;
 /// How long a message stays hidden from others without its keeper.
 pub const VISIBILITY: Duration = Duration::from_secs(4);
+/// The service's limit for the renewal of a run's lease: a quarter of the visibility.
+pub const RENEWED_WITHIN: Duration = Duration::from_secs(1);
 /// The service's limit for an answer of SQS.
 pub const SQS_ANSWERS_WITHIN: Duration = Duration::from_secs(2);
 /// From SIGTERM to the end.
@@ -77,6 +80,8 @@ pub struct World {
     pub variables: Vec<(String, String)>,
     /// When a process was cut off from what it had in hand: it died, was stopped, or a task of it panicked, between these.
     interruptions: Vec<(Instant, Instant)>,
+    /// The longest that PostgreSQL took for one of our own statements, in milliseconds.
+    longest_look: AtomicU64,
     /// Where logs go.
     pub directory: PathBuf,
     /// Where the tables are, for rounds in which it is full at times.
@@ -165,6 +170,7 @@ impl World {
             workload,
             variables: Vec::new(),
             interruptions: Vec::new(),
+            longest_look: AtomicU64::new(0),
             directory,
             small_disk: None,
             program: program.to_owned(),
@@ -267,14 +273,37 @@ impl World {
 
     /// Who works on what.
     pub async fn at_work(&self) -> Result<AtWork> {
-        Ok(sqlx::query_as(
+        let begun = Instant::now();
+        let at_work = sqlx::query_as(
             "SELECT count(owner) AS runs, count(publisher) AS publishers,
                     (coalesce(sum(valued + failed), 0)
                      + (SELECT coalesce(sum(published), 0) FROM publications))::bigint AS progress
              FROM runs",
         )
         .fetch_one(&self.database)
-        .await?)
+        .await?;
+        self.looked(begun);
+        Ok(at_work)
+    }
+
+    /// A statement of our own that was begun then was answered.
+    fn looked(&self, begun: Instant) {
+        let took = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.longest_look.fetch_max(took, Ordering::Relaxed);
+    }
+
+    /// Why the machine was too busy for a lease to be kept, if it was: a server took longer for an answer than the service
+    /// waits for one, and no fault made it.
+    #[must_use]
+    pub fn starved(&self) -> Option<String> {
+        let (late, longest) = self.sqs_proxy.later_than(SQS_ANSWERS_WITHIN);
+        if late > 0 {
+            return Some(format!(
+                "the SQS emulator took {longest:?}, and {late} times more than {SQS_ANSWERS_WITHIN:?}"
+            ));
+        }
+        let longest = Duration::from_millis(self.longest_look.load(Ordering::Relaxed));
+        (longest > RENEWED_WITHIN).then(|| format!("PostgreSQL took {longest:?} for a look at the runs"))
     }
 
     /// Waits until somebody works on a run, sending more work if there is none left.
@@ -296,7 +325,10 @@ impl World {
 
     /// A single value from the database.
     pub async fn number(&self, statement: &str) -> Result<i64> {
-        Ok(sqlx::query_scalar(AssertSqlSafe(statement.to_owned())).fetch_one(&self.database).await?)
+        let begun = Instant::now();
+        let number = sqlx::query_scalar(AssertSqlSafe(statement.to_owned())).fetch_one(&self.database).await?;
+        self.looked(begun);
+        Ok(number)
     }
 
     /// Visible and hidden messages of a lane's queue.

@@ -115,6 +115,6 @@ fn partner(world: &World<'_>, found: &mut Findings, keys: u64, valued: u64) {
     let most = world.allowances.repeated_calls + answered_badly;
     if stats.repeated_requests > most {
         let seen = stats.repeated_requests;
-        found.add("I2", format!("the partner got {seen} repeated calls, the faults explain {most}: {stats:?}"));
+        found.add("repeats", format!("the partner got {seen} repeated calls, the faults explain {most}: {stats:?}"));
     }
 }

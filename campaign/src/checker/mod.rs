@@ -34,7 +34,7 @@ use crate::workload::{Home, Inputs, Selection};
 /// One promise broken.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
-    /// The invariant: `I1` to `I8`, or `order`.
+    /// The invariant: `I1` to `I8`, `order`, `repeats` (of I2) or what a kind of fault wants besides.
     pub invariant: &'static str,
     /// What was found and what should have been.
     pub what: String,
@@ -45,7 +45,7 @@ impl Violation {
     /// could not be kept.
     #[must_use]
     pub fn is_about_time(&self) -> bool {
-        ["I6", "delivery", "term"].contains(&self.invariant)
+        ["I6", "delivery", "repeats", "term"].contains(&self.invariant)
     }
 }
 

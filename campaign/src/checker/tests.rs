@@ -244,7 +244,7 @@ fn what_is_done_twice_is_found() {
     assert_eq!(broken(|world| world.partner.effects += 1), ["I2"], "an effect too many");
     assert_eq!(broken(|world| world.strangers.push("replica_1 wrote".to_owned())), ["I2"], "a late owner");
     assert_eq!(broken(|world| world.partner.distinct_keys += 1), ["I2"], "a key too many");
-    assert_eq!(broken(|world| world.partner.repeated_requests = 1), ["I2"], "a call again without a reason");
+    assert_eq!(broken(|world| world.partner.repeated_requests = 1), ["repeats"], "a call again without a reason");
     let explained = |world: &mut Observed| {
         world.partner.requests += 1;
         world.partner.by_status.insert(503, 1);
