@@ -99,12 +99,15 @@ async fn calls(url: &str, count: u32) -> Result<f64> {
     Ok(count.into())
 }
 
+/// Listing, zip code, price, valuation, confidence.
+type ValuedRow = (i64, i32, i64, Option<i64>, Option<f64>);
+
 /// The valuations of a run, page by page.
 async fn read(url: &str, run: &str) -> Result<f64> {
     let mut connection = PgConnection::connect(url).await?;
     let (mut cursor, mut rows) = (i64::MIN, 0);
     loop {
-        let page: Vec<(i64, i32, i64, Option<i64>, Option<f64>)> = sqlx::query_as(
+        let page: Vec<ValuedRow> = sqlx::query_as(
             "SELECT listing_id, zip_code, list_price_cents, valuation_cents, confidence
              FROM valuations WHERE run_id = $1 AND listing_id > $2 ORDER BY listing_id LIMIT $3",
         )

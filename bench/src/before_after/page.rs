@@ -78,7 +78,7 @@ pub(crate) fn html(report: &Report) -> Result<String> {
     }
     heaps(add, report)?;
     notes(add, report)?;
-    write!(add, "</main><div id=\"tip\" hidden></div><script>{SCRIPT}</script></body></html>\n")?;
+    writeln!(add, "</main><div id=\"tip\" hidden></div><script>{SCRIPT}</script></body></html>")?;
     Ok(page)
 }
 

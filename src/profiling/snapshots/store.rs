@@ -20,7 +20,7 @@ pub enum Store {
     /// A directory.
     Directory(PathBuf),
     /// S3.
-    Bucket(Bucket),
+    Bucket(Box<Bucket>),
 }
 
 /// A snapshot in a store.
@@ -36,7 +36,7 @@ impl Store {
     /// The one at an `s3://` URL, or at the path of a directory.
     pub fn open(place: &str, settings: &config::S3) -> anyhow::Result<Self> {
         match place.starts_with("s3://") {
-            true => Bucket::open(place, settings).map(Store::Bucket),
+            true => Bucket::open(place, settings).map(|bucket| Store::Bucket(bucket.into())),
             false if Path::new(place).is_dir() => Ok(Store::Directory(place.into())),
             false => bail!("{place}: there is no such file or directory"),
         }
