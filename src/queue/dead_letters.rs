@@ -39,7 +39,7 @@ const BATCHES_AT_ONCE: usize = 32;
 const LOOKS_FOR_DUE: u32 = 16;
 
 /// Given to a call of SQS that is on its way when the reading is to stop, and to each that gives messages back. It is longer
-/// than [`WAIT`].
+/// than a poll waits.
 pub const LAST_ANSWER: Duration = Duration::from_millis(1_500);
 
 /// SQS lets 120,000 messages of a queue be received and not deleted, and then answers receives with nothing, as if it were
