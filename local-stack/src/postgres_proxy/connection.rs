@@ -107,9 +107,11 @@ async fn connection(mut near: TcpStream, shared: Arc<Shared>) {
         }
     };
     tokio::select! {
-        () = carried => {}
+        // A connection that ends in the very moment of a cut was cut.
+        biased;
         // The sender is shared by all connections: it outlives this one.
         _ = cuts.changed() => shared.orders.hit(&PgFault::Cut, "all connections"),
+        () = carried => {}
     }
 }
 

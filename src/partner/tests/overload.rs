@@ -34,10 +34,10 @@ async fn repeats_are_a_fifth_of_the_fresh_calls_and_the_floor() {
     for failures in [40, 50] {
         let number = AtomicUsize::new(0);
         let stub = Stub::start(move |call| {
-            if number.fetch_add(1, Ordering::SeqCst) * 37 % 100 < failures {
-                return status(500);
-            }
-            [vec![Step::Wait(MS * 5)], valued(call.listing_id)].concat()
+            let fails = number.fetch_add(1, Ordering::SeqCst) * 37 % 100 < failures;
+            let answer = if fails { status(500) } else { valued(call.listing_id) };
+            // All as late: were failures the first to come back, the breaker would open on them alone.
+            [vec![Step::Wait(MS * 5)], answer].concat()
         })
         .await;
         let settings = config::Partner { max_attempts: 100, ..settings(stub.address) };
