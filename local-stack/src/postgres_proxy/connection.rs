@@ -106,11 +106,14 @@ async fn connection(mut near: TcpStream, shared: Arc<Shared>) {
             fall_silent(near, far, taken.until).await;
         }
     };
-    tokio::select! {
-        // A connection that ends in the very moment of a cut was cut.
-        biased;
+    let cut = async {
         // The sender is shared by all connections: it outlives this one.
-        _ = cuts.changed() => shared.orders.hit(&PgFault::Cut, "all connections"),
+        let _ = cuts.changed().await;
+        // Within the branch, whose end closes the connection: who sees it closed sees it counted.
+        shared.orders.hit(&PgFault::Cut, "all connections");
+    };
+    tokio::select! {
+        () = cut => {}
         () = carried => {}
     }
 }
