@@ -222,7 +222,12 @@ impl World {
 
     /// A process was cut off from what it had in hand, not before `since`.
     pub fn interrupted(&mut self, since: Instant) {
-        self.interruptions.push((since, Instant::now()));
+        self.interrupted_until(since, Instant::now());
+    }
+
+    /// As [`World::interrupted`], with its effects lasting until then.
+    pub fn interrupted_until(&mut self, since: Instant, until: Instant) {
+        self.interruptions.push((since, until));
     }
 
     /// A command line of the service, with its settings and the first replica's name at the database.

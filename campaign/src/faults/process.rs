@@ -15,6 +15,8 @@ use crate::world::{GRACE, VISIBILITY};
 const BUSY_LIMIT: Duration = Duration::from_secs(60);
 /// A message given back must be there for others after this.
 const VISIBLE_AGAIN: Duration = Duration::from_secs(5);
+/// A process that goes on has ended what it had in hand after this: the limits of its calls are 2 and 3 s.
+const CATCH_UP: Duration = Duration::from_secs(3);
 
 /// kill -9 at a random instant of work; the platform starts the process again.
 pub(super) async fn kill(scene: &mut Scene<'_>) -> Result<Injection> {
@@ -136,7 +138,6 @@ pub(super) async fn stop(scene: &mut Scene<'_>) -> Result<Injection> {
     };
     let stopped = Instant::now();
     scene.world.replicas[replica].signal(libc::SIGSTOP)?;
-    scene.world.interrupted(stopped);
     let before = owners(scene).await?;
     let limit = VISIBILITY * 6;
     let taken = loop {
@@ -150,6 +151,8 @@ pub(super) async fn stop(scene: &mut Scene<'_>) -> Result<Injection> {
     // Sometimes the heir is in the middle of it, sometimes it is done.
     scene.pause(0..2_000).await;
     scene.world.replicas[replica].signal(libc::SIGCONT)?;
+    // What it had in hand it still sends, and deletes in vain what others were given meanwhile.
+    scene.world.interrupted_until(stopped, Instant::now() + CATCH_UP);
     let injection = Injection { interruptions: 2, ..Injection::new(&scene.world.replicas[replica].name) };
     Ok(match taken {
         Some((run, _)) => {
