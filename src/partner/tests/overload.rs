@@ -43,18 +43,25 @@ async fn repeats_are_a_fifth_of_the_fresh_calls_and_the_floor() {
         let settings = config::Partner { max_attempts: 100, ..settings(stub.address) };
         let (partner, metrics) = partner(&settings);
         let start = Instant::now();
-        // Nearly all of them are still waiting at the end; none has failed.
-        assert!(timeout(SECOND * 3, value_all(&partner, 0..5000)).await.is_err());
+        let is_empty = async {
+            // Where half of them fail the breaker opens too, so that fewer wait.
+            let waiting = if failures == 40 { 50 } else { 0 };
+            while metrics.partner_repeats.get() <= 120 || metrics.partner_repeats_waiting.get() <= waiting {
+                tokio::time::sleep(MS * 10).await;
+            }
+        };
+        tokio::select! {
+            _ = value_all(&partner, 0..5000) => panic!("nearly all of them are to wait, and none fails"),
+            reached = timeout(SECOND * 30, is_empty) => reached.expect("the budget was never empty"),
+        }
         let calls = stub.calls();
         // One a half second, at most.
-        let probes = 7;
+        let probes = (start.elapsed().as_secs_f64() * 2.0) as usize + 1;
         assert_within_budget(&calls, start, probes);
         let repeats = repeats(&calls);
-        assert!(repeats > 100, "only {repeats}: the budget was never empty");
         let counted = metrics.partner_repeats.get() as usize;
         assert!(counted <= repeats && counted + probes + 100 >= repeats, "{counted} of {repeats} are counted");
         if failures == 40 {
-            assert!(metrics.partner_repeats_waiting.get() > 50, "{}", metrics.partner_repeats_waiting.get());
             assert_eq!(partner.breaker_state(), BreakerState::Closed);
         }
     }
