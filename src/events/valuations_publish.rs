@@ -1,10 +1,12 @@
 //! `valuations.publish`: post-processing of a complete run. A page of valuations, all its records in parallel, then the
-//! cursor; the next page is read meanwhile, and sent while the cursor is written. Records that Kafka refuses for good are
-//! quarantined as the cursor passes them.
+//! cursor. Pages overlap: one more is read and sent while the reports of the one before come in, and the cursor is written
+//! meanwhile, in their order. Records that Kafka refuses for good are quarantined as the cursor passes them.
 
 use std::time::Duration;
 
-use futures::TryFutureExt;
+use futures::future::{BoxFuture, OptionFuture};
+use futures::stream::{self, BoxStream};
+use futures::{FutureExt, StreamExt, TryStreamExt};
 use serde::Deserialize;
 
 use super::attempts::quarantined;
@@ -20,6 +22,10 @@ use crate::queue::lease::{Role, StopReason};
 use crate::queue::{Delivery, Outcome, Refusal};
 use crate::task::{Stage, in_stage};
 
+/// Pages whose records are on their way to Kafka at the same time: while the last reports of one come in, the next one is
+/// sent. A publisher that dies sends so many again, with the same `ce_id`s.
+const PAGES_UNDER_WAY: usize = 2;
+
 /// Kept of the time to stop for giving the run and the message back.
 const HANDOVER: Duration = Duration::from_secs(1);
 
@@ -34,6 +40,17 @@ pub struct Data {
 /// Reads and checks the data of a publish event.
 pub(super) fn decode(event: &Event<'_>) -> Result<Data, Refusal> {
     event.data()
+}
+
+/// What comes next of a run's valuations.
+enum Next {
+    Page { after: i64, last: i64, page: Vec<valuations::Valuation> },
+    Stop(StopReason),
+}
+
+enum Sent {
+    Page(PublishedPage),
+    Stopped(StopReason),
 }
 
 enum Ended {
@@ -106,6 +123,76 @@ pub(super) async fn handle(
     Ok(end(events, event, run_id, &publication, delivery, ended).await)
 }
 
+/// One owner's publishing of a run.
+struct Publishing<'a> {
+    events: &'a Events,
+    event_id: &'a str,
+    run_id: &'a str,
+    publication: &'a OwnedPublication,
+    records: Records,
+}
+
+/// After which listing the next page begins, unless there is none, and the order to stop.
+type Ahead<'a> = (Option<i64>, BoxFuture<'a, StopReason>);
+
+impl<'a> Publishing<'a> {
+    /// The pages from the cursor on, in their order, each when Kafka has its records.
+    fn sent<'s>(&'s self, stopped: BoxFuture<'s, StopReason>) -> BoxStream<'s, anyhow::Result<Sent>>
+    where
+        'a: 's,
+    {
+        stream::try_unfold((Some(self.publication.cursor), stopped), |ahead| self.read(ahead))
+            .map_ok(|next| in_stage(Stage::Publish, self.send(next)))
+            .try_buffered(PAGES_UNDER_WAY)
+            .boxed()
+    }
+
+    async fn read<'s>(&self, (after, mut stopped): Ahead<'s>) -> anyhow::Result<Option<(Next, Ahead<'s>)>> {
+        let Some(after) = after else { return Ok(None) };
+        let limit = self.events.publish_page_size;
+        let read = self.events.database.read_valuations(self.run_id, after, limit);
+        let page = in_stage(Stage::Read, read).await?;
+        let Some(last) = page.last().map(|valuation| valuation.listing_id) else { return Ok(None) };
+        if let Some(reason) = stopped.as_mut().now_or_never() {
+            return Ok(Some((Next::Stop(reason), (None, stopped))));
+        }
+        let then = (page.len() == limit).then_some(last);
+        Ok(Some((Next::Page { after, last, page }, (then, stopped))))
+    }
+
+    async fn send(&self, next: Next) -> anyhow::Result<Sent> {
+        let (after, last, page) = match next {
+            Next::Page { after, last, page } => (after, last, page),
+            Next::Stop(reason) => return Ok(Sent::Stopped(reason)),
+        };
+        let batch: Vec<Record> = page.iter().map(|valuation| self.records.record(&input(valuation))).collect();
+        drop(page);
+        fault::point("publish.before_send", self.event_id);
+        let published = self.events.publisher.publish_page(&batch).await?;
+        fault::point("publish.after_reports", self.event_id);
+        let quarantined = quarantine(&published);
+        Ok(Sent::Page(PublishedPage { after, last, published: published.records as i64, quarantined }))
+    }
+
+    async fn advance(&self, done: PublishedPage) -> Result<PublishedPage, Ended> {
+        fault::point("publication.before_advance", self.event_id);
+        let advance = self.events.database.advance_publication(self.event_id, self.publication.token, &done);
+        let advanced = in_stage(Stage::Write, advance).await;
+        fault::point("publication.after_advance", self.event_id);
+        match advanced {
+            Ok(true) => {
+                tell(self.events, self.event_id, self.run_id, &done.quarantined);
+                Ok(done)
+            }
+            Ok(false) => {
+                self.events.metrics.fenced.inc();
+                Err(Ended::Stopped(StopReason::Lost))
+            }
+            Err(error) => Err(Ended::Failed(error.into())),
+        }
+    }
+}
+
 async fn publish(
     events: &Events,
     event: &Event<'_>,
@@ -115,55 +202,19 @@ async fn publish(
     pass: &mut Option<Pass>,
 ) -> Ended {
     let records = Records::new(run_id, publication.completed_at, publication.traceparent.as_deref());
-    let limit = events.publish_page_size;
-    let read = |cursor| in_stage(Stage::Read, events.database.read_valuations(run_id, cursor, limit));
-    let advance = async |done: PublishedPage| {
-        fault::point("publication.before_advance", &event.id);
-        let advanced =
-            in_stage(Stage::Write, events.database.advance_publication(&event.id, publication.token, &done)).await;
-        fault::point("publication.after_advance", &event.id);
-        match advanced {
-            Ok(true) => {
-                tell(events, &event.id, run_id, &done.quarantined);
-                Ok(done)
-            }
-            Ok(false) => {
-                events.metrics.fenced.inc();
-                Err(Ended::Stopped(StopReason::Lost))
-            }
-            Err(error) => Err(Ended::Failed(error.into())),
-        }
-    };
-    let mut stopped = std::pin::pin!(delivery.lease.stopped());
+    let publishing = Publishing { events, event_id: &event.id, run_id, publication, records };
+    let mut sent = publishing.sent(delivery.lease.stopped().boxed());
     let mut probation = std::pin::pin!(tokio::time::sleep(PROBATION));
     let (mut rows, mut quarantined) = (0, 0);
-    let mut after = publication.cursor;
-    let mut page = match read(publication.cursor).await {
-        Ok(page) => page,
-        Err(error) => return Ended::Failed(error.into()),
-    };
-    // Whose records Kafka has, and whose cursor is written while the next page is on its way.
+    // Whose records Kafka has, and whose cursor is written while the next pages are on their way.
     let mut before: Option<PublishedPage> = None;
     loop {
-        let last = page.last().map(|valuation| valuation.listing_id);
-        let next = async { if page.len() < limit { Ok(Vec::new()) } else { read(last.unwrap_or(after)).await } };
-        let batch: Vec<Record> = page.iter().map(|valuation| records.record(&input(valuation))).collect();
-        let sent = in_stage(Stage::Publish, async {
-            if batch.is_empty() {
-                return Ok(Published { records: 0, refused: Vec::new() });
-            }
-            fault::point("publish.before_send", &event.id);
-            let published = events.publisher.publish_page(&batch).await;
-            fault::point("publish.after_reports", &event.id);
-            published
-        });
-        let on = async { tokio::try_join!(sent.map_err(anyhow::Error::from), next.map_err(anyhow::Error::from)) };
-        let cursor = futures::future::OptionFuture::from(before.take().map(&advance));
+        let cursor = OptionFuture::from(before.take().map(|page| publishing.advance(page)));
         // Neither ends the other: what was sent is worth its cursor, and the other way round.
-        let mut both = Box::pin(async { tokio::join!(on, cursor) });
-        let (on, advanced) = loop {
+        let mut both = Box::pin(async { tokio::join!(sent.try_next(), cursor) });
+        let (next, advanced) = loop {
             tokio::select! {
-                // A page under way is finished: its records are out, and a cursor that lags would send them again.
+                // Pages under way are finished: their records are out, and a cursor that lags would send them again.
                 biased;
                 both = &mut both => break both,
                 () = delivery.lease.lost() => return Ended::Stopped(StopReason::Lost),
@@ -187,27 +238,11 @@ async fn publish(
             Some(Err(ended)) => return ended,
             None => {}
         }
-        let (published, next_page) = match on {
-            Ok(on) => on,
+        match next {
+            Ok(Some(Sent::Page(page))) => before = Some(page),
+            Ok(Some(Sent::Stopped(reason))) => return Ended::Stopped(reason),
+            Ok(None) => return Ended::AllPublished { rows, quarantined },
             Err(error) => return Ended::Failed(error),
-        };
-        let Some(last) = last else { return Ended::AllPublished { rows, quarantined } };
-        before = Some(PublishedPage {
-            after,
-            last,
-            published: published.records as i64,
-            quarantined: quarantine(&published),
-        });
-        after = last;
-        page = next_page;
-        if !page.is_empty()
-            && let Some(reason) = futures::FutureExt::now_or_never(&mut stopped)
-        {
-            let cursor = futures::future::OptionFuture::from(before.take().map(&advance));
-            return match cursor.await {
-                Some(Err(ended)) => ended,
-                _ => Ended::Stopped(reason),
-            };
         }
     }
 }
