@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 
-use bench::text::{duration, thousands};
+use bench::text::duration;
+use local_stack::thousands;
 use serde::Serialize;
 
 use crate::heap::Growth;
