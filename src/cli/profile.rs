@@ -20,7 +20,7 @@ use clap::{Args, Subcommand};
 
 use self::source::Found;
 use crate::config::Config;
-use crate::profiling::growth::{Place, by_place};
+use crate::profiling::growth::{PROGRAM, Place, by_place};
 use crate::profiling::pprof::Profile;
 
 /// Which verb.
@@ -95,7 +95,7 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
 
 /// What each function asked for itself, of the sample type at that index.
 fn own_by_place(found: &Found, sample_type: usize) -> BTreeMap<Place, i64> {
-    let places = by_place(&found.profile, sample_type).into_iter();
+    let places = by_place(&found.profile, sample_type, PROGRAM).into_iter();
     places.map(|(place, amount)| (place, amount.own)).collect()
 }
 

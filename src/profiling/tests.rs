@@ -276,7 +276,12 @@ async fn what_grew_over_many_profiles_names_the_kind_that_leaks_and_its_function
     assert_eq!((kinds[0].key.as_str(), kinds[0].rose), ("planted", 11), "{kinds:#?}");
     let places: Vec<_> = profiles
         .iter()
-        .map(|profile| growth::by_place(profile, held).into_iter().map(|(place, amount)| (place, amount.own)).collect())
+        .map(|profile| {
+            growth::by_place(profile, held, growth::PROGRAM)
+                .into_iter()
+                .map(|(place, amount)| (place, amount.own))
+                .collect()
+        })
         .collect();
     let first = &growth::rank(&places)[0];
     let named = (first.key.kind.as_str(), first.key.function.as_str());

@@ -10,7 +10,7 @@ use super::source::{Chosen, SOURCES, Source};
 use super::text::{amount, moment, share, table, taken_ms};
 use crate::cli::print;
 use crate::config::Config;
-use crate::profiling::growth::{by_kind, by_place};
+use crate::profiling::growth::{PROGRAM, by_kind, by_place};
 
 pub(super) const HELP: &str = "\
 Needs: a profile: a file, a directory of snapshots, or a running service, by default that of this machine.
@@ -46,7 +46,7 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
     let sample_type = &found.profile.sample_types[index];
     let mut kinds: Vec<_> = by_kind(&found.profile, index).into_iter().filter(|(_, value)| *value != 0).collect();
     kinds.sort_by_key(|(_, value)| Reverse(*value));
-    let mut places: Vec<_> = by_place(&found.profile, index).into_iter().collect();
+    let mut places: Vec<_> = by_place(&found.profile, index, PROGRAM).into_iter().collect();
     places.retain(|(_, amount)| amount.own != 0 || amount.with_callees != 0);
     places.sort_by_key(|(_, amount)| Reverse((amount.own, amount.with_callees)));
     let total: i64 = kinds.iter().map(|(_, value)| value).sum();
