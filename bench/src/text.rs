@@ -10,27 +10,12 @@ pub fn duration(seconds: f64) -> String {
     }
 }
 
-/// A count with a comma before every three digits.
-#[must_use]
-pub fn thousands(count: u64) -> String {
-    let digits = count.to_string();
-    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn figures_are_readable() {
-        assert_eq!([0, 999, 1_000, 1_700_000].map(thousands), ["0", "999", "1,000", "1,700,000"]);
+    fn durations_are_readable() {
         assert_eq!([1.84, 119.0, 359.0, 8_640.0].map(duration), ["1.8 s", "119.0 s", "6.0 min", "2.4 h"]);
     }
 }

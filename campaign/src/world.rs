@@ -1,5 +1,8 @@
 //! One service and everything around it: a database, queues, a topic and a partner that nobody else uses.
 
+mod observing;
+mod settings;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,50 +10,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use aws_sdk_sqs::types::{MessageSystemAttributeName, QueueAttributeName};
+use aws_sdk_sqs::types::QueueAttributeName;
 use local_stack::{Behaviour, Environment, KafkaTap, PartnerStub, PostgresProxy, SqsProxy, Stack};
 use sqlx::postgres::{PgPool, PgPoolOptions};
 use sqlx::{AssertSqlSafe, FromRow};
 
-use crate::checker::{Letter, Observed};
 use crate::faults::disk::SmallDisk;
 use crate::owners;
 use crate::replica::{LOOK, Replica};
 use crate::workload::{LANES, Lane, Message, SEEDED_AT, SEEDED_BY, Workload};
 
-/// The partner's latency.
-pub const LATENCY_MS: u64 = 60;
-/// How long a message stays hidden from others without its keeper.
-pub const VISIBILITY: Duration = Duration::from_secs(4);
-/// The service's limit for the renewal of a run's lease: a quarter of the visibility.
-pub const RENEWED_WITHIN: Duration = Duration::from_secs(1);
-/// The service's limit for an answer of SQS.
-pub const SQS_ANSWERS_WITHIN: Duration = Duration::from_secs(2);
-/// From SIGTERM to the end.
-pub const GRACE: Duration = Duration::from_secs(8);
-/// Connections to the database, for each replica.
-pub const CONNECTIONS: i64 = 6;
-
-/// How large a world is.
-#[derive(Clone, Copy, Debug)]
-pub struct Size {
-    /// Listings of the beginning.
-    pub listings: i64,
-    /// Listings a page, answers a batch, records a page.
-    pub page: u64,
-    /// Partner calls in flight, for each replica.
-    pub in_flight: u64,
-    /// Partner calls a second, for each replica.
-    pub rate: u64,
-    /// A round that is not over by then makes no progress.
-    pub limit: Duration,
-    /// Work must be done this long after the last fault.
-    pub recovery: Duration,
-    /// Processes.
-    pub replicas: usize,
-    /// Whether the processes get to Postgres through a proxy that can fail.
-    pub postgres_proxy: bool,
-}
+pub use settings::{CONNECTIONS, GRACE, LATENCY_MS, RENEWED_WITHIN, SQS_ANSWERS_WITHIN, Size, VISIBILITY};
 
 /// A world.
 #[derive(Debug)]
@@ -110,7 +80,7 @@ impl World {
         let partner =
             PartnerStub::start(Behaviour { latency_ms: LATENCY_MS, forced: unwanted, ..Behaviour::default() })?;
         let mut environment = stack.environment(&partner).await?;
-        settings(&mut environment, size);
+        settings::apply(&mut environment, size);
         let mut setup = Command::new(program);
         setup.arg("setup").envs(environment.variables());
         // The short limit is for the service under faults; nothing is broken yet, and servers that just started are slow.
@@ -408,107 +378,6 @@ impl World {
         Ok(left.join("; "))
     }
 
-    /// Looks at everything. The dead-letter queues are emptied by it.
-    pub async fn observe(&self) -> Result<Observed> {
-        let database = &self.database;
-        let valuations: Vec<crate::checker::Valuation> = sqlx::query_as(
-            "SELECT run_id, listing_id, zip_code, list_price_cents, valuation_cents, confidence, failure FROM valuations",
-        )
-        .fetch_all(database)
-        .await?;
-        let records = self.records(valuations.iter().filter(|row| row.failure.is_none()).count() as u64).await;
-        let mut replicas = Vec::new();
-        for replica in &self.replicas {
-            replicas.push(replica.figures().await?);
-        }
-        let mut left = Vec::new();
-        for lane in LANES {
-            let (visible, hidden) = self.depth(lane).await?;
-            left.push((lane, visible, hidden));
-        }
-        Ok(Observed {
-            runs: sqlx::query_as(
-                "SELECT run_id, state, selected, valued, failed, attempts, event_time, event_data, completed_at,
-                        (owner IS NOT NULL OR publisher IS NOT NULL OR lease_until IS NOT NULL) AS held,
-                        (to_jsonb(runs) ->> 'deaths')::integer AS deaths
-                 FROM runs",
-            )
-            .fetch_all(database)
-            .await?,
-            valuations,
-            current: sqlx::query_as("SELECT listing_id, run_id, valuation_cents, confidence FROM listing_valuations")
-                .fetch_all(database)
-                .await?,
-            listings: sqlx::query_as(
-                "SELECT listing_id, zip_code, list_price_cents, event_id, event_time FROM listings",
-            )
-            .fetch_all(database)
-            .await?,
-            outbox: sqlx::query_as("SELECT event_id::text, lane, sent_at IS NOT NULL AS sent FROM outbox")
-                .fetch_all(database)
-                .await?,
-            publications: sqlx::query_as("SELECT event_id, run_id, state, published, attempts FROM publications")
-                .fetch_all(database)
-                .await?,
-            records,
-            records_missed: self.tap.missed(),
-            letters: self.letters().await?,
-            sqs_calls: self.sqs_proxy.calls(),
-            interruptions: self.interruptions.clone(),
-            left,
-            partner: self.partner.stats(),
-            strangers: owners::strangers(database).await?,
-            replicas,
-            connections: self
-                .number(
-                    // The server's own workers, such as autovacuum's, are of a database too.
-                    "SELECT count(*) FROM pg_stat_activity
-                     WHERE datname = current_database() AND backend_type = 'client backend'
-                       AND application_name <> 'campaign' AND pid <> pg_backend_pid()",
-                )
-                .await?,
-        })
-    }
-
-    /// The topic's records, once `distinct` different ones are there or no more come. Where the broker was away, the reader
-    /// takes up to ten seconds to find it again.
-    async fn records(&self, distinct: u64) -> Vec<local_stack::TapRecord> {
-        let mut last = (self.tap.count(), Instant::now());
-        while self.tap.distinct_ids() < distinct && last.1.elapsed() < Duration::from_secs(25) {
-            tokio::time::sleep(LOOK).await;
-            if self.tap.count() != last.0 {
-                last = (self.tap.count(), Instant::now());
-            }
-        }
-        self.tap.records()
-    }
-
-    async fn letters(&self) -> Result<Vec<Letter>> {
-        let mut letters = Vec::new();
-        for lane in LANES {
-            let url = &self.urls[&lane][1];
-            loop {
-                let request = self.sqs.receive_message().queue_url(url).max_number_of_messages(10);
-                let request = request
-                    .message_attribute_names("All")
-                    .message_system_attribute_names(MessageSystemAttributeName::ApproximateReceiveCount);
-                let messages = request.send().await?.messages.unwrap_or_default();
-                if messages.is_empty() {
-                    break;
-                }
-                for message in messages {
-                    let receipt = message.receipt_handle.unwrap_or_default();
-                    self.sqs.delete_message().queue_url(url).receipt_handle(receipt).send().await?;
-                    let attributes = message.message_attributes.unwrap_or_default();
-                    let reason = attributes.get("reason").and_then(|value| value.string_value.clone());
-                    let (body, reason) = (message.body.unwrap_or_default(), reason.unwrap_or_default());
-                    letters.push(Letter { lane, body, reason });
-                }
-            }
-        }
-        Ok(letters)
-    }
-
     /// Removes what the servers would keep of it.
     pub async fn remove(self, stack: &Stack) -> Result<()> {
         drop(self.replicas);
@@ -526,41 +395,5 @@ impl World {
         }
         admin.close().await;
         Ok(())
-    }
-}
-
-/// Everything smaller and shorter than in production, so that faults meet work in all its parts within seconds.
-fn settings(environment: &mut Environment, size: Size) {
-    let seconds = |time: Duration| format!("{}s", time.as_secs());
-    for (key, value) in [
-        ("queue.visibility_timeout", seconds(VISIBILITY)),
-        ("queue.wait_time", "1s".to_owned()),
-        ("queue.request_timeout", seconds(SQS_ANSWERS_WITHIN)),
-        ("queue.retry_base", "100ms".to_owned()),
-        ("queue.retry_cap", "1s".to_owned()),
-        // Fewer than a burst has bad bodies: a permit that is not given back is soon missed.
-        ("lanes.events.in_flight", "8".to_owned()),
-        ("lanes.valuations.in_flight", "4".to_owned()),
-        ("lanes.post_processing.in_flight", "2".to_owned()),
-        ("database.max_connections", (CONNECTIONS - 1).to_string()),
-        ("database.acquire_timeout", "3s".to_owned()),
-        ("database.statement_timeout", "3s".to_owned()),
-        ("partner.in_flight", size.in_flight.to_string()),
-        ("partner.rate_per_second", size.rate.to_string()),
-        ("partner.connect_timeout", "2s".to_owned()),
-        ("partner.request_timeout", "3s".to_owned()),
-        ("partner.retry_cap", "1s".to_owned()),
-        // No listing may fail because the partner was unwell for some time.
-        ("partner.max_attempts", "100".to_owned()),
-        ("partner.total_timeout", "30m".to_owned()),
-        ("refresh.page_size", size.page.to_string()),
-        ("kafka.page_size", size.page.to_string()),
-        ("kafka.delivery_timeout", "5s".to_owned()),
-        ("outbox.poll_interval", "500ms".to_owned()),
-        ("outbox.claim_timeout", "5s".to_owned()),
-        ("shutdown.grace", seconds(GRACE)),
-        ("log.format", "json".to_owned()),
-    ] {
-        environment.set(key, &value);
     }
 }

@@ -3,7 +3,8 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use write_api::events::envelope::{self, Event};
+use write_api::events::envelope::Event;
+use write_api::events::outgoing;
 use write_api::events::request::{self, Request};
 
 fuzz_target!(|bytes: &[u8]| {
@@ -23,7 +24,7 @@ fuzz_target!(|bytes: &[u8]| {
     let Ok(Request::Refresh(data)) = request else { return };
     // What is kept of a refresh must make the same event again: a retry sends it.
     let digest = digest.expect("an accepted refresh has one");
-    let again = envelope::refresh_event(&event.id, &event.source, event.time, event.traceparent.as_deref(), event.data_text())
+    let again = outgoing::refresh_event(&event.id, &event.source, event.time, event.traceparent.as_deref(), event.data_text())
         .expect("its data are JSON");
     let again = Event::decode(&again).expect("it is an event again");
     assert_eq!(again.digest().expect("a digest"), digest);

@@ -49,6 +49,7 @@ mod scratch;
 mod sqs;
 mod sqs_proxy;
 mod stack;
+mod text;
 pub mod wire;
 
 pub use arithmetic::{Bound, Histogram, Ideal, ideal};
@@ -69,3 +70,4 @@ pub use sampling::{Memory, Sample, Sampler, peak};
 pub use sqs::Sqs;
 pub use sqs_proxy::{Action, Done, Scope, SqsFault, SqsProxy, WatchedCall, WatchedMessage};
 pub use stack::{Stack, StackOptions, shared};
+pub use text::thousands;

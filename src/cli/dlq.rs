@@ -23,8 +23,9 @@ use crate::cli::{count, print};
 use crate::config::Config;
 use crate::db::DbError;
 use crate::metrics::Metrics;
+use crate::queue::attributes::dead_letter_queue;
 use crate::queue::dead_letters::{MOST_HELD, Missed, Reader, stopped};
-use crate::queue::sqs::{Queue, Sqs, SqsError, dead_letter_queue};
+use crate::queue::sqs::{Queue, Sqs, SqsError};
 
 /// Which verb.
 #[derive(Debug, Subcommand)]

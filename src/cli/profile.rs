@@ -11,13 +11,16 @@ mod source;
 mod text;
 mod top;
 
+use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::Path;
 
 use anyhow::Context as _;
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 
+use self::source::Found;
 use crate::config::Config;
+use crate::profiling::growth::{PROGRAM, Place, by_place};
 use crate::profiling::pprof::Profile;
 
 /// Which verb.
@@ -46,6 +49,38 @@ pub(super) enum Options {
     Grew(grew::Options),
 }
 
+/// What of a profile is counted.
+#[derive(Debug, Args)]
+struct Counted {
+    /// What to count, such as alloc_space; by default what the profile itself begins with: inuse_space, for the heap.
+    #[arg(long, value_name = "TYPE")]
+    sample: Option<String>,
+}
+
+/// What of profiles is counted, and how it is shown.
+#[derive(Debug, Args)]
+struct Shown {
+    #[command(flatten)]
+    counted: Counted,
+    /// At most this many functions.
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    limit: u32,
+    /// A JSON document.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Counted {
+    /// The index of the sample type that is asked for by name, or of the default one.
+    fn index(&self, profile: &Profile) -> anyhow::Result<usize> {
+        let asked = self.sample.as_deref();
+        profile.sample_type(asked.unwrap_or_default()).with_context(|| {
+            let kinds: Vec<&str> = profile.sample_types.iter().map(|sample_type| sample_type.kind.as_str()).collect();
+            format!("the profile has no {}; it has {}", asked.unwrap_or("sample type"), kinds.join(", "))
+        })
+    }
+}
+
 /// Runs the verb.
 pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()> {
     match options {
@@ -58,12 +93,10 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
     }
 }
 
-/// The index of the sample type that is asked for by name, or of the default one.
-fn sample_type(profile: &Profile, asked: Option<&str>) -> anyhow::Result<usize> {
-    profile.sample_type(asked.unwrap_or_default()).with_context(|| {
-        let kinds: Vec<&str> = profile.sample_types.iter().map(|sample_type| sample_type.kind.as_str()).collect();
-        format!("the profile has no {}; it has {}", asked.unwrap_or("sample type"), kinds.join(", "))
-    })
+/// What each function asked for itself, of the sample type at that index.
+fn own_by_place(found: &Found, sample_type: usize) -> BTreeMap<Place, i64> {
+    let places = by_place(&found.profile, sample_type, PROGRAM).into_iter();
+    places.map(|(place, amount)| (place, amount.own)).collect()
 }
 
 /// Writes a file so that it is whole or not there, for its owner only.

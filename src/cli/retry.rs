@@ -7,7 +7,7 @@ use super::status::unknown_run;
 use super::text::thousands;
 use crate::config::Config;
 use crate::db::Database;
-use crate::events::{envelope, lane};
+use crate::events::{lane, outgoing};
 
 pub(super) const HELP: &str = "\
 Needs: Postgres, and a running service, which sends the event.
@@ -35,7 +35,7 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
             "run {id} is from before events were kept and cannot be retried; `write-api send refresh` makes a new run"
         )
     })?;
-    let body = envelope::refresh_event(id, &event.source, event.time, event.traceparent.as_deref(), &data)
+    let body = outgoing::refresh_event(id, &event.source, event.time, event.traceparent.as_deref(), &data)
         .with_context(|| format!("the data kept of run {id} are no JSON"))?;
     let reopened = database.reopen_run(id, lane::VALUATIONS, &body).await?;
     let run = database.run_statuses(Some(id), 1).await?.pop().ok_or_else(|| unknown_run(id))?;

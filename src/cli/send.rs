@@ -12,9 +12,11 @@ use uuid::Uuid;
 
 use super::seed;
 use crate::config::Config;
-use crate::events::envelope::{self, LISTING_UPSERT, VALUATIONS_PUBLISH, VALUATIONS_REFRESH};
+use crate::events::envelope::{LISTING_UPSERT, VALUATIONS_PUBLISH, VALUATIONS_REFRESH};
+use crate::events::outgoing;
 use crate::metrics::Metrics;
-use crate::queue::sqs::{BATCH, Queue, Sent, Sqs};
+use crate::queue::batch::BATCH;
+use crate::queue::sqs::{Queue, Sent, Sqs};
 
 const REFRESH_HELP: &str = "\
 Needs: the queue lanes.events.queue, AWS credentials with sqs:GetQueueUrl and sqs:SendMessage, and a service that works.
@@ -98,7 +100,7 @@ impl Identity {
     fn event(&self, kind: &str, data: &Value) -> (String, String) {
         let id = self.id.clone().unwrap_or_else(|| Uuid::new_v4().to_string());
         let time = self.time.unwrap_or_else(OffsetDateTime::now_utc);
-        let body = envelope::cloud_event(&id, kind, time, None, data);
+        let body = outgoing::cloud_event(&id, kind, time, None, data);
         (id, body)
     }
 }

@@ -9,6 +9,7 @@ pub mod ended;
 pub mod envelope;
 mod gate;
 mod listing_upsert;
+pub mod outgoing;
 pub mod recorder;
 pub mod relay;
 pub mod request;
@@ -50,7 +51,7 @@ pub mod lane {
 }
 
 /// How long a deferred publish event waits for its run when there is no lease to go by. Each time costs a receive, of
-/// which there are [`MAX_RECEIVE_COUNT`](crate::queue::sqs::MAX_RECEIVE_COUNT), so the wait grows with their number.
+/// which there are [`MAX_RECEIVE_COUNT`](crate::queue::attributes::MAX_RECEIVE_COUNT), so the wait grows with their number.
 const UNFINISHED_RUN_WAIT: Backoff = Backoff { base: Duration::from_secs(30), cap: Duration::from_secs(15 * 60) };
 
 /// The lanes that events are sent to, looked up when first needed: the service starts without SQS.
@@ -185,7 +186,7 @@ impl Events {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::queue::sqs::MAX_RECEIVE_COUNT;
+    use crate::queue::attributes::MAX_RECEIVE_COUNT;
 
     #[test]
     fn a_publish_event_can_wait_for_its_run_for_days() {

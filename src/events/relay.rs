@@ -18,7 +18,8 @@ use crate::fault;
 use crate::health::Beat;
 use crate::lifecycle::Stop;
 use crate::metrics::Metrics;
-use crate::queue::sqs::{BATCH, Queue, Sent, Sqs, batch_length};
+use crate::queue::batch::{BATCH, batch_length};
+use crate::queue::sqs::{Queue, Sent, Sqs};
 
 /// How long a row waits that SQS refuses. It will hardly ever be accepted, but it must not be forgotten either.
 const REFUSED_WAIT: Duration = Duration::from_secs(3600);

@@ -15,8 +15,9 @@ use time::OffsetDateTime;
 
 use self::work::{Ended, Work};
 use super::attempts::quarantined;
-use super::envelope::{self, Event};
+use super::envelope::Event;
 use super::gate::Pass;
+use super::outgoing;
 use super::{Events, lane};
 use crate::db::DbError;
 use crate::db::runs::{Completion, OwnedRun, RunClaim, RunRequest};
@@ -225,7 +226,7 @@ async fn complete(
     delivery: &Delivery,
 ) -> Result<Completion, DbError> {
     let run_id = run.set.run_id.as_str();
-    let (publish_id, body) = envelope::publish_event(run_id, OffsetDateTime::now_utc(), event.traceparent.as_deref());
+    let (publish_id, body) = outgoing::publish_event(run_id, OffsetDateTime::now_utc(), event.traceparent.as_deref());
     // A completed run has no owner: renewing it meanwhile would look like having lost it.
     delivery.lease.stop_renewing();
     fault::point("run.before_complete", run_id);

@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 use super::heap::EVENT_KIND;
 use super::pprof::{Profile, Sample, frames};
 
+/// The name of this program's crate, as its functions begin with it.
+pub const PROGRAM: &str = env!("CARGO_CRATE_NAME");
+
 /// Samples without the label belong to no event that is known.
 const NO_KIND: &str = "-";
 
@@ -13,7 +16,7 @@ const NO_KIND: &str = "-";
 pub struct Place {
     /// The kind of event.
     pub kind: String,
-    /// The innermost function of this program on the stack that is more than a wrapper, closures and async blocks under the
+    /// The innermost function of the program on the stack that is more than a wrapper, closures and async blocks under the
     /// function that has them. A stack without any goes by its innermost function.
     pub function: String,
 }
@@ -23,23 +26,28 @@ pub struct Place {
 pub struct Amount {
     /// Asked for by the function itself, or by a library on its behalf.
     pub own: i64,
-    /// The same, and by all functions of this program that it called.
+    /// The same, and by all functions of the program that it called.
     pub with_callees: i64,
 }
 
-/// What a profile has of the sample type at that index, by place.
-pub fn by_place(profile: &Profile, sample_type: usize) -> BTreeMap<Place, Amount> {
+/// What a profile has of the sample type at that index, by place; `program` is the name of the crate whose functions count as
+/// the program's.
+pub fn by_place(profile: &Profile, sample_type: usize, program: &str) -> BTreeMap<Place, Amount> {
     let mut places: BTreeMap<Place, Amount> = BTreeMap::new();
+    let is_own = |function: &str| within(program, function).is_some();
+    // The tasks only mark and count what others do: they are on most stacks and to blame for none.
+    let is_more_than_a_wrapper =
+        |function: &str| within(program, function).is_some_and(|rest| !rest.starts_with("task::"));
     for sample in &profile.samples {
         let (value, kind) = (sample.values[sample_type], kind(sample));
         let names = frames(profile, sample);
-        let own = |is_own: fn(&str) -> bool| -> Vec<&str> {
+        let those = |wanted: &dyn Fn(&str) -> bool| -> Vec<&str> {
             // From the innermost to the outermost.
-            names.iter().rev().map(|name| plain(name)).filter(|name| is_own(name)).collect()
+            names.iter().rev().map(|name| plain(name)).filter(|name| wanted(name)).collect()
         };
-        let mut functions = own(|name| is_own(name) && !is_wrapper(name));
+        let mut functions = those(&is_more_than_a_wrapper);
         if functions.is_empty() {
-            functions = own(is_own);
+            functions = those(&is_own);
         }
         if functions.is_empty() {
             functions.push(names.last().map_or("(no stack)", |name| name));
@@ -72,15 +80,9 @@ fn kind(sample: &Sample) -> &str {
     sample.label(EVENT_KIND).unwrap_or(NO_KIND)
 }
 
-/// Whether a function, or the type whose method it is, is this program's own.
-fn is_own(function: &str) -> bool {
-    const PROGRAM: &str = concat!(env!("CARGO_CRATE_NAME"), "::");
-    function.trim_start_matches(['<', '&']).starts_with(PROGRAM)
-}
-
-/// Whether it only marks and counts what others do, as all of `task`: it is on most stacks and to blame for none.
-fn is_wrapper(function: &str) -> bool {
-    function.trim_start_matches(['<', '&']).starts_with(concat!(env!("CARGO_CRATE_NAME"), "::task::"))
+/// The name of a program's function, or of the type whose method it is, within the program; of others none.
+fn within<'a>(program: &str, function: &'a str) -> Option<&'a str> {
+    function.trim_start_matches(['<', '&']).strip_prefix(program)?.strip_prefix("::")
 }
 
 /// The function that has a closure or async block.
@@ -167,7 +169,7 @@ mod tests {
             (&["alloc::boxed", "write_api::task::mark::under", "std::go"], "b", 1),
             (&[], "", 2),
         ]);
-        let places: Vec<_> = by_place(&profile, 0)
+        let places: Vec<_> = by_place(&profile, 0, PROGRAM)
             .into_iter()
             .map(|(place, amount)| (place.kind, place.function, amount.own, amount.with_callees))
             .collect();

@@ -276,7 +276,12 @@ async fn what_grew_over_many_profiles_names_the_kind_that_leaks_and_its_function
     assert_eq!((kinds[0].key.as_str(), kinds[0].rose), ("planted", 11), "{kinds:#?}");
     let places: Vec<_> = profiles
         .iter()
-        .map(|profile| growth::by_place(profile, held).into_iter().map(|(place, amount)| (place, amount.own)).collect())
+        .map(|profile| {
+            growth::by_place(profile, held, growth::PROGRAM)
+                .into_iter()
+                .map(|(place, amount)| (place, amount.own))
+                .collect()
+        })
         .collect();
     let first = &growth::rank(&places)[0];
     let named = (first.key.kind.as_str(), first.key.function.as_str());
@@ -348,6 +353,47 @@ async fn what_samples_nothing_shows_nothing_new() {
     assert!(!functions(&profile).iter().any(|name| name.ends_with("leaking_function_of_the_test")), "sampling is off");
     drop(unseen);
     sample_allocations(true).unwrap();
+}
+
+#[inline(never)]
+fn waiting_function_of_the_test(mutex: &std::sync::Mutex<()>) {
+    drop(black_box(crate::task::lock(mutex)));
+}
+
+/// Whether two threads of a service meet at a lock is luck. Here one has it until the other has waited long enough to be
+/// sampled for certain.
+#[tokio::test]
+async fn a_wait_at_a_lock_is_in_the_mutex_profile_with_its_stack_and_its_kind() {
+    use crate::task::{For, contention, places};
+
+    let _alone = PROFILER.lock().await;
+    sample_allocations(true).unwrap();
+    let mutex = &std::sync::Mutex::new(());
+    let is_ours = |row: &places::Row| {
+        row.reason == For::Lock && row.place.is_some_and(|place| place.file() == file!()) && row.waited.now > 0
+    };
+    std::thread::scope(|scope| {
+        let held = mutex.lock().unwrap();
+        let waiting = Mark { kind: Kind::ValuationsPublish, stage: Stage::Write };
+        scope.spawn(move || mark::under(waiting, || waiting_function_of_the_test(mutex)));
+        while !places::rows().iter().any(is_ours) {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(contention::LOCK_RATE * 10);
+        drop(held);
+    });
+    let profile = profile_at("/debug/pprof/mutex").await;
+    let kind = Some((EVENT_KIND, "valuations.publish"));
+    let delay = sum(&profile, "delay", "waiting_function_of_the_test", kind);
+    assert!(u128::try_from(delay).unwrap() >= 10 * contention::LOCK_RATE.as_nanos(), "{delay} ns");
+    let block = profile_at("/debug/pprof/block").await;
+    assert_eq!(sum(&block, "delay", "waiting_function_of_the_test", None), 0, "a lock is no other wait");
+    let text = String::from_utf8(body_of("/debug/pprof/mutex?debug=1").await).unwrap();
+    assert!(text.contains(" @ 0x") && text.contains("\"waits_for\":\"lock\""), "{text}");
+    assert!(
+        text.lines().any(|line| line.starts_with("#\t") && line.contains("waiting_function_of_the_test")),
+        "{text}"
+    );
 }
 
 #[tokio::test]

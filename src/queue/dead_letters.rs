@@ -11,7 +11,8 @@ use futures::{StreamExt, stream};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
-use super::sqs::{BATCH, DeadLetter, Extension, Queue, Sqs, SqsError};
+use super::batch::BATCH;
+use super::sqs::{DeadLetter, Extension, Queue, Sqs, SqsError};
 
 /// The longest that a message that was seen stays hidden unless it is extended or given back: what a reader that was killed
 /// costs the next one.

@@ -7,8 +7,9 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
+use super::batch::BATCH;
 use super::lease::Lease;
-use super::sqs::{BATCH, Queue, Sqs};
+use super::sqs::{Queue, Sqs};
 use crate::fault;
 use crate::task;
 

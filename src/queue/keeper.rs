@@ -19,8 +19,9 @@ use tokio::sync::{Notify, OwnedMutexGuard, watch};
 use tokio::time::{Instant, Interval, MissedTickBehavior, timeout};
 use uuid::Uuid;
 
+use super::batch::BATCH;
 use super::lease::{Held, Lease, Role, Shared, StopReason, margin, stop_first, tell_lost};
-use super::sqs::{BATCH, Extension, Queue, Sqs};
+use super::sqs::{Extension, Queue, Sqs};
 use crate::config;
 use crate::fault;
 use crate::health::Beat;

@@ -4,11 +4,14 @@
 //! whatever [`Handler`] the consumer was given → ended as its [`Outcome`] says. This room knows nothing of what events
 //! mean. [`sqs`] is the only file of the service that names AWS types.
 
+pub mod attributes;
+pub mod batch;
 pub mod consumer;
 pub mod dead_letters;
 pub mod deleter;
 pub mod keeper;
 pub mod lease;
+mod reason;
 pub mod sqs;
 
 use std::borrow::Cow;

@@ -20,39 +20,17 @@ use aws_sdk_sqs::types::{
 use futures::FutureExt;
 use tokio::time::Instant;
 
+use super::attributes::{Attributes, MAX_RECEIVE_COUNT, RETENTION, Redrive, dead_letter_queue};
+use super::batch::BATCH;
+use super::reason::{REASON_ATTRIBUTE, shorter_reasons, with_what_goes};
 use super::{Message, Refusal};
 use crate::config;
 use crate::fault;
 use crate::metrics::Metrics;
 use crate::task::{For, wait};
 
-/// The most entries of one batch call, and messages of one receive.
-pub const BATCH: usize = 10;
-
-/// The most bytes of the bodies of one batch together.
-pub const BATCH_BYTES: usize = 256 * 1024;
-
-/// Whether a batch of so many messages and bytes may have one more message, of `next` bytes.
-pub fn has_room(messages: usize, bytes: usize, next: usize) -> bool {
-    messages < BATCH && bytes + next <= BATCH_BYTES
-}
-
-/// How many of `bodies`, from the first on, go in one batch: at least one, whatever its size.
-pub fn batch_length(bodies: &[&str]) -> usize {
-    let mut bytes = 0;
-    let fits = bodies.iter().enumerate().take_while(|(messages, body)| {
-        let fits = *messages == 0 || has_room(*messages, bytes, body.len());
-        bytes += body.len();
-        fits
-    });
-    fits.count()
-}
-
 /// The longest that SQS holds a message back when it is sent.
 pub const MOST_DELAY: Duration = Duration::from_secs(900);
-
-/// Name of the message attribute that carries the reason of a refused message, a JSON object of at most 1 KiB.
-pub const REASON_ATTRIBUTE: &str = "reason";
 
 /// Name of the message attribute that counts how often an operator sent a message again from its dead-letter queue. It
 /// travels with the event, so that one that is refused each time can be told.
@@ -62,12 +40,12 @@ pub const REDRIVES_ATTRIBUTE: &str = "redrives";
 #[derive(Debug, thiserror::Error)]
 #[error("SQS {action} on {queue} failed: {message}")]
 pub struct SqsError {
-    action: &'static str,
-    queue: String,
-    message: String,
+    pub(super) action: &'static str,
+    pub(super) queue: String,
+    pub(super) message: String,
     /// SQS's error code, such as `AWS.SimpleQueueService.NonExistentQueue`, if it answered.
     pub code: Option<String>,
-    timeout: bool,
+    pub(super) timeout: bool,
 }
 
 impl SqsError {
@@ -389,7 +367,7 @@ impl Sqs {
         Ok(())
     }
 
-    /// Sends up to ten messages, at most [`BATCH_BYTES`] together. One result per message.
+    /// Sends up to ten messages, at most [`BATCH_BYTES`](super::batch::BATCH_BYTES) together. One result per message.
     pub async fn send_batch(&self, queue: &Queue, bodies: &[&str]) -> Result<Vec<Sent>, SqsError> {
         let action = "SendMessageBatch";
         let call = async {
@@ -497,7 +475,9 @@ impl Sqs {
             let request =
                 self.client.get_queue_attributes().queue_url(&*queue.url).attribute_names(QueueAttributeName::All);
             let output = request.send().await.map_err(|error| SqsError::new(action, &queue.name, error))?;
-            Attributes::read(&output.attributes.unwrap_or_default()).map_err(|message| SqsError {
+            let given = output.attributes.unwrap_or_default();
+            let given = given.into_iter().map(|(name, value)| (name.as_str().to_owned(), value)).collect();
+            Attributes::read(&given).map_err(|message| SqsError {
                 action,
                 queue: queue.name.to_string(),
                 message,
@@ -542,138 +522,6 @@ const REPAIR_READS: Reads = Reads {
     ],
 };
 
-/// How a queue is set up.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Attributes {
-    /// Its name for all of AWS, which ends in its own name.
-    pub arn: String,
-    /// Whether it is FIFO.
-    pub fifo: bool,
-    /// How long it keeps a message; `None` where that is not told, as ElasticMQ does not.
-    pub retention: Option<Duration>,
-    /// How long a received message stays hidden where the receiver does not say.
-    pub visibility_timeout: Duration,
-    /// Where messages go that were received too often.
-    pub redrive: Option<Redrive>,
-}
-
-/// Where messages go that were received too often.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Redrive {
-    /// The dead-letter queue.
-    pub target_arn: String,
-    /// After so many receives.
-    pub max_receive_count: u32,
-}
-
-impl Attributes {
-    fn read(given: &HashMap<QueueAttributeName, String>) -> Result<Self, String> {
-        let text = |name: QueueAttributeName| given.get(&name).ok_or_else(|| format!("the answer has no {name}"));
-        let seconds = |name: QueueAttributeName| {
-            let text = text(name.clone())?;
-            text.parse().map(Duration::from_secs).map_err(|_| format!("{name} is {text:?}, not a number of seconds"))
-        };
-        let redrive = match given.get(&QueueAttributeName::RedrivePolicy) {
-            Some(policy) => Some(Redrive::read(policy).ok_or_else(|| format!("RedrivePolicy is {policy:?}"))?),
-            None => None,
-        };
-        Ok(Attributes {
-            arn: text(QueueAttributeName::QueueArn)?.clone(),
-            fifo: given.get(&QueueAttributeName::FifoQueue).is_some_and(|fifo| fifo == "true"),
-            retention: match given.contains_key(&QueueAttributeName::MessageRetentionPeriod) {
-                true => Some(seconds(QueueAttributeName::MessageRetentionPeriod)?),
-                false => None,
-            },
-            visibility_timeout: seconds(QueueAttributeName::VisibilityTimeout)?,
-            redrive,
-        })
-    }
-}
-
-impl Redrive {
-    /// SQS accepts the count as a number and as text, and gives it back as it was given.
-    fn read(policy: &str) -> Option<Self> {
-        let policy: serde_json::Value = serde_json::from_str(policy).ok()?;
-        let count = &policy["maxReceiveCount"];
-        let count = count.as_u64().or_else(|| count.as_str()?.parse().ok())?;
-        Some(Redrive {
-            target_arn: policy["deadLetterTargetArn"].as_str()?.to_owned(),
-            max_receive_count: u32::try_from(count).ok()?,
-        })
-    }
-
-    /// The attribute `RedrivePolicy`.
-    pub fn policy(&self) -> String {
-        format!(r#"{{"deadLetterTargetArn":"{}","maxReceiveCount":"{}"}}"#, self.target_arn, self.max_receive_count)
-    }
-}
-
-/// After so many receives SQS itself moves a message to the dead-letter queue: a last resort, since receives count
-/// deploys and throttles as well.
-pub const MAX_RECEIVE_COUNT: u32 = 1_000;
-
-/// The longest that SQS keeps a message, on the queue and on its dead-letter queue.
-pub const RETENTION: Duration = Duration::from_secs(14 * 24 * 3600);
-
-/// The dead-letter queue of a queue.
-pub fn dead_letter_queue(name: &str) -> String {
-    format!("{name}-dlq")
-}
-
-/// The reason of a refused message as its attribute: JSON, at most 1 KiB however long the sentence.
-pub fn reason_json(refusal: &Refusal, message: &Message, queue: &str) -> String {
-    const MOST: usize = 1024;
-    let whole = |reason: &str| {
-        serde_json::json!({
-            "code": refusal.code,
-            "reason": reason,
-            "message_id": message.id,
-            "queue": queue,
-            "receive_count": message.receive_count,
-        })
-        .to_string()
-    };
-    // What SQS does not accept in an attribute are control characters, which JSON escapes, and these two, which it does
-    // not; an error of the JSON reader can quote them.
-    let shown = refusal.reason.replace(['\u{fffe}', '\u{ffff}'], "\u{fffd}");
-    let mut reason = shown.as_str();
-    let mut json = whole(reason);
-    while json.len() > MOST && !reason.is_empty() {
-        // Escapes make a character up to six bytes long: cut by what is too much, then look again.
-        let mut end = reason.len().saturating_sub((json.len() - MOST).div_ceil(6).max(1));
-        while !reason.is_char_boundary(end) {
-            end -= 1;
-        }
-        reason = &reason[..end];
-        json = whole(&format!("{reason}…"));
-    }
-    json
-}
-
-/// What a refused message is sent with: the whole reason, then the code alone, then nothing. SQS counts attributes
-/// towards the largest size of a message, so one that is nearly that large has no room for a sentence; in the dead-letter
-/// queue without its reason it is better off than going round a thousand times.
-fn shorter_reasons(refusal: &Refusal, message: &Message, queue: &str) -> [Option<String>; 3] {
-    let code = serde_json::json!({"code": refusal.code}).to_string();
-    [Some(reason_json(refusal, message, queue)), Some(code), None]
-}
-
-/// Sends with the first of `reasons` that SQS takes, and returns it.
-async fn with_what_goes<F: Future<Output = Result<(), SqsError>>>(
-    reasons: [Option<String>; 3],
-    send: impl Fn(Option<String>) -> F,
-) -> Result<Option<String>, SqsError> {
-    let mut left = reasons.into_iter().peekable();
-    loop {
-        let reason = left.next().flatten();
-        match send(reason.clone()).await {
-            Ok(()) => return Ok(reason),
-            Err(error) if error.is_about_the_message() && left.peek().is_some() => {}
-            Err(error) => return Err(error),
-        }
-    }
-}
-
 /// SQS counts in whole seconds. What is cut off is not promised to anyone; less than a second becomes zero only where
 /// zero was asked.
 fn whole_seconds(duration: Duration) -> i32 {
@@ -712,126 +560,6 @@ fn dead_letter(message: aws_sdk_sqs::types::Message, received_at: Instant) -> Op
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_reason_fits_its_attribute_whatever_it_quotes() {
-        let message = Message {
-            id: "m-1".to_owned(),
-            body: String::new(),
-            receipt: String::new(),
-            receive_count: 3,
-            redrives: 0,
-            received_at: Instant::now(),
-        };
-        for reason in ["short".to_owned(), "\u{1}".repeat(5000), "ü".repeat(5000), "\"".repeat(2000)] {
-            let refusal = Refusal { code: "invalid_json", reason };
-            let json = reason_json(&refusal, &message, "writeapi-events");
-            assert!(json.len() <= 1024, "{} bytes", json.len());
-            let value: serde_json::Value = serde_json::from_str(&json).expect("JSON");
-            assert_eq!(value["code"], "invalid_json");
-        }
-    }
-
-    fn refused_for(code: &str) -> SqsError {
-        SqsError {
-            action: "SendMessage",
-            queue: "q-dlq".to_owned(),
-            message: "no".to_owned(),
-            code: Some(code.to_owned()),
-            timeout: false,
-        }
-    }
-
-    #[tokio::test]
-    async fn a_reason_is_shortened_until_the_message_is_not_too_large() {
-        const LARGEST: usize = 256 * 1024;
-        let refusal = Refusal { code: "too_large", reason: "r".repeat(2000) };
-        for (room, expected) in [(2000, 1024), (1000, 20), (10, 0)] {
-            let message = Message {
-                id: "m-1".to_owned(),
-                body: "b".repeat(LARGEST - room),
-                receipt: String::new(),
-                receive_count: 1,
-                redrives: 0,
-                received_at: Instant::now(),
-            };
-            // SQS counts the name, the type and the value of an attribute.
-            let sqs = |reason: Option<String>| {
-                let attribute = reason.map_or(0, |reason| REASON_ATTRIBUTE.len() + "String".len() + reason.len());
-                let fits = message.body.len() + attribute <= LARGEST;
-                std::future::ready(if fits { Ok(()) } else { Err(refused_for("InvalidParameterValue")) })
-            };
-            let went = with_what_goes(shorter_reasons(&refusal, &message, "q"), sqs).await.expect("it went");
-            assert_eq!(went.as_ref().map_or(0, String::len), expected, "{went:?}");
-            assert!(went.is_none_or(|went| went.contains(r#""code":"too_large""#)));
-        }
-        let message = Message {
-            id: "m-1".to_owned(),
-            body: String::new(),
-            receipt: String::new(),
-            receive_count: 1,
-            redrives: 0,
-            received_at: Instant::now(),
-        };
-        for (code, tries) in [("InvalidMessageContents", 3), ("RequestThrottled", 1)] {
-            let tried = std::cell::Cell::new(0);
-            let sqs = |_: Option<String>| {
-                tried.set(tried.get() + 1);
-                std::future::ready(Err(refused_for(code)))
-            };
-            let error = with_what_goes(shorter_reasons(&refusal, &message, "q"), sqs).await.expect_err(code);
-            assert_eq!((error.code.as_deref(), tried.get()), (Some(code), tries));
-        }
-    }
-
-    #[test]
-    fn a_reason_has_no_character_that_sqs_refuses() {
-        let message = Message {
-            id: "m-1".to_owned(),
-            body: String::new(),
-            receipt: String::new(),
-            receive_count: 1,
-            redrives: 0,
-            received_at: Instant::now(),
-        };
-        let refusal = Refusal { code: "invalid_data", reason: "unknown field `\u{ffff}\u{fffe}`".to_owned() };
-        let json = reason_json(&refusal, &message, "q");
-        assert!(!json.contains(['\u{fffe}', '\u{ffff}']), "{json}");
-    }
-
-    #[test]
-    fn a_batch_is_cut_by_number_and_by_bytes() {
-        let large = "b".repeat(BATCH_BYTES / 3);
-        let huge = "b".repeat(BATCH_BYTES + 1);
-        assert_eq!(batch_length(&[]), 0);
-        assert_eq!(batch_length(&["b"; 12]), BATCH);
-        assert_eq!(batch_length(&[large.as_str(); 5]), 3);
-        assert_eq!(batch_length(&[&large, &huge, "b"]), 1);
-        assert_eq!(batch_length(&[&huge, "b"]), 1);
-    }
-
-    #[test]
-    fn attributes_are_read_as_sqs_writes_them() {
-        let mut given = HashMap::from([
-            (QueueAttributeName::QueueArn, "arn:aws:sqs:us-east-1:000000000000:q".to_owned()),
-            (QueueAttributeName::MessageRetentionPeriod, "1209600".to_owned()),
-            (QueueAttributeName::VisibilityTimeout, "60".to_owned()),
-        ]);
-        let plain = Attributes::read(&given).expect("a standard queue");
-        assert_eq!((plain.fifo, plain.retention, &plain.redrive), (false, Some(RETENTION), &None));
-        for count in ["1000", "\"1000\""] {
-            let policy = format!(r#"{{"deadLetterTargetArn":"arn:q-dlq","maxReceiveCount":{count}}}"#);
-            given.insert(QueueAttributeName::RedrivePolicy, policy);
-            let redrive = Attributes::read(&given).expect("good").redrive.expect("set");
-            assert_eq!(redrive, Redrive { target_arn: "arn:q-dlq".to_owned(), max_receive_count: MAX_RECEIVE_COUNT });
-            assert_eq!(Redrive::read(&redrive.policy()), Some(redrive));
-        }
-        given.insert(QueueAttributeName::RedrivePolicy, "nonsense".to_owned());
-        assert!(Attributes::read(&given).is_err());
-        given.remove(&QueueAttributeName::QueueArn);
-        given.remove(&QueueAttributeName::RedrivePolicy);
-        assert_eq!(Attributes::read(&given), Err("the answer has no QueueArn".to_owned()));
-    }
 
     #[test]
     fn seconds_are_whole_and_zero_only_if_asked() {

@@ -234,10 +234,10 @@ async fn every_mode_has_every_form() -> Result<()> {
         let delta = opened(&format!("{mode}?seconds=1")).await?;
         ensure!(delta.contains(types) && delta.contains("Duration: "), "{mode}?seconds=1: {delta}");
         let people = text(&get(&format!("{mode}?debug=1")).await?);
-        ensure!(
-            !people.contains('\u{fffd}') && people.contains(if mode == "mutex" { "mutex" } else { "@" }),
-            "{mode}: {people}"
-        );
+        // No test can make two threads of the service meet at a lock, so there may be no wait to show: that one is shown
+        // with its stack is for the unit tests of profiling.
+        let shown = if mode == "mutex" { "--- mutex:" } else { "@" };
+        ensure!(!people.contains('\u{fffd}') && people.contains(shown), "{mode}: {people}");
         let lines = text(&get(&format!("{mode}?format=collapsed")).await?);
         ensure!(lines.lines().all(|line| line.rsplit(' ').next().is_some_and(|n| n.parse::<i64>().is_ok())), "{lines}");
         let svg = text(&get(&format!("{mode}?format=svg")).await?);

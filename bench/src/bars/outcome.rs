@@ -28,6 +28,7 @@ pub(crate) struct Figure {
 pub(crate) enum Limit {
     AtMost(f64),
     AtLeast(f64),
+    Exactly(f64),
 }
 
 impl Outcome {
@@ -42,6 +43,11 @@ impl Outcome {
 
     pub(crate) fn at_least(mut self, name: &str, value: f64, limit: f64) -> Self {
         self.figures.push(Figure { name: name.to_owned(), value, limit: Some(Limit::AtLeast(limit)) });
+        self
+    }
+
+    pub(crate) fn exactly(mut self, name: &str, value: f64, limit: f64) -> Self {
+        self.figures.push(Figure { name: name.to_owned(), value, limit: Some(Limit::Exactly(limit)) });
         self
     }
 
@@ -77,6 +83,7 @@ impl Outcome {
             let limit = match figure.limit {
                 Some(Limit::AtMost(limit)) => format!("at most {limit:.3}"),
                 Some(Limit::AtLeast(limit)) => format!("at least {limit:.3}"),
+                Some(Limit::Exactly(limit)) => format!("exactly {limit:.3}"),
                 None => String::new(),
             };
             let mark = if figure.holds(1.0) { ' ' } else { '!' };
@@ -96,6 +103,7 @@ impl Figure {
             // What is not a number is no figure at all.
             Some(Limit::AtMost(limit)) => self.value <= limit * slack,
             Some(Limit::AtLeast(limit)) => self.value >= limit / slack,
+            Some(Limit::Exactly(limit)) => (limit / slack..=limit * slack).contains(&self.value),
             None => true,
         }
     }
@@ -135,6 +143,9 @@ mod tests {
         assert_eq!(bar.clone().not_measured("no time").verdict(), "holds in part");
         let missed = bar.at_most("d", 3.0, 2.0);
         assert_eq!((missed.verdict(), missed.holds(1.5)), ("FALLS SHORT", true));
+        let exactly = |value| Outcome::new(1, "one").exactly("e", value, 4.0);
+        assert_eq!([3.9, 4.0, 4.1].map(|value| exactly(value).holds(1.0)), [false, true, false]);
+        assert_eq!([3.5, 4.5, 6.1].map(|value| exactly(value).holds(1.5)), [true, true, false]);
         assert_eq!(Outcome::new(1, "one").at_most("nan", f64::NAN, 1.0).verdict(), "FALLS SHORT");
         assert_eq!(Outcome::new(1, "one").not_measured("why").verdict(), "not measured");
     }

@@ -56,8 +56,7 @@ pub(crate) async fn latency_bound(ground: &mut Ground, quick: bool) -> Result<Ve
     let Done { before, peak, .. } = done;
     let two = Outcome::new(2, "latency-bound")
         .at_most("event sent to run complete, against the ideal", (done.complete - done.sent) / best.seconds, 1.06)
-        .at_least("most calls in flight", done.stats.max_in_flight as f64, 1_000.0)
-        .at_most("most calls in flight, never above", done.stats.max_in_flight as f64, 1_000.0)
+        .exactly("most calls in flight", done.stats.max_in_flight as f64, 1_000.0)
         .at_least("mean calls in flight, first call to last answer", done.stats.mean_in_flight, 940.0)
         .beside("event sent to all published, s", done.published - done.sent);
     let four = Outcome::new(4, "memory in the event")

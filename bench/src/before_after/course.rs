@@ -81,7 +81,9 @@ impl Course<'_> {
         let file = |when: &str| self.directory.join(format!("{}-{when}.pb.gz", self.way.file_name()));
         let early = heap::take(&self.environment.profiling_url(), &file("early")).await?;
         let late = self.finish(&process, Event { rows, calls }, Some(&file("late"))).await?.context("no profile")?;
-        let growth = heap::growth(&early, &late, &format!("{}: held in the middle of an event", self.way.name()))?;
+        let title = format!("{}: held in the middle of an event", self.way.name());
+        // A crate has the name of its program, as Rust writes it.
+        let growth = heap::growth(&early, &late, &self.way.command().0.replace('-', "_"), &title)?;
         let points = timeline.points();
         drop(process);
         Ok(WayReport { way: self.way, events, profiled_rows: rows, growth, points })

@@ -6,20 +6,18 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use local_stack::http_client;
 use serde::Serialize;
-use write_api::profiling::pprof::{FlameGraph, Profile, combine, frames};
+use write_api::profiling::growth::{by_place, rank};
+use write_api::profiling::pprof::{Profile, difference_graph};
 
 /// The sample type that says what is held.
 const HELD: &str = "inuse_space";
 /// What is named in words.
 const MOST_HOLDERS: usize = 3;
 
-/// A function of the process that holds memory, with what its callees allocated for it.
+/// A function that holds memory: the innermost of the program's own, or a library's where none is on the stack.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Holder {
-    /// The innermost function of the program's own.
     pub(crate) function: String,
-    /// What it calls that allocates most of it; empty if it allocates by itself.
-    pub(crate) through: String,
     pub(crate) mib: f64,
 }
 
@@ -44,86 +42,54 @@ pub(crate) async fn take(profiling_url: &str, file: &Path) -> Result<Profile> {
     Profile::decode(&body).with_context(|| format!("{url} gave no profile"))
 }
 
-/// What `late` holds more than `early`.
-pub(crate) fn growth(early: &Profile, late: &Profile, title: &str) -> Result<Growth> {
-    let difference = combine(&[(late, 1), (early, -1)])?;
-    let held = difference.sample_type(HELD).with_context(|| format!("the profiles have no {HELD}"))?;
-    let mut graph = FlameGraph::new(title, "bytes");
-    for sample in &late.samples {
-        let names = frames(late, sample);
-        graph.add(names.iter().map(AsRef::as_ref), sample.values[held], 0);
-    }
-    let mut holders: BTreeMap<String, (i64, BTreeMap<String, i64>)> = BTreeMap::new();
-    let mut bytes = 0;
-    for sample in &difference.samples {
-        let names = frames(&difference, sample);
-        let change = sample.values[held];
-        graph.add(names.iter().map(AsRef::as_ref), 0, change);
-        bytes += change;
-        let Some(own) = names.iter().rposition(|name| is_own(name)) else { continue };
-        let holder = holders.entry(short(&names[own])).or_default();
-        holder.0 += change;
-        let through = names.get(own + 1).map(|name| short(name)).unwrap_or_default();
-        *holder.1.entry(through).or_default() += change;
-    }
+/// What `late` holds more than `early`, by the functions of the crate `program`.
+pub(crate) fn growth(early: &Profile, late: &Profile, program: &str, title: &str) -> Result<Growth> {
+    ensure!(early.sample_types == late.sample_types, "the two heap profiles measure different things");
+    let held = late.sample_type(HELD).with_context(|| format!("the profiles have no {HELD}"))?;
     let mib = |bytes: i64| bytes as f64 / 1024.0 / 1024.0;
-    let mut holders: Vec<Holder> = holders
-        .into_iter()
-        .filter(|(_, (change, _))| *change > 0)
-        .map(|(function, (change, through))| Holder {
-            function,
-            through: through.into_iter().max_by_key(|(_, change)| *change).map(|(name, _)| name).unwrap_or_default(),
-            mib: mib(change),
-        })
-        .collect();
-    holders.sort_by(|left, right| right.mib.total_cmp(&left.mib));
-    holders.truncate(MOST_HOLDERS);
-    Ok(Growth { mib: mib(bytes), holders, svg: graph.svg() })
-}
-
-/// Whether a function is of the programs that are compared, also as the type that a library's function is for. The wrappers
-/// of tasks are around everything and say nothing.
-fn is_own(name: &str) -> bool {
-    let own = |name: &str| {
-        name.starts_with("before::") || (name.starts_with("write_api::") && !name.starts_with("write_api::task::"))
-    };
-    own(name) || name.strip_prefix('<').is_some_and(own)
-}
-
-/// A function's name without closures and the parameters of its types, which say little and are long.
-fn short(name: &str) -> String {
-    let mut short = String::with_capacity(name.len());
-    let mut depth = 0_u32;
-    for (index, c) in name.char_indices() {
-        match c {
-            // `<T as Trait>::f` begins with one, and is its name.
-            '<' if index > 0 && !name[..index].ends_with(' ') => depth += 1,
-            '>' if depth > 0 => depth -= 1,
-            c if depth == 0 => short.push(c),
-            _ => {}
+    let total = |profile: &Profile| profile.samples.iter().map(|sample| sample.values[held]).sum::<i64>();
+    let by_function = [early, late].map(|profile| {
+        let mut functions: BTreeMap<String, i64> = BTreeMap::new();
+        for (place, amount) in by_place(profile, held, program) {
+            *functions.entry(place.function).or_default() += amount.own;
         }
-    }
-    short.replace("::{closure#0}", "").replace("::{{closure}}", "").replace("::::", "::")
+        functions
+    });
+    let grown = rank(&by_function).into_iter().filter(|grown| grown.grew > 0).take(MOST_HOLDERS);
+    Ok(Growth {
+        mib: mib(total(late) - total(early)),
+        holders: grown.map(|grown| Holder { function: grown.key, mib: mib(grown.grew) }).collect(),
+        svg: difference_graph(early, late, held, &[], title).svg(),
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use write_api::profiling::pprof::{Builder, ValueType};
 
-    #[test]
-    fn names_are_cut_to_what_they_say() {
-        assert_eq!(short("before::Worker::listings::{closure#0}"), "before::Worker::listings");
-        assert_eq!(short("alloc::vec::Vec<u8, A>::push"), "alloc::vec::Vec::push");
-        assert_eq!(
-            short("<alloc::string::String as serde::Deserialize>::deserialize"),
-            "<alloc::string::String as serde::Deserialize>::deserialize"
-        );
+    /// Stacks from the innermost function to the outermost, with MiB.
+    fn profile(stacks: &[(&[&str], i64)]) -> Profile {
+        let sample_types = vec![ValueType::new(HELD, "bytes")];
+        let mut builder = Builder::new(Profile { sample_types, ..Profile::default() });
+        for (stack, mib) in stacks {
+            let places: Vec<usize> = stack.iter().map(|name| builder.place(name, "", 0)).collect();
+            builder.add(&places, &[mib << 20], &[]);
+        }
+        builder.finish()
     }
 
     #[test]
-    fn the_programs_own_functions_are_told_from_libraries() {
-        assert!(is_own("before::Worker::listings") && is_own("<write_api::events::Events as Handler>::handle"));
-        assert!(!is_own("sqlx_core::row::get") && !is_own("<alloc::vec::Vec<before::Listing>>::push"));
-        assert!(!is_own("<write_api::task::registry::Tracked<F> as core::future::future::Future>::poll"));
+    fn what_grew_belongs_to_the_programs_own_functions() {
+        let rows: &[&str] = &["alloc::vec::push", "before::Worker::listings::{{closure}}", "before::main"];
+        let answers: &[&str] = &["alloc::boxed", "before::Worker::call", "before::main"];
+        let gone: &[&str] = &["alloc::boxed", "before::setup", "before::main"];
+        let early = profile(&[(rows, 1), (gone, 2)]);
+        let late = profile(&[(rows, 41), (answers, 3)]);
+        let growth = growth(&early, &late, "before", "grew").unwrap();
+        assert!((growth.mib - 41.0).abs() < 1e-9, "{}", growth.mib);
+        let holders: Vec<_> = growth.holders.iter().map(|holder| (holder.function.as_str(), holder.mib)).collect();
+        assert_eq!(holders, [("before::Worker::listings", 40.0), ("before::Worker::call", 3.0)]);
+        assert!(growth.svg.contains("before::Worker::listings") && growth.svg.contains("+41943040"), "{}", growth.svg);
     }
 }

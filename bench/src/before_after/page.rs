@@ -5,7 +5,8 @@ use std::fmt::Write as _;
 use anyhow::Result;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use bench::text::{duration, thousands};
+use bench::text::duration;
+use local_stack::thousands;
 
 use crate::chart::{Chart, Curve, Span};
 use crate::report::{ROWS, Report, WayReport};

@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 
-use bench::text::{duration, thousands};
+use bench::text::duration;
+use local_stack::thousands;
 use serde::Serialize;
 
 use crate::heap::Growth;
@@ -146,9 +147,6 @@ impl WayReport {
         for (index, holder) in self.growth.holders.iter().enumerate() {
             let joint = if index == 0 { ": " } else { "; " };
             let _ = write!(text, "{joint}{:.1} MiB in {}", holder.mib, holder.function);
-            if !holder.through.is_empty() {
-                let _ = write!(text, ", mostly by {}", holder.through);
-            }
         }
         text + "."
     }

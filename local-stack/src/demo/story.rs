@@ -6,13 +6,14 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use local_stack::{
     Behaviour, Environment, KafkaTap, Names, PartnerStub, Process, Program, Sampler, Stack, StackOptions, ideal, peak,
+    thousands,
 };
 
 use super::database::Database;
 use super::progress::Progress;
 use super::queues::Queues;
 use super::report::{Cpu, FastEvents, KafkaRecords, Machine, MemoryFigures, QueueFigures, Report, Rows, Stages};
-use super::summary::{Addresses, thousands};
+use super::summary::Addresses;
 use super::watch::Watch;
 use super::{REAL_LISTINGS, Settings};
 use crate::variables_file::VariablesFile;

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::report::Report;
-use local_stack::{Bound, Memory};
+use local_stack::{Bound, Memory, thousands};
 
 /// Columns before the figures.
 const NAMES: usize = 15;
@@ -129,30 +129,11 @@ impl Lines {
     }
 }
 
-/// A count with a comma before every three digits.
-pub(super) fn thousands(count: u64) -> String {
-    let digits = count.to_string();
-    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::report::Stages;
     use super::super::report::tests::good;
     use super::*;
-
-    #[test]
-    fn counts_are_readable() {
-        let texts = [0, 999, 1_000, 17_000, 1_700_000].map(thousands);
-        assert_eq!(texts, ["0", "999", "1,000", "17,000", "1,700,000"]);
-    }
 
     #[test]
     fn the_summary_says_what_happened_and_that_it_is_right() {

@@ -3,13 +3,12 @@
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
-use local_stack::{Exposition, Histogram, Ideal, KafkaTap, Memory, PartnerStub, Process, Program, Sampler};
+use local_stack::{Exposition, Histogram, Ideal, KafkaTap, Memory, PartnerStub, Process, Program, Sampler, thousands};
 
 use super::Settings;
 use super::database::{Database, Run};
 use super::progress::{Moment, Progress};
 use super::queues::Queues;
-use super::summary::thousands;
 
 /// How often the database and the stub are asked how far everything is.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);

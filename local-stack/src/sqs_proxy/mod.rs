@@ -79,7 +79,7 @@ impl SqsProxy {
     /// The calls that have come in, by action (`ReceiveMessage`).
     #[must_use]
     pub fn calls_by_action(&self) -> BTreeMap<String, u64> {
-        self.state.calls().clone()
+        self.state.witness.calls_by_action()
     }
 
     /// How often each fault has really happened, by [name](SqsFault::name).

@@ -1,6 +1,5 @@
 //! The proxy's two sides.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use std::{future, io};
@@ -36,8 +35,6 @@ pub(super) struct State {
     repeats: Mutex<Repeats>,
     /// Counts the messages that came to wait, for parked polls.
     arrivals: watch::Sender<u64>,
-    /// Calls that have come in, by action.
-    calls: Mutex<BTreeMap<String, u64>>,
 }
 
 /// What becomes of one message of a call.
@@ -57,16 +54,11 @@ impl State {
             client: Client::builder(TokioExecutor::new()).build(HttpConnector::new()),
             repeats: Mutex::default(),
             arrivals: watch::Sender::new(0),
-            calls: Mutex::default(),
         }
     }
 
     fn repeats(&self) -> MutexGuard<'_, Repeats> {
         self.repeats.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn calls(&self) -> MutexGuard<'_, BTreeMap<String, u64>> {
-        self.calls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn hit(&self, taken: &Taken<Scoped>, call: &Call) {
@@ -95,7 +87,6 @@ async fn handle(state: Arc<State>, request: Request<Incoming>) -> io::Result<Ans
         Ok(call) => call,
         Err(error) => return Ok(protocol::error(StatusCode::BAD_REQUEST, "InvalidRequest", &format!("{error:#}"))),
     };
-    *state.calls().entry(call.action.clone()).or_default() += 1;
     let taken = state.orders.take(|scoped| !scoped.fault.needs_messages() && scoped.fits(&call));
     call.replace_receipts(|made| state.repeats().receipt(made));
     let watched = state.witness.begin(&call);

@@ -1,5 +1,6 @@
 //! What went through the proxy: each call that was about messages, and what became of it on both sides.
 
+use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -73,6 +74,9 @@ pub(super) struct Witness(Mutex<Book>);
 
 #[derive(Debug, Default)]
 struct Book {
+    /// Of all calls, by the name of their action.
+    counts: BTreeMap<String, u64>,
+    /// Those that are about messages.
     calls: Vec<WatchedCall>,
     /// How long the emulator took for each answer, long polls without the time that they may be parked.
     took: Vec<Duration>,
@@ -98,13 +102,14 @@ impl Witness {
             () if call.is_change() => Some(Action::Change),
             () => None,
         };
+        let mut book = self.book();
+        *book.counts.entry(call.action.clone()).or_default() += 1;
         let place = action.map(|action| {
             let messages = match action {
                 Action::Receive => Vec::new(),
                 _ if call.entries().is_empty() => vec![asked(&call.body)],
                 _ => call.entries().iter().map(asked).collect(),
             };
-            let mut book = self.book();
             book.calls.push(WatchedCall { action, at: begun, answered_after: None, messages });
             book.calls.len() - 1
         });
@@ -114,6 +119,11 @@ impl Witness {
     /// The calls so far that were about messages.
     pub(super) fn calls(&self) -> Vec<WatchedCall> {
         self.book().calls.iter().filter(|call| !call.messages.is_empty()).cloned().collect()
+    }
+
+    /// How many calls there were so far, by the name of their action.
+    pub(super) fn calls_by_action(&self) -> BTreeMap<String, u64> {
+        self.book().counts.clone()
     }
 
     /// The emulator has answered.

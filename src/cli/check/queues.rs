@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use super::report::Finding;
-use crate::queue::sqs::{Attributes, MAX_RECEIVE_COUNT, RETENTION, Redrive, Sqs, SqsError, dead_letter_queue};
+use crate::queue::attributes::{Attributes, MAX_RECEIVE_COUNT, RETENTION, Redrive, dead_letter_queue};
+use crate::queue::sqs::{Sqs, SqsError};
 
 /// The queue `name`, which `key` is the setting of, and its dead-letter queue.
 pub(super) async fn check(sqs: &Sqs, key: &str, name: &str, visibility: Duration) -> Vec<Finding> {

@@ -1,6 +1,5 @@
 //! `write-api profile diff`: what grew from one profile to another.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
@@ -9,10 +8,10 @@ use serde_json::json;
 
 use super::source::{Chosen, Found, SOURCES, Source};
 use super::text::{amount, change, moment, table, taken_ms};
-use super::{sample_type, save};
+use super::{Shown, own_by_place, save};
 use crate::cli::print;
 use crate::config::Config;
-use crate::profiling::growth::{Place, by_kind, by_place, rank};
+use crate::profiling::growth::{by_kind, rank};
 use crate::profiling::pprof::{ValueType, combine, difference_graph};
 use crate::profiling::{EVENT_KIND, STAGE};
 
@@ -40,24 +39,17 @@ pub(in crate::cli) struct Options {
     after: String,
     #[command(flatten)]
     chosen: Chosen,
-    /// What to count, such as alloc_space; by default what the profile itself begins with: inuse_space, for the heap.
-    #[arg(long, value_name = "TYPE")]
-    sample: Option<String>,
-    /// At most this many functions.
-    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
-    limit: u32,
+    #[command(flatten)]
+    shown: Shown,
     /// The files to write, without .svg and .pb.gz.
     #[arg(long, short, value_name = "NAME", default_value = "diff")]
     output: PathBuf,
-    /// A JSON document.
-    #[arg(long)]
-    json: bool,
 }
 
 pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()> {
     let before = Source::parse(&options.before, config)?.read(&options.chosen, "heap", None).await?;
     let after = Source::parse(&options.after, config)?.read(&options.chosen, "heap", None).await?;
-    let index = sample_type(&after.profile, options.sample.as_deref())?;
+    let index = options.shown.counted.index(&after.profile)?;
     let difference = combine(&[(&after.profile, 1), (&before.profile, -1)])
         .with_context(|| format!("{} and {}", before.name, after.name))?;
     let builds = [&before, &after].map(|found| found.profile.mappings.first().map(|program| &program.build_id));
@@ -68,7 +60,7 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
         after.name
     );
     let of = &after.profile.sample_types[index];
-    let values = [&before, &after].map(|found| own(found, index));
+    let values = [&before, &after].map(|found| own_by_place(found, index));
     let functions = rank(&values);
     let kinds = rank(&[&before, &after].map(|found| by_kind(&found.profile, index)));
     let totals = [&before, &after].map(|found| by_kind(&found.profile, index).values().sum::<i64>());
@@ -80,14 +72,15 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
     save(&svg, graph.svg().as_bytes())?;
     save(&pprof, &difference.encode())?;
 
-    if options.json {
+    if options.shown.json {
         let kinds = kinds.iter().map(
             |kind| json!({"kind": kind.key, "grew": kind.grew, "before": kind.series[0], "after": kind.series[1]}),
         );
-        let functions = functions.iter().filter(|place| place.grew != 0).take(options.limit as usize).map(|place| {
-            json!({"kind": place.key.kind, "function": place.key.function, "grew": place.grew,
+        let functions =
+            functions.iter().filter(|place| place.grew != 0).take(options.shown.limit as usize).map(|place| {
+                json!({"kind": place.key.kind, "function": place.key.function, "grew": place.grew,
                    "before": place.series[0], "after": place.series[1]})
-        });
+            });
         let document = json!({
             "before": {"source": before.name, "time_ms": taken_ms(&before), "total": totals[0]},
             "after": {"source": after.name, "time_ms": taken_ms(&after), "total": totals[1]},
@@ -103,7 +96,7 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
     let kinds: Vec<_> =
         kinds.iter().map(|kind| row(kind.grew, &kind.series).into_iter().chain([kind.key.clone()]).collect()).collect();
     // What shrank most stands at the end, and is of interest as well where there is room.
-    let moved = functions.iter().filter(|place| place.grew != 0).take(options.limit as usize);
+    let moved = functions.iter().filter(|place| place.grew != 0).take(options.shown.limit as usize);
     let places: Vec<_> = moved
         .map(|place| {
             let names = [place.key.kind.clone(), place.key.function.clone()];
@@ -118,10 +111,6 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
         svg.display(),
         pprof.display()
     ))
-}
-
-fn own(found: &Found, index: usize) -> BTreeMap<Place, i64> {
-    by_place(&found.profile, index).into_iter().map(|(place, amount)| (place, amount.own)).collect()
 }
 
 fn summary(before: &Found, after: &Found, of: &ValueType, totals: [i64; 2]) -> String {

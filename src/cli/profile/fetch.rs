@@ -70,10 +70,7 @@ impl Mode {
 }
 
 pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()> {
-    let source = match &options.source {
-        Some(source) => Source::parse(source, config)?,
-        None => Source::of_this_machine(config)?,
-    };
+    let source = Source::given(options.source.as_deref(), config)?;
     let mode = options.mode.name();
     let found = source.read(&options.chosen, mode, options.seconds).await?;
     let by_time = || {

@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::source::{Chosen, SOURCES, Source};
 use super::text::{amount, moment, taken_ms};
-use super::{sample_type, save};
+use super::{Counted, save};
 use crate::cli::print;
 use crate::config::Config;
 use crate::profiling::pprof::flame_graph;
@@ -33,21 +33,17 @@ pub(in crate::cli) struct Options {
     source: Option<String>,
     #[command(flatten)]
     chosen: Chosen,
-    /// What to count, such as alloc_space; by default what the profile itself begins with: inuse_space, for the heap.
-    #[arg(long, value_name = "TYPE")]
-    sample: Option<String>,
+    #[command(flatten)]
+    counted: Counted,
     /// The SVG file to write.
     #[arg(long, short, value_name = "FILE", default_value = "flamegraph.svg")]
     output: PathBuf,
 }
 
 pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()> {
-    let source = match &options.source {
-        Some(source) => Source::parse(source, config)?,
-        None => Source::of_this_machine(config)?,
-    };
+    let source = Source::given(options.source.as_deref(), config)?;
     let found = source.read(&options.chosen, "heap", None).await?;
-    let index = sample_type(&found.profile, options.sample.as_deref())?;
+    let index = options.counted.index(&found.profile)?;
     let kind = &found.profile.sample_types[index];
     let total: i64 = found.profile.samples.iter().map(|sample| sample.values[index]).sum();
     let what = format!("{} {} at {} UTC", kind.kind, amount(total, &kind.unit), moment(taken_ms(&found)));

@@ -1,6 +1,5 @@
 //! `write-api profile grew`: what grew over many snapshots.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -8,13 +7,13 @@ use clap::Args;
 use serde_json::json;
 
 use super::list;
-use super::sample_type;
 use super::source::{Chosen, Found, SOURCES, Select, Source};
 use super::text::{amount, change, moment, table, taken_ms};
+use super::{Shown, own_by_place};
 use crate::cli::text::span;
 use crate::cli::{count, print};
 use crate::config::Config;
-use crate::profiling::growth::{Grown, Place, by_kind, by_place, rank};
+use crate::profiling::growth::{Grown, Place, by_kind, rank};
 
 /// More would take minutes to read and tell the same.
 const MOST: usize = 100;
@@ -43,21 +42,14 @@ pub(in crate::cli) struct Options {
     sources: Vec<String>,
     #[command(flatten)]
     chosen: Chosen,
-    /// What to count, such as alloc_space; by default what the profile itself begins with: inuse_space, for the heap.
-    #[arg(long, value_name = "TYPE")]
-    sample: Option<String>,
-    /// At most this many functions.
-    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
-    limit: u32,
+    #[command(flatten)]
+    shown: Shown,
     /// Of a running service: how many profiles.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(2..=100))]
     count: u32,
     /// Of a running service: how many seconds apart.
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=3600))]
     every: u32,
-    /// A JSON document.
-    #[arg(long)]
-    json: bool,
 }
 
 pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()> {
@@ -80,7 +72,7 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
     }
     ensure!(found.len() >= 2, "{} is one profile; what grew shows in two or more", found[0].name);
     let first = &found[0];
-    let index = sample_type(&first.profile, options.sample.as_deref())?;
+    let index = options.shown.counted.index(&first.profile)?;
     for other in &found {
         ensure!(
             other.profile.sample_types == first.profile.sample_types,
@@ -90,18 +82,15 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
         );
     }
     let kinds = rank(&found.iter().map(|found| by_kind(&found.profile, index)).collect::<Vec<_>>());
-    let places = rank(&found.iter().map(|found| own(found, index)).collect::<Vec<_>>());
+    let places = rank(&found.iter().map(|found| own_by_place(found, index)).collect::<Vec<_>>());
     let growth = Growth { found: &found, unit: &first.profile.sample_types[index].unit, kinds, places };
-    match options.json {
-        true => {
-            print(format!("{}\n", growth.document(&first.profile.sample_types[index].kind, options.limit as usize)))
-        }
-        false => print(growth.text(options.limit as usize)?),
+    match options.shown.json {
+        true => print(format!(
+            "{}\n",
+            growth.document(&first.profile.sample_types[index].kind, options.shown.limit as usize)
+        )),
+        false => print(growth.text(options.shown.limit as usize)?),
     }
-}
-
-fn own(found: &Found, index: usize) -> BTreeMap<Place, i64> {
-    by_place(&found.profile, index).into_iter().map(|(place, amount)| (place, amount.own)).collect()
 }
 
 /// What there is to tell.

@@ -59,6 +59,17 @@ pub(super) struct Found {
 }
 
 impl Source {
+    /// The source that is named, or the running service of this machine.
+    pub fn given(text: Option<&str>, config: &Config) -> anyhow::Result<Self> {
+        match text {
+            Some(text) => Self::parse(text, config),
+            None => {
+                let address = crate::cli::health::from_here(config.profiling.listen);
+                Ok(Source::Live(Live::parse(&format!("http://{address}"), config.profiling.token.as_ref())?))
+            }
+        }
+    }
+
     pub fn parse(text: &str, config: &Config) -> anyhow::Result<Self> {
         if text.starts_with("http://") {
             return Ok(Source::Live(Live::parse(text, config.profiling.token.as_ref())?));
@@ -78,12 +89,6 @@ impl Source {
             None => (text, Select::Last),
         };
         Ok(Source::Stored { store: Store::open(place, &config.profiling.snapshots.s3)?, select })
-    }
-
-    /// The running service of this machine.
-    pub fn of_this_machine(config: &Config) -> anyhow::Result<Self> {
-        let address = crate::cli::health::from_here(config.profiling.listen);
-        Ok(Source::Live(Live::parse(&format!("http://{address}"), config.profiling.token.as_ref())?))
     }
 
     /// One profile; `mode` and `seconds` are for a running service.

@@ -5,12 +5,12 @@ use std::cmp::Reverse;
 use clap::Args;
 use serde_json::json;
 
-use super::sample_type;
+use super::Shown;
 use super::source::{Chosen, SOURCES, Source};
 use super::text::{amount, moment, share, table, taken_ms};
 use crate::cli::print;
 use crate::config::Config;
-use crate::profiling::growth::{by_kind, by_place};
+use crate::profiling::growth::{PROGRAM, by_kind, by_place};
 
 pub(super) const HELP: &str = "\
 Needs: a profile: a file, a directory of snapshots, or a running service, by default that of this machine.
@@ -35,34 +35,24 @@ pub(in crate::cli) struct Options {
     source: Option<String>,
     #[command(flatten)]
     chosen: Chosen,
-    /// What to count, such as alloc_space; by default what the profile itself begins with: inuse_space, for the heap.
-    #[arg(long, value_name = "TYPE")]
-    sample: Option<String>,
-    /// At most this many functions.
-    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
-    limit: u32,
-    /// A JSON document.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    shown: Shown,
 }
 
 pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()> {
-    let source = match &options.source {
-        Some(source) => Source::parse(source, config)?,
-        None => Source::of_this_machine(config)?,
-    };
+    let source = Source::given(options.source.as_deref(), config)?;
     let found = source.read(&options.chosen, "heap", None).await?;
-    let index = sample_type(&found.profile, options.sample.as_deref())?;
+    let index = options.shown.counted.index(&found.profile)?;
     let sample_type = &found.profile.sample_types[index];
     let mut kinds: Vec<_> = by_kind(&found.profile, index).into_iter().filter(|(_, value)| *value != 0).collect();
     kinds.sort_by_key(|(_, value)| Reverse(*value));
-    let mut places: Vec<_> = by_place(&found.profile, index).into_iter().collect();
+    let mut places: Vec<_> = by_place(&found.profile, index, PROGRAM).into_iter().collect();
     places.retain(|(_, amount)| amount.own != 0 || amount.with_callees != 0);
     places.sort_by_key(|(_, amount)| Reverse((amount.own, amount.with_callees)));
     let total: i64 = kinds.iter().map(|(_, value)| value).sum();
-    if options.json {
+    if options.shown.json {
         let kinds: Vec<_> = kinds.iter().map(|(kind, value)| json!({"kind": kind, "value": value})).collect();
-        let functions = places.iter().take(options.limit as usize).map(|(place, amount)| {
+        let functions = places.iter().take(options.shown.limit as usize).map(|(place, amount)| {
             json!({"kind": place.kind, "function": place.function, "value": amount.own, "with_callees": amount.with_callees})
         });
         let document = json!({
@@ -76,7 +66,7 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
         kinds.iter().map(|(kind, value)| vec![shown(*value), share(*value, total), kind.clone()]).collect();
     let rows: Vec<_> = places
         .iter()
-        .take(options.limit as usize)
+        .take(options.shown.limit as usize)
         .map(|(place, amount)| {
             let figures = [shown(amount.own), share(amount.own, total), shown(amount.with_callees)];
             figures.into_iter().chain([place.kind.clone(), place.function.clone()]).collect()

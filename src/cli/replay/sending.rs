@@ -20,8 +20,9 @@ use super::survey::Survey;
 use super::{Kinds, Options};
 use crate::config::Backoff;
 use crate::events::envelope::{self, MAX_BODY_BYTES};
-use crate::events::request;
-use crate::queue::sqs::{self, Queue, Sent, Sqs};
+use crate::events::{outgoing, request};
+use crate::queue::batch;
+use crate::queue::sqs::{Queue, Sent, Sqs};
 
 /// Batches on their way at once. An interrupted replay sends at most these again.
 const IN_FLIGHT: usize = 8;
@@ -163,7 +164,7 @@ impl Batch {
             (Some(first), Some(due)) => due <= first + COMPANY,
             _ => true,
         };
-        sqs::has_room(self.items.len(), self.bytes, item.body.len()) && in_time
+        batch::has_room(self.items.len(), self.bytes, item.body.len()) && in_time
     }
 
     fn push(&mut self, item: Item) {
@@ -257,7 +258,7 @@ impl Identities {
         let time = self.last.map_or(now, |last| now.max(last + Duration::from_micros(1)));
         self.last = Some(time);
         let unwrapped = envelope::document(decoded.text)
-            .and_then(|document| envelope::with_identity(&document, &id.to_string(), time));
+            .and_then(|document| outgoing::with_identity(&document, &id.to_string(), time));
         let body = unwrapped.map_err(|refusal| anyhow::anyhow!("{}: {}", refusal.code, refusal.reason))?;
         let bytes = body.len();
         ensure!(
