@@ -17,8 +17,8 @@ pub(super) fn text(profile: &Profile) -> String {
     samples.sort_by_key(|sample| std::cmp::Reverse((sample.values[3], sample.values[1])));
     for sample in samples {
         write(format_args!("{} @", numbers(&sample.values)));
-        for index in &sample.locations {
-            write(format_args!(" {:#x}", profile.locations[*index].address));
+        for location in profile.stack(sample) {
+            write(format_args!(" {:#x}", location.address));
         }
         let labels: Vec<String> = sample
             .labels
@@ -29,8 +29,7 @@ pub(super) fn text(profile: &Profile) -> String {
             })
             .collect();
         write(format_args!("\n# labels: {{{}}}\n", labels.join(", ")));
-        for index in &sample.locations {
-            let location = &profile.locations[*index];
+        for location in profile.stack(sample) {
             if location.lines.is_empty() {
                 let file = location.mapping.map_or("?", |mapping| profile.mappings[mapping].file.as_str());
                 write(format_args!("#\t{:#x}\t{file}\n", location.address));

@@ -14,8 +14,8 @@ use aws_config::timeout::TimeoutConfig;
 use aws_sdk_sqs::Client;
 use aws_sdk_sqs::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_sqs::types::{
-    ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry, MessageAttributeValue,
-    MessageSystemAttributeName, QueueAttributeName, SendMessageBatchRequestEntry,
+    BatchResultErrorEntry, ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry,
+    MessageAttributeValue, MessageSystemAttributeName, QueueAttributeName, SendMessageBatchRequestEntry,
 };
 use futures::FutureExt;
 use tokio::time::Instant;
@@ -271,23 +271,9 @@ impl Sqs {
             request.send().await.map_err(|error| SqsError::new(action, &queue.name, error))
         };
         let output = self.bounded(action, &queue.name, self.request_timeout * 2, call).await?;
-        let mut results = vec![Extension::Failed("SQS did not mention the entry".to_owned()); entries.len()];
-        let index = |id: &str| id.parse::<usize>().ok().filter(|index| *index < entries.len());
-        for success in output.successful {
-            if let Some(index) = index(&success.id) {
-                results[index] = Extension::Extended;
-            }
-        }
-        for failure in output.failed {
-            if let Some(index) = index(&failure.id) {
-                let message = format!("{}: {}", failure.code, failure.message.unwrap_or_default());
-                // A fault of the sender is about this receipt: stale, gone, or past its 12 h; but for a throttle, which SQS
-                // counts as one. Another is SQS's own.
-                let is_final = failure.sender_fault && !failure.code.contains("Throttl");
-                results[index] = if is_final { Extension::Refused(message) } else { Extension::Failed(message) };
-            }
-        }
-        Ok(results)
+        let done = output.successful.into_iter().map(|success| success.id);
+        // A refusal is about this receipt: it is stale, gone, or past its 12 h.
+        Ok(by_entry(entries.len(), done, output.failed, Extension::Extended, Extension::Refused, Extension::Failed))
     }
 
     /// Sends one message, retrying what passes.
@@ -388,22 +374,8 @@ impl Sqs {
             request.send().await.map_err(|error| SqsError::new(action, &queue.name, error))
         };
         let output = self.bounded(action, &queue.name, self.request_timeout * 4, call).await?;
-        let mut results = vec![Sent::Failed("SQS did not mention the message".to_owned()); bodies.len()];
-        let index = |id: &str| id.parse::<usize>().ok().filter(|index| *index < bodies.len());
-        for success in output.successful {
-            if let Some(index) = index(&success.id) {
-                results[index] = Sent::Accepted;
-            }
-        }
-        for failure in output.failed {
-            if let Some(index) = index(&failure.id) {
-                let message = format!("{}: {}", failure.code, failure.message.unwrap_or_default());
-                // SQS calls throttling the sender's fault as well, and that passes.
-                let passes = !failure.sender_fault || failure.code.contains("Throttl");
-                results[index] = if passes { Sent::Failed(message) } else { Sent::Refused(message) };
-            }
-        }
-        Ok(results)
+        let done = output.successful.into_iter().map(|success| success.id);
+        Ok(by_entry(bodies.len(), done, output.failed, Sent::Accepted, Sent::Refused, Sent::Failed))
     }
 
     /// Creates a queue with its dead-letter queue where they are missing, and leaves alone what is there. Returns the
@@ -522,6 +494,31 @@ const REPAIR_READS: Reads = Reads {
     ],
 };
 
+/// What became of the entries of a batch in their order, which their ids tell. A fault of the sender is final, but for a
+/// throttle, which SQS counts as one.
+fn by_entry<T: Clone>(
+    length: usize,
+    done: impl Iterator<Item = String>,
+    failed: Vec<BatchResultErrorEntry>,
+    success: T,
+    refusal: impl Fn(String) -> T,
+    failure: impl Fn(String) -> T,
+) -> Vec<T> {
+    let mut results = vec![failure("SQS did not mention the entry".to_owned()); length];
+    let index = |id: &str| id.parse::<usize>().ok().filter(|index| *index < length);
+    for index in done.filter_map(|id| index(&id)) {
+        results[index] = success.clone();
+    }
+    for entry in failed {
+        if let Some(index) = index(&entry.id) {
+            let message = format!("{}: {}", entry.code, entry.message.unwrap_or_default());
+            let is_final = entry.sender_fault && !entry.code.contains("Throttl");
+            results[index] = if is_final { refusal(message) } else { failure(message) };
+        }
+    }
+    results
+}
+
 /// SQS counts in whole seconds. What is cut off is not promised to anyone; less than a second becomes zero only where
 /// zero was asked.
 fn whole_seconds(duration: Duration) -> i32 {
@@ -560,6 +557,32 @@ fn dead_letter(message: aws_sdk_sqs::types::Message, received_at: Instant) -> Op
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_entry_of_a_batch_has_its_result() {
+        let failed = |id: &str, code: &str, sender_fault: bool| {
+            let entry = BatchResultErrorEntry::builder().id(id).code(code).sender_fault(sender_fault);
+            entry.message("why").build().expect("id, code and fault are set")
+        };
+        let entries = vec![
+            failed("3", "InternalError", false),
+            failed("1", "RequestThrottled", true),
+            failed("2", "ReceiptHandleIsInvalid", true),
+            failed("9", "InternalError", false),
+        ];
+        let done = ["4", "nonsense"].into_iter().map(str::to_owned);
+        let failure = |reason: &str| Sent::Failed(reason.to_owned());
+        assert_eq!(
+            by_entry(5, done, entries, Sent::Accepted, Sent::Refused, Sent::Failed),
+            [
+                failure("SQS did not mention the entry"),
+                failure("RequestThrottled: why"),
+                Sent::Refused("ReceiptHandleIsInvalid: why".to_owned()),
+                failure("InternalError: why"),
+                Sent::Accepted,
+            ]
+        );
+    }
 
     #[test]
     fn seconds_are_whole_and_zero_only_if_asked() {

@@ -134,8 +134,8 @@ async fn work_on_a_message_that_was_taken_away_stops() -> Result<()> {
 /// message is taken away.
 #[tokio::test]
 async fn a_publication_that_is_taken_away_while_its_cursor_is_written_stops_and_writes_nothing() -> Result<()> {
-    const LISTINGS: i64 = 60;
-    const PAGE: i64 = 20;
+    const LISTINGS: i64 = 200;
+    const PAGE: u64 = 20;
     let mut world = World::new(Behaviour::default()).await?;
     world.set("queue.visibility_timeout", "3s").set("kafka.page_size", PAGE).set("database.statement_timeout", "60s");
     world.listings(LISTINGS).await?;
@@ -147,28 +147,26 @@ async fn a_publication_that_is_taken_away_while_its_cursor_is_written_stops_and_
     // it locks a row, so the keeper's renewals are free.
     let mut lock = world.database.begin().await?;
     sqlx::query("LOCK TABLE quarantined_records IN EXCLUSIVE MODE").execute(&mut *lock).await?;
-    let writing = "SELECT count(*) FROM pg_stat_activity
-                   WHERE datname = current_database() AND state = 'active' AND query LIKE '%INSERT INTO quarantined_records%'
-                     AND pid <> pg_backend_pid()";
+    let locks = "SELECT count(*) FROM pg_locks WHERE relation = 'quarantined_records'::regclass";
+    let writing = format!("{locks} AND NOT granted");
     let id = world.refresh(&[])?;
-    until(
-        "the first page's cursor being written",
-        LONG,
-        async || Ok((world.number(writing).await? == 1).then_some(())),
-    )
+    until("the first page's cursor being written", LONG, async || {
+        Ok((world.number(&writing).await? == 1).then_some(()))
+    })
     .await?;
-    let second_page = 2 * PAGE as u64;
-    until("the second page's records", SOON, async || Ok((tap.distinct_ids() == second_page).then_some(()))).await?;
+    // The second page is sent meanwhile, and two more may be under way behind it.
+    let begun = 2 * PAGE..=4 * PAGE;
+    until("the second page's records", SOON, async || Ok((tap.distinct_ids() >= 2 * PAGE).then_some(()))).await?;
 
     world.sqs.purge_queue().queue_url(world.queue_url_of(Lane::PostProcessing)).send().await?;
     let lost = r#"write_api_events_total{kind="valuations.publish",outcome="lost"}"#;
     until("the work to stop", SOON, async || Ok((service.metric(lost).await? == 1.0).then_some(()))).await?;
     ensure!(world.number("SELECT count(*) FROM runs WHERE publisher IS NOT NULL").await? == 0, "it still has the run");
     lock.rollback().await?;
-    until("the end of the write", SOON, async || Ok((world.number(writing).await? == 0).then_some(()))).await?;
+    until("the end of the write", SOON, async || Ok((world.number(locks).await? == 0).then_some(()))).await?;
     let left = "SELECT count(*) FROM publications WHERE cursor = 0 AND published = 0 AND state <> 'complete'";
     ensure!(world.number(left).await? == 1, "the cursor was written after the run was given back");
-    ensure!(tap.distinct_ids() == second_page, "{} records", tap.distinct_ids());
+    ensure!(begun.contains(&tap.distinct_ids()), "{} records", tap.distinct_ids());
 
     // Sent again, the event begins at the cursor: what Kafka has is there twice, the same to the letter.
     let event: String =
@@ -177,7 +175,7 @@ async fn a_publication_that_is_taken_away_while_its_cursor_is_written_stops_and_
     world.published(&id, LONG).await?;
     world.check_records(&tap, &id, &world.homes(LISTINGS).await?).await?;
     ensure!(world.number("SELECT published FROM publications").await? == LISTINGS);
-    ensure!(tap.count() == LISTINGS as u64 + second_page, "{} records", tap.count());
+    ensure!(tap.count() <= LISTINGS as u64 + begun.end(), "{} records: too many were sent again", tap.count());
     world.quiet(LONG).await?;
     world.finish(service).await
 }

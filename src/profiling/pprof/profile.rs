@@ -56,6 +56,11 @@ impl Profile {
         }
         self.sample_types.iter().position(|sample_type| sample_type.kind == kind)
     }
+
+    /// The places of a sample, the innermost first.
+    pub fn stack<'a>(&'a self, sample: &'a Sample) -> impl DoubleEndedIterator<Item = &'a Location> {
+        sample.locations.iter().map(|index| &self.locations[*index])
+    }
 }
 
 /// A part of a file that is mapped into memory: the code of the program or of a library.

@@ -9,8 +9,7 @@ use super::{FlameGraph, Profile, Sample};
 /// file and address.
 pub fn frames<'a>(profile: &'a Profile, sample: &Sample) -> Vec<Cow<'a, str>> {
     let mut names = Vec::new();
-    for index in sample.locations.iter().rev() {
-        let location = &profile.locations[*index];
+    for location in profile.stack(sample).rev() {
         for line in location.lines.iter().rev() {
             names.push(Cow::Borrowed(profile.functions[line.function].name.as_str()));
         }
