@@ -49,7 +49,7 @@ pub(super) fn told(wait: Duration) -> (u64, String) {
     (
         seconds,
         format!(
-            "too many profiles were asked for: at most {BURST} at once, then one a second; ask again in {seconds} s, and for less"
+            "too many profiles were asked for: at most {BURST} at once, then one a second; ask again in {seconds} s, and less often"
         ),
     )
 }
