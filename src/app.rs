@@ -146,6 +146,10 @@ impl App {
         let mut watchers = JoinSet::new();
         let listeners = self.listeners.take().expect("taken once, here");
         let begin = self.start_watchers(&mut watchers);
+        if self.config.profiling.enabled {
+            let budget = profiling::keep_to_budget(self.config.profiling.clone());
+            task::spawn_in(&mut watchers, "profiler budget", budget);
+        }
         let cancels = cancels::watch(
             self.database.clone(),
             self.keeper.clone(),

@@ -9,6 +9,7 @@ use prometheus::{
     TextEncoder,
 };
 
+use crate::task::cost::{self, Part};
 use crate::task::{For, Kind, registry, usage};
 
 /// Upper bounds in seconds for things that take from a millisecond to hours.
@@ -109,6 +110,13 @@ metrics! {
     snapshot_bytes: IntGauge("write_api_snapshot_bytes"),
     /// Snapshots of the heap that are still to be sent to S3.
     snapshots_unsent: IntGauge("write_api_snapshots_unsent"),
+    /// CPU time of the profiler, by part: requests, snapshots, cpu_samples, heap_samples, wait_stacks, bookkeeping. What happens
+    /// inside of other work is an estimate.
+    profiler_cpu: CounterVec("write_api_profiler_cpu_seconds_total", &["part"]),
+    /// Memory that the profiler holds, by part; that of the allocator at most.
+    profiler_memory: IntGaugeVec("write_api_profiler_memory_bytes", &["part"]),
+    /// Rates of sampling in force as a share of those that were asked for: 1, and less while the profiler keeps within its budget.
+    profiler_rate: Gauge("write_api_profiler_rate_ratio"),
     /// Live tasks.
     tasks: IntGauge("write_api_tasks"),
     /// Bytes in live allocations.
@@ -198,6 +206,13 @@ impl Metrics {
 
     fn read_usage(&self) {
         self.tasks.set(registry::count() as i64);
+        for part in Part::ALL {
+            raise(&self.profiler_cpu.with_label_values(&[part.name()]), cost::cpu(part).as_secs_f64());
+        }
+        for (part, bytes) in cost::memory() {
+            self.profiler_memory.with_label_values(&[part]).set(bytes as i64);
+        }
+        self.profiler_rate.set(1.0 / f64::from(cost::slowdown()));
         for kind in Kind::ALL {
             let (used, name) = (usage::of_kind(kind), kind.name());
             for (counter, now) in [(&self.allocated, used.allocated), (&self.freed, used.freed)] {
@@ -227,6 +242,10 @@ impl Metrics {
         set(&self.jemalloc_active, stats::active::read());
         set(&self.jemalloc_resident, stats::resident::read());
         set(&self.jemalloc_retained, stats::retained::read());
+        // All arenas together. What the allocator has for itself: the tables of its profiler, and the caches of its threads.
+        // SAFETY: a size_t, by the allocator's manual.
+        let internal = unsafe { tikv_jemalloc_ctl::raw::read::<usize>(b"stats.arenas.4096.internal\0") };
+        set(&self.profiler_memory.with_label_values(&["allocator"]), internal);
     }
 }
 

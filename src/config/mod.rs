@@ -325,6 +325,8 @@ pub struct Profiling {
     pub listen: SocketAddr,
     /// Demanded of every request where set.
     pub token: Option<Secret>,
+    /// CPU time that the profiler may use in each second.
+    pub cpu_budget: Duration,
     /// Heap profiles kept on disk.
     pub snapshots: Snapshots,
 }

@@ -117,6 +117,7 @@ impl Config {
                 enabled: layers.boolean("profiling.enabled"),
                 listen: layers.socket_address("profiling.listen"),
                 token: profiling_token(layers),
+                cpu_budget: layers.duration("profiling.cpu_budget", ms(1)..=SECOND),
                 snapshots: snapshots(layers),
             },
             shutdown: Shutdown { grace: layers.duration("shutdown.grace", SECOND * 3..=HOUR) },

@@ -194,12 +194,13 @@ fn drop_allocator_frames(profile: &mut Profile) {
 /// names; what the symbol table does not name stays.
 fn is_allocator(function: &str) -> bool {
     const EXACT: [&str; 6] = ["malloc", "calloc", "realloc", "posix_memalign", "aligned_alloc", "do_rallocx"];
-    const PREFIXES: [&str; 11] = [
+    const PREFIXES: [&str; 12] = [
         "_rjem_",
         "je_",
         "prof_",
         "imalloc",
         "write_api::profiling::sampling::",
+        "write_api::task::cost::heap_sample",
         "__rust_",
         "__rustc::__",
         "alloc::alloc::",

@@ -22,11 +22,13 @@
 //! `jeheap`, addresses are placed by `objects` and named by `symbols`, `heap` makes a [`pprof::Profile`] of it, and `request`
 //! answers in the form that was asked for.
 //!
-//! Profiling must not endanger the work. Who may ask is decided in `access`; only one profile is taken at a time, on
-//! a thread of its own (`one_at_a_time`); every request leaves a line in the log.
+//! Profiling must not endanger the work. Who may ask is decided in `access`, how often in `rate_limit`; only one profile is taken
+//! at a time, on a thread of its own (`one_at_a_time`); what all of it costs is kept within a budget (`budget`); every request
+//! leaves a line in the log.
 
 mod access;
 mod allocator;
+mod budget;
 mod contention;
 mod cpu;
 pub mod growth;
@@ -37,6 +39,7 @@ mod modes;
 mod objects;
 mod one_at_a_time;
 pub mod pprof;
+mod rate_limit;
 mod request;
 mod sampling;
 pub mod snapshots;
@@ -60,14 +63,17 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 
 use crate::config;
+use crate::task::cost::{Part, ThreadClock};
 
 pub use allocator::{MALLOC_CONF, sample_allocations};
+pub use budget::keep as keep_to_budget;
 pub use heap::{EVENT_KIND, STAGE};
 
 use access::Access;
 use modes::Mode;
 use one_at_a_time::{Asked, Interrupt, Interrupted, OneAtATime};
 use pprof::{Profile, combine};
+use rate_limit::RateLimit;
 use request::{Answer, Format, Options};
 
 /// Tries out what a heap profile needs: that the allocator samples, and that its dump can be written. Gives the size of
@@ -91,7 +97,7 @@ pub fn router(profiling: &config::Profiling) -> Router {
         let answer = async move |slot: Slot, peer: Peer, query: Pairs| lookup(mode, slot, peer, query).await;
         router = router.route(&format!("/debug/pprof/{}", mode.name()), get(answer));
     }
-    let access = Arc::new(Access::new(profiling));
+    let gate = Arc::new(Gate { access: Access::new(profiling), rate_limit: RateLimit::new() });
     router
         .with_state(slot)
         .fallback(async || {
@@ -101,25 +107,46 @@ pub fn router(profiling: &config::Profiling) -> Router {
                 &format!("no such profile; there are: {modes}, profile, trace, cmdline, symbol"),
             )
         })
-        .layer(middleware::from_fn_with_state(access, guard))
+        .layer(middleware::from_fn_with_state(gate, guard))
 }
 
 type Slot = State<Arc<OneAtATime>>;
 type Peer = ConnectInfo<SocketAddr>;
 type Pairs = Query<Vec<(String, String)>>;
 
+/// What a request has to pass.
+struct Gate {
+    access: Access,
+    rate_limit: RateLimit,
+}
+
+impl Gate {
+    fn decide(&self, request: &Request) -> Result<(), Response> {
+        self.access.decide(request).map_err(IntoResponse::into_response)?;
+        if matches!(request.uri().path(), "/debug/pprof/" | "/debug/pprof/cmdline") {
+            // They take no profile and cost nothing.
+            return Ok(());
+        }
+        self.rate_limit.take().map_err(|wait| {
+            let (seconds, text) = rate_limit::told(wait);
+            ([(header::RETRY_AFTER, seconds.to_string())], failure(StatusCode::TOO_MANY_REQUESTS, &text))
+                .into_response()
+        })
+    }
+}
+
 /// Lets a request in or not, and leaves a line about it in the log.
 async fn guard(
-    State(access): State<Arc<Access>>,
+    State(gate): State<Arc<Gate>>,
     ConnectInfo(peer): ConnectInfo<SocketAddr>,
     request: Request,
     next: Next,
 ) -> Response {
     let begin = Instant::now();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let mut response = match access.decide(&request) {
+    let mut response = match gate.decide(&request) {
         Ok(()) => next.run(request).await,
-        Err(refusal) => refusal.into_response(),
+        Err(refusal) => refusal,
     };
     response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     tracing::info!(
@@ -160,6 +187,8 @@ format=svg        a flame graph
 gc=1              first gives memory that the allocator keeps unused back to the system. Nothing is collected: what the
                   profile shows is the same; the resident set is smaller
 force=1           takes the place of a profile that is being taken: there is only one at a time
+
+Fifty requests may come at once, then one a second; this list and cmdline are not counted.
 ";
 
 /// One of the profiles that show a state.
@@ -182,12 +211,15 @@ async fn lookup(mode: Mode, slot: Slot, peer: Peer, query: Pairs) -> Response {
 
 async fn cpu_profile(slot: Slot, peer: Peer, query: Pairs) -> Response {
     answered("profile", slot, peer, query, |options, interrupt| {
-        let hz = options.hz.unwrap_or(cpu::HZ);
-        let profile = cpu::profile(options.seconds.unwrap_or(cpu::SECONDS), hz, interrupt)?;
-        if options.debug > 0 {
-            return Ok(Answer::profile(&profile, "profile", Format::Collapsed));
-        }
-        Ok(Answer::profile(&profile, "profile", options.format))
+        let asked = options.hz.unwrap_or(cpu::HZ);
+        let hz = budget::hz(asked);
+        let mut profile = cpu::profile(options.seconds.unwrap_or(cpu::SECONDS), hz, interrupt)?;
+        let note = (hz < asked).then(|| {
+            format!("{hz} samples a second instead of {asked}: the profiler had used more than profiling.cpu_budget")
+        });
+        profile.comments.extend(note.clone());
+        let format = if options.debug > 0 { Format::Collapsed } else { options.format };
+        Ok(Answer::profile(&profile, "profile", format).with_note(note))
     })
     .await
 }
@@ -247,7 +279,10 @@ async fn symbols_posted(addresses: String) -> Response {
 
 /// The functions at `addresses` (`0x10+0x20`) of the program, as its profiles have them. Without addresses it says that it could.
 async fn named(addresses: String) -> Response {
-    let text = crate::task::spawn_blocking(move || symbols::at(addresses.split('+').filter(|text| !text.is_empty())));
+    let text = crate::task::spawn_blocking(move || {
+        let _clock = ThreadClock::begin(Part::Requests);
+        symbols::at(addresses.split('+').filter(|text| !text.is_empty()))
+    });
     match text.await {
         Ok(text) => ([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], text).into_response(),
         Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),

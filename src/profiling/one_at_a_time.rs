@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use tokio::sync::{Notify, oneshot};
 
+use crate::task::cost::{Part, ThreadClock};
+
 /// How long a request that pre-empts waits for the place. What runs looks at its interrupt ten times a second and more;
 /// what does not, such as writing the allocator's dump, is done within a second.
 const TO_MAKE_ROOM: Duration = Duration::from_secs(5);
@@ -102,7 +104,9 @@ impl OneAtATime {
         let _gone = Gone(Arc::clone(&interrupt));
         let (sender, result) = oneshot::channel();
         let thread = std::thread::Builder::new().name(format!("profile {what}")).spawn(move || {
+            let clock = ThreadClock::begin(Part::Requests);
             let result = work(&interrupt);
+            drop(clock);
             // Before the answer, after which the next request may come at once.
             drop(place);
             // Without a receiver nobody wants it.

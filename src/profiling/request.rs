@@ -93,17 +93,32 @@ pub(super) struct Answer {
     content_type: &'static str,
     /// The name of the file to save it as; none for what browsers show.
     attachment: Option<String>,
+    /// What is other than it was asked for.
+    note: Option<String>,
 }
+
+/// The header with what is other than it was asked for.
+const NOTE: &str = "x-profiling-note";
 
 impl Answer {
     /// JSON for a viewer.
     pub fn json(text: String, name: &str) -> Self {
-        Answer { body: text.into_bytes(), content_type: "application/json", attachment: Some(format!("{name}.json")) }
+        Answer {
+            body: text.into_bytes(),
+            content_type: "application/json",
+            attachment: Some(format!("{name}.json")),
+            note: None,
+        }
     }
 
     /// Text for people.
     pub fn text(text: String) -> Self {
-        Answer { body: text.into_bytes(), content_type: "text/plain; charset=utf-8", attachment: None }
+        Answer { body: text.into_bytes(), content_type: "text/plain; charset=utf-8", attachment: None, note: None }
+    }
+
+    /// With a header that says what is other than it was asked for.
+    pub fn with_note(self, note: Option<String>) -> Self {
+        Answer { note, ..self }
     }
 
     /// A profile in the form that was asked for.
@@ -115,6 +130,7 @@ impl Answer {
                 body: profile.encode(),
                 content_type: "application/octet-stream",
                 attachment: Some(name.to_owned()),
+                note: None,
             },
             Format::Collapsed => {
                 let lines = collapsed(profile, sample_type, &[EVENT_KIND, STAGE]);
@@ -126,6 +142,7 @@ impl Answer {
                     body: flame_graph(profile, sample_type, &[EVENT_KIND, STAGE], &title).svg().into_bytes(),
                     content_type: "image/svg+xml",
                     attachment: None,
+                    note: None,
                 }
             }
         }
@@ -139,6 +156,10 @@ impl IntoResponse for Answer {
             let value = format!("attachment; filename=\"{name}\"");
             let value = value.parse().expect("names of profiles are plain letters");
             response.headers_mut().insert(header::CONTENT_DISPOSITION, value);
+        }
+        if let Some(note) = self.note {
+            let note = note.parse().expect("notes are plain letters");
+            response.headers_mut().insert(NOTE, note);
         }
         response
     }

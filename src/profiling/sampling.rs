@@ -17,6 +17,7 @@ use anyhow::Context as _;
 use tikv_jemalloc_ctl::raw;
 
 use crate::stack;
+use crate::task::cost;
 use crate::task::mark::{self, Mark};
 
 const HOOK: &[u8] = b"experimental.hooks.prof_backtrace\0";
@@ -67,7 +68,7 @@ pub(super) fn mark_at(address: usize) -> Option<Mark> {
 
 unsafe extern "C" fn by_frame_pointers(places: *mut *mut c_void, length: *mut c_uint, most: c_uint) {
     // SAFETY: the allocator hands `most` places, at least one, and a number to set.
-    unsafe {
+    cost::heap_sample(|| unsafe {
         let places = slice::from_raw_parts_mut(places.cast::<usize>(), most as usize);
         let Some((last, frames)) = places.split_last_mut() else { return };
         let found = stack::own(frames);
@@ -75,12 +76,12 @@ unsafe extern "C" fn by_frame_pointers(places: *mut *mut c_void, length: *mut c_
         let end = frames.get_mut(found).unwrap_or(last);
         *end = MARKS + mark::current().index();
         *length = found as c_uint + 1;
-    }
+    });
 }
 
 unsafe extern "C" fn by_unwinder(places: *mut *mut c_void, length: *mut c_uint, most: c_uint) {
     // SAFETY: as above; the pointer was put there from a function of this type, before this one was made the hook.
-    unsafe {
+    cost::heap_sample(|| unsafe {
         if most == 0 {
             return;
         }
@@ -92,7 +93,7 @@ unsafe extern "C" fn by_unwinder(places: *mut *mut c_void, length: *mut c_uint, 
         }
         *places.add(*length as usize) = ptr::without_provenance_mut(MARKS + mark::current().index());
         *length += 1;
-    }
+    });
 }
 
 /// Whether code of this program keeps frame pointers: a recursion ten levels deeper has ten frames more.

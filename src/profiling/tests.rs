@@ -27,7 +27,14 @@ fn profiling(token: Option<&str>) -> Profiling {
         s3_url: None,
         s3: S3 { endpoint_url: None, region: "us-east-1".to_owned() },
     };
-    Profiling { enabled: true, listen: ([127, 0, 0, 1], 0).into(), token: token.map(Secret::new), snapshots }
+    let cpu_budget = Duration::from_millis(10);
+    Profiling {
+        enabled: true,
+        listen: ([127, 0, 0, 1], 0).into(),
+        token: token.map(Secret::new),
+        cpu_budget,
+        snapshots,
+    }
 }
 
 async fn ask(token: Option<&str>, method: &str, path: &str, headers: &[(&str, &str)]) -> (u16, Vec<u8>, Response) {
@@ -110,6 +117,40 @@ async fn only_get_and_only_what_exists() {
     assert!(String::from_utf8(body).unwrap().contains("heap"));
     assert_eq!(response.headers()["x-content-type-options"], "nosniff");
     assert_eq!(response.headers()["x-go-pprof"], "1");
+}
+
+#[tokio::test]
+async fn whoever_asks_too_often_is_told_when_to_come_back_and_strangers_cost_nobody_a_turn() {
+    let mut router = router(&profiling(Some(TOKEN)));
+    let mut get = async |path: &str, token: &str| {
+        let mut request = Request::builder().uri(path).header("authorization", format!("Bearer {token}"));
+        request = request.header("host", "localhost");
+        let mut request = request.body(Body::empty()).unwrap();
+        request.extensions_mut().insert(ConnectInfo(SocketAddr::from(([127, 0, 0, 1], 5000))));
+        router.call(request).await.unwrap()
+    };
+    for _ in 0..100 {
+        assert_eq!(get("/debug/pprof/heap?seconds=0", "somebody else's").await.status(), 401);
+        assert_eq!(get(INDEX, TOKEN).await.status(), 200);
+    }
+    // Wrong options make cheap requests.
+    let mut passed = 0;
+    let refused = loop {
+        let response = get("/debug/pprof/heap?seconds=0", TOKEN).await;
+        if response.status() != 400 {
+            break response;
+        }
+        passed += 1;
+        assert!(passed < 1000, "nothing is limited");
+    };
+    assert!(passed >= 50, "{passed}");
+    assert_eq!((refused.status().as_u16(), refused.headers()["retry-after"].to_str().unwrap()), (429, "1"));
+    assert_eq!(refused.headers()["x-go-pprof"], "1");
+    let text = refused.into_body().collect().await.unwrap().to_bytes();
+    assert!(String::from_utf8_lossy(&text).contains("ask again in 1 s"), "{text:?}");
+    for free in [INDEX, "/debug/pprof/cmdline"] {
+        assert_eq!(get(free, TOKEN).await.status(), 200, "{free}");
+    }
 }
 
 /// 64 MiB in blocks so much larger than the distance of two samples that each is sampled.

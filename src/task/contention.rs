@@ -1,6 +1,6 @@
 //! Stacks of waits, sampled by their length.
 //!
-//! A wait is taken with a probability that is its length over [`RATE`], and a longer one always; what is taken stands for those
+//! A wait is taken with a probability that is its length over the [`rate`], and a longer one always; what is taken stands for those
 //! that were not, so that counts and times are right on average (as in Go's runtime, `runtime.SetBlockProfileRate`). The
 //! exact figures, without stacks, are in [`places`](super::places).
 
@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
+use super::cost::{self, Part};
 use super::mark::Mark;
 use super::places::For;
 use crate::stack;
@@ -18,11 +19,11 @@ const DEPTH: usize = 64;
 /// The most stacks. Their number follows the paths of the code, so it is reached by an error only.
 const MOST_STACKS: usize = 4096;
 
-/// For one stack on average of so much waiting at locks, which are short.
-pub const LOCK_RATE: Duration = Duration::from_micros(100);
+/// For one stack on average of so much waiting at locks, which are short; without a slowdown.
+const LOCK_RATE: Duration = Duration::from_micros(100);
 
 /// For one stack on average of so much of all other waiting.
-pub const RATE: Duration = Duration::from_secs(1);
+const RATE: Duration = Duration::from_secs(1);
 
 /// Where it waited, for what, and whose work it was.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -46,6 +47,19 @@ pub struct Contended {
 
 static STACKS: LazyLock<Mutex<HashMap<Key, Contended>>> = LazyLock::new(Mutex::default);
 
+/// The rate in force. Each stack is weighed with that of its own moment, so a change biases nothing.
+pub fn rate(reason: For) -> Duration {
+    let rate = if reason == For::Lock { LOCK_RATE } else { RATE };
+    rate * cost::slowdown()
+}
+
+/// Bytes that are held.
+pub(super) fn memory() -> u64 {
+    let stacks = STACKS.lock().unwrap_or_else(PoisonError::into_inner);
+    let frames: usize = stacks.keys().map(|key| size_of_val(&*key.stack)).sum();
+    (stacks.capacity() * (size_of::<(Key, Contended)>() + 1) + frames) as u64
+}
+
 /// Everything that was sampled since the start.
 pub fn sampled() -> HashMap<Key, Contended> {
     STACKS.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -65,8 +79,11 @@ fn weight(took: Duration, rate: Duration, luck: f64) -> Option<Contended> {
 
 /// Takes the stack of a wait that has just ended, or does not.
 pub(super) fn sample(reason: For, mark: Mark, took: Duration) {
-    let rate = if reason == For::Lock { LOCK_RATE } else { RATE };
-    let Some(weight) = weight(took, rate, fastrand::f64()) else { return };
+    let Some(weight) = weight(took, rate(reason), fastrand::f64()) else { return };
+    cost::timed(Part::WaitStacks, Duration::ZERO, || keep(reason, mark, weight));
+}
+
+fn keep(reason: For, mark: Mark, weight: Contended) {
     let mut frames = [0; DEPTH];
     let length = stack::own(&mut frames);
     let key = Key { stack: frames[..length].into(), reason, mark };

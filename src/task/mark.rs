@@ -10,7 +10,7 @@ use std::task::{Context, Poll};
 use pin_project_lite::pin_project;
 
 use super::trace::Open;
-use super::usage;
+use super::{cost, usage};
 
 /// Whose work it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -177,6 +177,7 @@ impl<F: Future> Future for InStage<F> {
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
         let this = self.project();
+        cost::step();
         let _entered = Entered::new(Mark { stage: *this.stage, ..current() });
         this.span.get_or_insert_with(Open::begin);
         let polled = this.future.poll(context);

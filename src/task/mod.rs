@@ -5,6 +5,7 @@
 //! waits are charged to its event (`usage`); it is listed with where it was spawned and where it waits (`registry`).
 
 pub mod contention;
+pub mod cost;
 pub mod mark;
 pub mod places;
 pub mod registry;

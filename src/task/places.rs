@@ -147,6 +147,11 @@ fn place(location: &'static Location<'static>, reason: For) -> &'static Place {
     &ELSEWHERE
 }
 
+/// Bytes of the table.
+pub(super) fn memory() -> u64 {
+    (size_of_val(&PLACES) + size_of_val(&ELSEWHERE)) as u64
+}
+
 /// Everything that was ever counted.
 pub fn rows() -> Vec<Row> {
     let mut rows = Vec::new();

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use pin_project_lite::pin_project;
 
 use super::mark::{self, Entered, Kind, Mark, Stage};
-use super::trace;
 use super::usage::{Ledger, Polling};
+use super::{cost, trace};
 
 /// All of them, by number. Held for an insertion, a removal, or the copying of pointers.
 static TASKS: LazyLock<Mutex<HashMap<u64, Arc<Task>>>> = LazyLock::new(Mutex::default);
@@ -114,6 +114,14 @@ pub fn live() -> Vec<Snapshot> {
     let mut snapshots: Vec<Snapshot> = all.iter().map(|task| task.snapshot(now)).collect();
     snapshots.sort_unstable_by_key(|task| task.number);
     snapshots
+}
+
+/// Bytes that are held for all of them, as if each had a ledger of its own; without the texts of what they work on.
+pub(super) fn memory() -> u64 {
+    let tasks = tasks();
+    // With the two counts of each Arc.
+    let each = size_of::<Task>() + size_of::<Ledger>() + 4 * size_of::<usize>();
+    (tasks.capacity() * (size_of::<(u64, Arc<Task>)>() + 1) + tasks.len() * each) as u64
 }
 
 /// How many tasks live now.
@@ -262,6 +270,7 @@ struct Turn<'a> {
 
 impl<'a> Turn<'a> {
     fn begin(task: &'a Task) -> Self {
+        cost::step();
         let now = Instant::now();
         let polling = Polling::begin(&task.ledger, now);
         let kind = Kind::ALL[usize::from(task.kind.load(Ordering::Relaxed))];

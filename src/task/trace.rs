@@ -76,6 +76,11 @@ pub(super) fn note(mark: Mark, task: u32, since: Instant) {
     spans.push_back(packed);
 }
 
+/// Bytes that are held.
+pub(super) fn memory() -> u64 {
+    (SPANS.lock().unwrap_or_else(PoisonError::into_inner).capacity() * size_of::<Packed>()) as u64
+}
+
 /// Spans that ended within the last `within`, in the order in which they ended; and the time now, counted as theirs.
 pub fn last(within: Duration) -> (Vec<Span>, Duration) {
     let now = START.elapsed();

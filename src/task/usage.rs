@@ -99,6 +99,11 @@ impl Default for Ledger {
 /// Everything since the start, by mark.
 static TOTALS: [Ledger; Mark::COUNT] = [const { Ledger::new() }; Mark::COUNT];
 
+/// Bytes of the sums.
+pub(super) fn memory() -> u64 {
+    size_of_val(&TOTALS) as u64
+}
+
 /// What all work of a kind has used since the start of the process.
 pub fn of_kind(kind: Kind) -> Used {
     let mut sum = Used::default();

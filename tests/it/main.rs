@@ -30,6 +30,7 @@ mod postgres_tls;
 mod pprof;
 mod probation;
 mod profile_verbs;
+mod profiler_cost;
 mod recording;
 mod replay;
 mod resume;

@@ -53,6 +53,11 @@ impl Ring {
         Ring { slots: (0..places).map(slot).collect(), next: AtomicUsize::new(0), lost: AtomicU64::new(0) }
     }
 
+    /// Bytes of all places.
+    pub fn memory(&self) -> u64 {
+        size_of_val(&*self.slots) as u64
+    }
+
     /// Adds a sample whose frames `fill` writes. Async-signal-safe as far as `fill` is.
     pub fn add(&self, thread: i32, periods: u32, mark: u16, fill: impl FnOnce(&mut [usize]) -> usize) {
         let at = self.next.fetch_add(1, Ordering::Relaxed) % self.slots.len();

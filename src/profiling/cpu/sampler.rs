@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
 use std::sync::Once;
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use std::{io, mem, ptr, thread};
 
@@ -16,6 +16,7 @@ use libc::{siginfo_t, ucontext_t};
 
 use super::ring::Ring;
 use crate::stack::{self, Registers, walk};
+use crate::task::cost::{self, Held, Part};
 use crate::task::mark;
 
 /// How often samples are collected and new threads looked for.
@@ -55,6 +56,9 @@ static ACTIVE: AtomicPtr<Active> = AtomicPtr::new(ptr::null_mut());
 
 /// Handlers that may be looking at it.
 static IN_HANDLER: AtomicUsize = AtomicUsize::new(0);
+
+/// Nanoseconds that a signal takes beside what its handler does, by a trial.
+static DELIVERY: AtomicU64 = AtomicU64::new(0);
 
 struct Active {
     ring: Ring,
@@ -98,19 +102,21 @@ pub fn record(
 struct Session {
     active: *mut Active,
     number: u32,
+    _held: Held,
 }
 
 impl Session {
     fn begin(ring: Ring) -> anyhow::Result<Self> {
         static NEXT: AtomicUsize = AtomicUsize::new(1);
         let number = NEXT.fetch_add(1, Ordering::Relaxed) as u32;
+        let held = Held::new(ring.memory());
         let active = Box::into_raw(Box::new(Active { ring, number }));
         if ACTIVE.compare_exchange(ptr::null_mut(), active, Ordering::SeqCst, Ordering::SeqCst).is_err() {
             // SAFETY: nobody else has seen it.
             drop(unsafe { Box::from_raw(active) });
             anyhow::bail!("CPU time is being sampled already");
         }
-        Ok(Session { active, number })
+        Ok(Session { active, number, _held: held })
     }
 
     fn drain(&self, counts: &mut Counts) {
@@ -254,9 +260,23 @@ fn install() -> io::Result<()> {
         // SAFETY: the handler only does what signal handlers may.
         if unsafe { libc::sigaction(libc::SIGPROF, &action, ptr::null_mut()) } != 0 {
             result = Err(io::Error::last_os_error());
+            return;
         }
+        DELIVERY.store(delivery().as_nanos() as u64, Ordering::Relaxed);
     });
     result
+}
+
+/// What it takes to be interrupted and to go on: the least of some signals that this thread sends to itself, which their handler
+/// does nothing for.
+fn delivery() -> Duration {
+    let once = || {
+        let begin = Instant::now();
+        // SAFETY: its handler is installed.
+        unsafe { libc::raise(libc::SIGPROF) };
+        begin.elapsed()
+    };
+    std::iter::repeat_with(once).take(32).min().unwrap_or_default()
 }
 
 /// What the kernel tells of a timer's signal (siginfo_t, the part of POSIX timers).
@@ -284,8 +304,11 @@ extern "C" fn on_time_is_up(_: c_int, info: *mut siginfo_t, context: *mut c_void
         let (told, registers) = unsafe { (&*info.cast::<TimerSignal>(), registers(&*context.cast::<ucontext_t>())) };
         if told.code == libc::SI_TIMER && (told.value >> 32) as u32 == active.number {
             let periods = 1 + told.overrun.max(0) as u32;
-            active.ring.add(told.value as u32 as i32, periods, mark::current().index() as u16, |frames| {
-                walk(registers, frames)
+            let delivery = Duration::from_nanos(DELIVERY.load(Ordering::Relaxed));
+            cost::timed(Part::CpuSamples, delivery, || {
+                active.ring.add(told.value as u32 as i32, periods, mark::current().index() as u16, |frames| {
+                    walk(registers, frames)
+                });
             });
         }
     }

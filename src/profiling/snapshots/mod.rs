@@ -24,6 +24,7 @@ use anyhow::Context as _;
 
 use super::{heap, now};
 use crate::config;
+use crate::task::cost::{self, Part, ThreadClock};
 use crate::task::{Kind, registry};
 
 pub use bucket::Bucket;
@@ -165,13 +166,19 @@ impl Writer {
         // What failed is tried again for its reason.
         let mut owed: Option<Due> = None;
         let mut stopping = false;
+        let mut clock = ThreadClock::begin(Part::Snapshots);
         loop {
             let due = if stopping {
                 Some(self.trigger.stop(owed.take()))
             } else if Instant::now() < not_before {
                 None
             } else {
-                let look = Look { now: begin.elapsed(), rss: record::rss_bytes(), limit: self.limit };
+                let look = Look {
+                    now: begin.elapsed(),
+                    rss: record::rss_bytes(),
+                    limit: self.limit,
+                    stretch: cost::slowdown(),
+                };
                 owed.take().or_else(|| self.trigger.due(look))
             };
             if let Some(due) = due {
@@ -206,7 +213,8 @@ impl Writer {
                 return;
             }
             // Not later than the interval ends, so that a killed process loses no more than that.
-            let wait = TICK.min(self.trigger.left_of_interval(begin.elapsed()));
+            let wait = TICK.min(self.trigger.left_of_interval(begin.elapsed(), cost::slowdown()));
+            clock.turn();
             stopping = self.hear(signals, wait);
         }
     }

@@ -10,7 +10,7 @@ const STAGES: [u64; 3] = [70, 80, 85];
 const REARM: u64 = 65;
 
 /// Between two snapshots, but for those that begin and end a process. At a tenth of a second of CPU time for one, what many
-/// short events can make them cost stays at two percent.
+/// short events can make them cost stays at two percent; with a budget below that it is stretched.
 const LEAST: Duration = Duration::from_secs(5);
 
 /// Beginnings and ends that a snapshot names at most. More of them within one pause would only make its record long.
@@ -50,7 +50,7 @@ impl Reason {
 }
 
 /// The process at one moment.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Look {
     /// Since the process began to look.
     pub now: Duration,
@@ -58,6 +58,9 @@ pub(super) struct Look {
     pub rss: u64,
     /// The most they may be, where there is a limit.
     pub limit: Option<u64>,
+    /// How many times longer the time between two is than asked for, to keep within the profiler's budget; but before memory
+    /// that nears its limit or grows, which is rare and what snapshots are for.
+    pub stretch: u32,
 }
 
 /// A snapshot that is due, with the slow events that began and ended since the one before.
@@ -139,9 +142,10 @@ impl Trigger {
             Some(last) if look.now.saturating_sub(last) < LEAST => return None,
             Some(_) if reached > self.stage => Reason::Memory,
             Some(_) if grown => Reason::Growth,
+            Some(last) if look.now.saturating_sub(last) < LEAST * look.stretch => return None,
             Some(_) if !self.began.is_empty() => Reason::EventStart,
             Some(_) if !self.ended.is_empty() => Reason::EventEnd,
-            Some(last) if look.now.saturating_sub(last) >= self.interval => Reason::Interval,
+            Some(last) if look.now.saturating_sub(last) >= self.interval * look.stretch => Reason::Interval,
             Some(_) => return None,
         };
         // The first one is no answer to memory that is high already, and memory is no answer to growth.
@@ -169,8 +173,8 @@ impl Trigger {
     }
 
     /// Until the next one is due for the time alone.
-    pub fn left_of_interval(&self, now: Duration) -> Duration {
-        self.last.map_or(Duration::ZERO, |last| (last + self.interval).saturating_sub(now))
+    pub fn left_of_interval(&self, now: Duration, stretch: u32) -> Duration {
+        self.last.map_or(Duration::ZERO, |last| (last + self.interval * stretch).saturating_sub(now))
     }
 }
 
@@ -179,7 +183,7 @@ mod tests {
     use super::*;
 
     fn look(second: u64, rss: u64) -> Look {
-        Look { now: Duration::from_secs(second), rss, limit: Some(100) }
+        Look { now: Duration::from_secs(second), rss, limit: Some(100), stretch: 1 }
     }
 
     fn trigger() -> Trigger {
@@ -196,6 +200,21 @@ mod tests {
     fn one_at_the_start_and_one_for_each_interval() {
         let seen = reasons(&mut trigger(), (0..=65).map(|second| look(second, 10)));
         assert_eq!(seen, [(0, Reason::Start), (30, Reason::Interval), (60, Reason::Interval)]);
+    }
+
+    #[test]
+    fn what_is_stretched_comes_later_and_what_memory_says_does_not() {
+        let stretched = |second, rss| Look { stretch: 4, ..look(second, rss) };
+        let mut trigger = trigger();
+        let mut seen = reasons(&mut trigger, (0..=130).map(|second| stretched(second, 10)));
+        assert_eq!(seen, [(0, Reason::Start), (120, Reason::Interval)]);
+        assert_eq!(trigger.left_of_interval(Duration::from_secs(130), 4), Duration::from_secs(110));
+        trigger.begin("a".to_owned(), 10);
+        seen = reasons(&mut trigger, (131..=141).map(|second| stretched(second, 10)));
+        assert_eq!(seen, [(140, Reason::EventStart)]);
+        trigger.end("a".to_owned());
+        seen = reasons(&mut trigger, (142..=166).map(|second| stretched(second, if second < 150 { 75 } else { 10 })));
+        assert_eq!(seen, [(145, Reason::Memory)]);
     }
 
     #[test]
@@ -267,9 +286,9 @@ mod tests {
     #[test]
     fn the_last_one_tells_what_was_owed() {
         let mut trigger = trigger();
-        assert_eq!(trigger.left_of_interval(Duration::from_secs(1)), Duration::ZERO);
+        assert_eq!(trigger.left_of_interval(Duration::from_secs(1), 1), Duration::ZERO);
         trigger.due(look(10, 10));
-        assert_eq!(trigger.left_of_interval(Duration::from_secs(12)), Duration::from_secs(28));
+        assert_eq!(trigger.left_of_interval(Duration::from_secs(12), 1), Duration::from_secs(28));
         let owed = Due { reason: Reason::EventStart, began: vec!["a".to_owned()], ended: vec![] };
         trigger.end("a".to_owned());
         let last = Due { reason: Reason::Stop, began: vec!["a".to_owned()], ended: vec!["a".to_owned()] };

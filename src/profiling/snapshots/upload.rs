@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use super::bucket::Bucket;
 use super::directory;
 use super::{NICE, Outcome, Tell};
+use crate::task::cost::{Part, ThreadClock};
 
 /// Looks at the spool without being told that something is new: another process may have died and left something.
 const LOOK: Duration = Duration::from_secs(60);
@@ -79,6 +80,8 @@ struct Spool {
 impl Spool {
     async fn run(self, mut told: watch::Receiver<State>) {
         let mut pause = PAUSE;
+        // The runtime has this one thread.
+        let mut clock = ThreadClock::begin(Part::Snapshots);
         loop {
             // Seen before the look at the directory, so that what is written during it is looked for again.
             let stopping = told.borrow_and_update().stopping || told.has_changed().is_err();
@@ -91,6 +94,7 @@ impl Spool {
                     _ = stop.wait_for(|state| state.stopping) => continue,
                 },
             };
+            clock.turn();
             if let Err(error) = &sent {
                 (self.tell)(Outcome::NotSent);
                 tracing::warn!(

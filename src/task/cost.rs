@@ -1,0 +1,305 @@
+//! What watching costs: CPU time and memory of everything that is there only so that the process can be looked at.
+//!
+//! Threads that do nothing else are read from their CPU clocks. What happens inside of other work is counted, and its cost is
+//! measured: each time where it is rare, one in [`TIMED`] inside the allocator, and once for all, by a trial, for what each
+//! poll of a task keeps books of. Those are estimates, and rather too high: they are by the wall clock.
+//!
+//! Here are also the rates by which all of it can be made cheaper, as one number: [`slowdown`].
+
+use std::future::poll_fn;
+use std::panic::Location;
+use std::pin::pin;
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use super::registry::{self, Tracked};
+use super::{contention, places, trace, usage};
+
+/// What takes the time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Part {
+    /// Profiles that somebody asks for: their taking, naming and encoding.
+    Requests,
+    /// Snapshots of the heap, with their way to S3.
+    Snapshots,
+    /// Samples of CPU time, inside the signal handler, with an estimate of the signal itself.
+    CpuSamples,
+    /// Samples of memory, inside the allocator; an estimate.
+    HeapSamples,
+    /// Stacks of waits.
+    WaitStacks,
+    /// What each poll, stage and wait of a task is charged and listed with; an estimate.
+    Bookkeeping,
+}
+
+/// How many there are.
+const PARTS: usize = 6;
+
+impl Part {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Part; PARTS] =
+        [Part::Requests, Part::Snapshots, Part::CpuSamples, Part::HeapSamples, Part::WaitStacks, Part::Bookkeeping];
+
+    /// The label `part` in metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Part::Requests => "requests",
+            Part::Snapshots => "snapshots",
+            Part::CpuSamples => "cpu_samples",
+            Part::HeapSamples => "heap_samples",
+            Part::WaitStacks => "wait_stacks",
+            Part::Bookkeeping => "bookkeeping",
+        }
+    }
+
+    /// Whether a [`slowdown`] makes it cheaper, or makes room for it. The allocator cannot change the distance of its samples
+    /// without forgetting all of them, and books are kept whole or are worth nothing.
+    pub fn gives_way(self) -> bool {
+        !matches!(self, Part::HeapSamples | Part::Bookkeeping)
+    }
+}
+
+/// Nanoseconds that were measured, by part.
+static MEASURED: [AtomicU64; PARTS] = [const { AtomicU64::new(0) }; PARTS];
+
+/// Longer than any of what is measured by the wall clock takes: within more, the thread was not on a CPU.
+const MOST: Duration = Duration::from_micros(100);
+
+/// Adds what was measured. May be called in a signal handler.
+pub fn add(part: Part, took: Duration) {
+    MEASURED[part as usize].fetch_add(took.as_nanos() as u64, Ordering::Relaxed);
+}
+
+/// Does `work` for a part and adds its time, by the wall clock and with `more`, which it cannot see. For what takes
+/// microseconds. May be called in a signal handler.
+pub fn timed<T>(part: Part, more: Duration, work: impl FnOnce() -> T) -> T {
+    let begin = Instant::now();
+    let result = work();
+    add(part, begin.elapsed().min(MOST) + more);
+    result
+}
+
+/// CPU time of a part since the start of the process.
+pub fn cpu(part: Part) -> Duration {
+    let measured = Duration::from_nanos(MEASURED[part as usize].load(Ordering::Relaxed));
+    match part {
+        Part::HeapSamples => HEAP.estimate(),
+        Part::Bookkeeping => estimate(*STEP_COST, STEPS.load(Ordering::Relaxed)),
+        _ => measured,
+    }
+}
+
+fn estimate(each: Duration, count: u64) -> Duration {
+    Duration::from_nanos((each.as_nanos() as u64).saturating_mul(count))
+}
+
+/// The CPU time of this thread, charged to a part turn by turn, and when it is dropped. To be kept on its thread.
+pub struct ThreadClock {
+    part: Part,
+    at: Duration,
+}
+
+impl ThreadClock {
+    /// From now on.
+    pub fn begin(part: Part) -> Self {
+        ThreadClock { part, at: thread_time() }
+    }
+
+    /// Charges what the thread has used since the last time.
+    pub fn turn(&mut self) {
+        let now = thread_time();
+        add(self.part, now.saturating_sub(self.at));
+        self.at = now;
+    }
+}
+
+impl Drop for ThreadClock {
+    fn drop(&mut self) {
+        self.turn();
+    }
+}
+
+fn thread_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is valid for the call; every thread has this clock.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// One in so many stacks that the allocator asks for is timed: two looks at the clock cost as much as the stack.
+const TIMED: u64 = 16;
+
+/// What the allocator itself does for a sample, beside the stack: looking it up among those that it knows, and counting. By a
+/// comparison of allocations with and without samples; it cannot be measured while the service runs.
+const ALLOCATORS_SHARE: Duration = Duration::from_micros(1);
+
+/// Stacks that the allocator asked for.
+struct HeapSamples {
+    count: AtomicU64,
+    timed: AtomicU64,
+    nanoseconds: AtomicU64,
+}
+
+static HEAP: HeapSamples =
+    HeapSamples { count: AtomicU64::new(0), timed: AtomicU64::new(0), nanoseconds: AtomicU64::new(0) };
+
+impl HeapSamples {
+    fn estimate(&self) -> Duration {
+        let [count, timed, nanoseconds] =
+            [&self.count, &self.timed, &self.nanoseconds].map(|number| number.load(Ordering::Relaxed));
+        let stack = Duration::from_nanos(nanoseconds.checked_div(timed).unwrap_or(0));
+        estimate(stack + ALLOCATORS_SHARE, count)
+    }
+}
+
+/// Takes the stack of a sample of memory. Neither allocates nor locks nor panics, as it is called inside the allocator.
+#[inline(always)]
+pub fn heap_sample(work: impl FnOnce()) {
+    if !HEAP.count.fetch_add(1, Ordering::Relaxed).is_multiple_of(TIMED) {
+        return work();
+    }
+    let begin = Instant::now();
+    work();
+    HEAP.nanoseconds.fetch_add(begin.elapsed().min(MOST).as_nanos() as u64, Ordering::Relaxed);
+    HEAP.timed.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Polls, stages and waits.
+static STEPS: AtomicU64 = AtomicU64::new(0);
+
+/// Counts a poll, a stage of one, or a wait. The first costs most, and all are taken to cost as much.
+#[inline]
+pub(super) fn step() {
+    STEPS.fetch_add(1, Ordering::Relaxed);
+}
+
+/// What a poll of a task costs more than that of a bare future.
+static STEP_COST: LazyLock<Duration> = LazyLock::new(|| {
+    const POLLS: u32 = 500;
+    // The least of some rounds: whatever comes between makes one slower, and nothing makes one faster.
+    fn least(future: impl Future<Output = ()>) -> Duration {
+        let mut future = pin!(future);
+        let mut context = Context::from_waker(Waker::noop());
+        let mut round = || {
+            let begin = Instant::now();
+            for _ in 0..POLLS {
+                let _ = std::hint::black_box(future.as_mut().poll(&mut context));
+            }
+            begin.elapsed() / POLLS
+        };
+        std::iter::repeat_with(&mut round).take(8).min().unwrap_or_default()
+    }
+    let pending = || poll_fn(|_| Poll::<()>::Pending);
+    let tracked = Tracked::inherit("trial of a poll", Location::caller(), pending());
+    least(tracked).saturating_sub(least(pending()))
+});
+
+/// Makes the trial of a poll, which takes a millisecond, unless it was made before.
+pub fn calibrate() {
+    LazyLock::force(&STEP_COST);
+}
+
+/// By how much everything that gives way is sampled less than it was asked for; 1 for not at all.
+static SLOWDOWN: AtomicU32 = AtomicU32::new(1);
+
+/// Divides the rate of CPU profiles and of stacks of waits, and stretches the time between two snapshots.
+pub fn slowdown() -> u32 {
+    SLOWDOWN.load(Ordering::Relaxed)
+}
+
+/// From now on it is `by`, at least 1.
+pub fn slow_down(by: u32) {
+    SLOWDOWN.store(by.max(1), Ordering::Relaxed);
+}
+
+/// Places for samples of CPU time, while a profile of it is taken.
+static CPU_SAMPLES_BYTES: AtomicU64 = AtomicU64::new(0);
+
+/// Memory for samples of CPU time, until it is dropped.
+pub struct Held(u64);
+
+impl Held {
+    /// So many bytes.
+    pub fn new(bytes: u64) -> Self {
+        CPU_SAMPLES_BYTES.fetch_add(bytes, Ordering::Relaxed);
+        Held(bytes)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        CPU_SAMPLES_BYTES.fetch_sub(self.0, Ordering::Relaxed);
+    }
+}
+
+/// Bytes that are held, each with the label `part` in metrics. Without what the allocator holds for its samples, and without what
+/// a profile needs while it is taken.
+pub fn memory() -> [(&'static str, u64); 5] {
+    [
+        ("cpu_samples", CPU_SAMPLES_BYTES.load(Ordering::Relaxed)),
+        ("spans", trace::memory()),
+        ("tables", places::memory() + usage::memory()),
+        ("tasks", registry::memory()),
+        ("wait_stacks", contention::memory()),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_is_charged_what_it_computes_and_not_what_it_sleeps() {
+        let before = cpu(Part::Snapshots);
+        let mut clock = ThreadClock::begin(Part::Snapshots);
+        let begin = thread_time();
+        while thread_time() - begin < Duration::from_millis(20) {
+            std::hint::black_box(0);
+        }
+        std::thread::sleep(Duration::from_millis(200));
+        clock.turn();
+        let charged = cpu(Part::Snapshots) - before;
+        assert!(charged >= Duration::from_millis(20) && charged < Duration::from_millis(120), "{charged:?}");
+    }
+
+    #[test]
+    fn what_is_counted_inside_of_other_work_has_a_cost() {
+        calibrate();
+        assert!(*STEP_COST < Duration::from_micros(50), "{:?}", *STEP_COST);
+        println!("a poll costs {:?} more for being watched", *STEP_COST);
+        let (heap, books) = (cpu(Part::HeapSamples), cpu(Part::Bookkeeping));
+        for _ in 0..64 {
+            heap_sample(|| ());
+            step();
+        }
+        assert!(cpu(Part::HeapSamples) - heap >= ALLOCATORS_SHARE * 64);
+        assert!(cpu(Part::Bookkeeping) >= books + *STEP_COST * 64);
+    }
+
+    #[test]
+    fn a_moment_off_the_cpu_is_not_charged() {
+        let before = cpu(Part::WaitStacks);
+        timed(Part::WaitStacks, Duration::ZERO, || std::thread::sleep(Duration::from_millis(30)));
+        let charged = cpu(Part::WaitStacks) - before;
+        // Other tests have waits as well.
+        assert!(charged >= MOST && charged < Duration::from_millis(30), "{charged:?}");
+    }
+
+    #[test]
+    fn memory_follows_what_is_held() {
+        let of = |name: &str| memory().into_iter().find(|(part, _)| *part == name).unwrap().1;
+        let held = Held::new(5_000_000_000);
+        assert!(of("cpu_samples") >= 5_000_000_000);
+        drop(held);
+        assert!(of("cpu_samples") < 5_000_000_000);
+        assert!(of("tables") > 10_000, "{}", of("tables"));
+        let before = of("tasks");
+        let tasks: Vec<_> =
+            (0..20_000).map(|_| Tracked::inherit("held", Location::caller(), std::future::ready(()))).collect();
+        assert!(of("tasks") >= before + 20_000 * 100, "{} after {before}", of("tasks"));
+        drop(tasks);
+    }
+}
