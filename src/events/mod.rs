@@ -9,6 +9,8 @@ pub mod ended;
 pub mod envelope;
 mod gate;
 mod listing_upsert;
+#[cfg(feature = "fault-injection")]
+mod planted;
 pub mod recorder;
 pub mod relay;
 pub mod request;
@@ -143,6 +145,10 @@ impl Events {
             return Err(Refusal { code: "too_many_attempts", reason });
         }
         let event = Event::decode(&delivery.message.body)?;
+        #[cfg(feature = "fault-injection")]
+        if let Some(outcome) = planted::handle(&event, delivery) {
+            return Ok(outcome);
+        }
         let kind = request::kind(&event)?;
         delivery.identify(kind, &event.id);
         task::identify(Kind::named(kind), &event.id);
