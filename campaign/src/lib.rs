@@ -10,12 +10,13 @@
 //! - [`checker`] holds the world against the one that follows from the inputs;
 //! - [`round`] is all of this once, [`schedule`] tells which round comes when;
 //! - [`runner`] plays rounds until the time is over, [`report`] sums them up;
-//! - [`planted`] are mistakes made on purpose, which must be found out.
+//! - [`planted`] are mistakes made on purpose, which must be found out; [`leak`] is one for the profiler.
 //!
 //! It shares no code with the service and starts it as a program, as everybody else does.
 
 pub mod checker;
 pub mod faults;
+pub mod leak;
 pub mod options;
 pub mod owners;
 pub mod planted;

@@ -52,6 +52,9 @@ pub struct Options {
     /// With --planted: only these mistakes, separated by commas
     #[arg(long, value_name = "LIST", value_delimiter = ',', requires = "planted")]
     pub mistakes: Vec<String>,
+    /// Plant a leak, and see that the profiler names it. With --profile ci, this comes after the rounds
+    #[arg(long, conflicts_with = "planted")]
+    pub leak: bool,
     /// Print the kinds of faults and the fault points, and end
     #[arg(long)]
     pub list: bool,

@@ -10,6 +10,7 @@ use clap::ValueEnum;
 use local_stack::{Stack, StackOptions};
 
 use crate::faults::{KINDS, Kind, points_in};
+use crate::leak;
 use crate::options::{Options, Profile};
 use crate::planted::PLANTED;
 use crate::report::Report;
@@ -34,11 +35,20 @@ pub async fn run(options: Options) -> Result<bool> {
     let program = options.program.canonicalize();
     let program = program.with_context(|| format!("{} is not there: build it first", options.program.display()))?;
     let seed = options.seed.unwrap_or_else(|| fastrand::u64(..) >> 24);
+    if options.leak {
+        return leak::prove(&program, &options.artefacts).await;
+    }
     let kinds = wanted(&options, &points)?;
     let schedule = Schedule { seed, kinds, points, profile: options.profile };
     let artefacts = options.artefacts.join(seed.to_string());
     let campaign = Campaign { options, schedule, program, artefacts };
-    if campaign.options.planted { Box::pin(campaign.planted()).await } else { Box::pin(campaign.rounds()).await }
+    if campaign.options.planted {
+        return Box::pin(campaign.planted()).await;
+    }
+    let kept = Box::pin(campaign.rounds()).await?;
+    let Options { profile, faults, round, artefacts, .. } = &campaign.options;
+    let is_all = *profile == Profile::Ci && faults.is_empty() && round.is_none();
+    Ok((!is_all || leak::prove(&campaign.program, artefacts).await?) && kept)
 }
 
 /// The kinds asked for. Without a list: all that can be injected.

@@ -1,5 +1,7 @@
 //! What the service says of itself at /metrics, in Prometheus' text format.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result, ensure};
 
 use crate::arithmetic::Histogram;
@@ -40,6 +42,17 @@ impl Exposition {
         Histogram { buckets: buckets.collect() }
     }
 
+    /// The sum of the samples of `metric` that have all of `labels`, each as it is written there; 0 without any.
+    pub fn sum(&self, metric: &str, labels: &[&str]) -> f64 {
+        self.samples(metric, labels).map(|(_, value)| value).sum()
+    }
+
+    /// The samples of `metric` by kind of event.
+    pub fn by_kind(&self, metric: &str) -> BTreeMap<String, f64> {
+        let kind = |labels: &str| Some(labels.split_once(r#"kind=""#)?.1.split('"').next()?.to_owned());
+        self.samples(metric, &[]).filter_map(|(labels, value)| Some((kind(labels)?, value))).collect()
+    }
+
     /// Labels and value of each sample of `metric` that has all of `wanted` among its labels.
     fn samples<'a>(&'a self, metric: &'a str, wanted: &'a [&str]) -> impl Iterator<Item = (&'a str, f64)> {
         self.0.lines().filter_map(move |line| {
@@ -73,5 +86,9 @@ write_api_event_duration_seconds_count{kind="listing.upsert"} 3992
         assert_eq!(page.fast_events_done(), 3_990);
         let expected = vec![(0.005, 3_000.0), (0.01, 990.0), (f64::INFINITY, 2.0)];
         assert_eq!(page.fast_event_seconds().buckets, expected);
+        assert_eq!(page.sum("write_api_events_total", &[r#"outcome="done""#]), 3_991.0);
+        assert_eq!(page.sum("write_api_events_total", &[r#"outcome="lost""#]), 0.0);
+        let sums = page.by_kind("write_api_event_duration_seconds_count");
+        assert_eq!(sums, BTreeMap::from([("listing.upsert".to_owned(), 3_992.0)]));
     }
 }

@@ -25,6 +25,7 @@
 pub mod audit;
 pub mod deliveries;
 pub mod inspection;
+pub mod ledger;
 pub mod listings;
 pub mod operations;
 pub mod outbox;

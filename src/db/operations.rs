@@ -6,9 +6,11 @@
 use std::time::Duration;
 
 use sqlx::postgres::PgConnection;
+use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+use super::ledger::RunLedger;
 use super::{Database, DbError, run};
 
 /// How a run is.
@@ -48,6 +50,8 @@ pub struct RunStatus {
     pub ended_at: Option<OffsetDateTime>,
     /// From the opening to the end, or to now.
     pub age_seconds: f64,
+    /// What its attempts have used until the last batch or end; `None` for none yet, and for runs from before this was kept.
+    pub used: Option<Json<RunLedger>>,
     /// Retention has begun to remove it.
     pub is_pruned: bool,
     /// How many publish events of the run were begun.
@@ -110,7 +114,7 @@ impl Database {
                        coalesce(r.completed_at, r.cancelled_at) AS ended_at,
                        extract(epoch FROM coalesce(r.completed_at, r.cancelled_at, clock_timestamp()) - r.opened_at)::float8
                            AS "age_seconds!",
-                       r.pruned_since IS NOT NULL AS "is_pruned!",
+                       r.pruned_since IS NOT NULL AS "is_pruned!", r.used AS "used: Json<RunLedger>",
                        (SELECT count(*) FROM publications WHERE run_id = r.run_id) AS "publications!",
                        p.state AS "publication_state?", p.published AS "published?", p.quarantined AS "quarantined?",
                        p.cursor AS "publication_cursor?", p.last_error AS publication_error,

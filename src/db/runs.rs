@@ -7,10 +7,12 @@
 use std::time::Duration;
 
 use sqlx::postgres::PgConnection;
+use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::deliveries::{Deaths, QUARANTINE, SUSPECT};
+use super::ledger::RunLedger;
 use super::valuations::Answers;
 use super::{Database, DbError, operations, run};
 
@@ -67,6 +69,8 @@ pub struct OwnedRun {
     pub attempts: i32,
     /// Attempts in a row that died without progress, right before this one.
     pub deaths: i32,
+    /// What the attempts before this one have used.
+    pub used: RunLedger,
 }
 
 /// What came of claiming a run.
@@ -162,6 +166,7 @@ impl Database {
         token: Uuid,
         answers: &Answers,
         cursor: i64,
+        used: &RunLedger,
     ) -> Result<Option<Progress>, DbError> {
         #[cfg(feature = "fault-injection")]
         if let Some(done) = super::planted::commit_answers(self, run_id, token, answers, cursor).await {
@@ -224,6 +229,7 @@ impl Database {
                         THEN runs.valued + runs.failed + count.valued + count.failed
                         ELSE runs.next_rate_since_rows END,
                     last_error = NULL,
+                    used = $10,
                     -- Rows that were not there before are progress: whatever died before got somewhere.
                     deaths = CASE WHEN count.valued + count.failed > 0 THEN 0 ELSE runs.deaths END,
                     deaths_since = CASE WHEN count.valued + count.failed > 0 THEN NULL ELSE runs.deaths_since END
@@ -240,6 +246,7 @@ impl Database {
                 &answers.confidences as &[Option<f64>],
                 &answers.failures as &[Option<String>],
                 cursor,
+                Json(used) as _,
             )
             .fetch_optional(connection)
             .await
@@ -255,6 +262,7 @@ impl Database {
         lane: &str,
         event_id: Uuid,
         body: &str,
+        used: &RunLedger,
     ) -> Result<Completion, DbError> {
         run!(self, "the completion of a run", connection => {
             let done = sqlx::query!(
@@ -262,7 +270,7 @@ impl Database {
                 WITH done AS (
                     UPDATE runs SET
                         state = 'complete', completed_at = clock_timestamp(), cursor = last_listing_id,
-                        owner = NULL, lease_until = NULL, last_error = NULL
+                        owner = NULL, lease_until = NULL, last_error = NULL, used = $6
                     WHERE run_id = $1 AND owner = $2 AND state = 'running' AND cancel_requested_at IS NULL
                     RETURNING run_id
                 )
@@ -274,6 +282,7 @@ impl Database {
                 event_id,
                 lane,
                 body,
+                Json(used) as _,
             )
             .execute(&mut *connection)
             .await?;
@@ -334,15 +343,17 @@ impl Database {
     }
 
     /// Ends our work on a run whose cancel was requested. `false`: the run is no longer ours and nothing was written.
-    pub async fn cancel_owned_run(&self, run_id: &str, token: Uuid) -> Result<bool, DbError> {
+    pub async fn cancel_owned_run(&self, run_id: &str, token: Uuid, used: &RunLedger) -> Result<bool, DbError> {
         run!(self, "the end of a cancelled run", connection => {
             let done = sqlx::query!(
                 r#"
-                UPDATE runs SET state = 'cancelled', cancelled_at = clock_timestamp(), owner = NULL, lease_until = NULL
+                UPDATE runs SET
+                    state = 'cancelled', cancelled_at = clock_timestamp(), owner = NULL, lease_until = NULL, used = $3
                 WHERE run_id = $1 AND owner = $2 AND state = 'running' AND cancel_requested_at IS NOT NULL
                 "#,
                 run_id,
                 token,
+                Json(used) as _,
             )
             .execute(&mut *connection)
             .await?;
@@ -361,21 +372,26 @@ impl Database {
     }
 
     /// Gives runs back, so that the next deliveries need not wait for their leases: ids of runs and, in the same order, the
-    /// tokens that own them and the errors to be shown to operators. A run that has another owner stays as it is.
+    /// tokens that own them, the errors to be shown to operators, and what was used where that is known. A run that has another
+    /// owner stays as it is.
     pub async fn release_runs(
         &self,
         run_ids: &[String],
         tokens: &[Uuid],
         errors: &[Option<String>],
+        used: &[Option<RunLedger>],
     ) -> Result<(), DbError> {
+        let used: Vec<Option<Json<&RunLedger>>> = used.iter().map(|used| used.as_ref().map(Json)).collect();
         run!(self, "the release of a run", connection => {
             sqlx::query!(
-                "UPDATE runs SET owner = NULL, lease_until = NULL, last_error = coalesce(ended.error, last_error)
-                 FROM unnest($1::text[], $2::uuid[], $3::text[]) AS ended (run_id, token, error)
+                "UPDATE runs SET owner = NULL, lease_until = NULL, last_error = coalesce(ended.error, last_error),
+                                 used = coalesce(ended.used, runs.used)
+                 FROM unnest($1::text[], $2::uuid[], $3::text[], $4::jsonb[]) AS ended (run_id, token, error, used)
                  WHERE runs.run_id = ended.run_id AND runs.owner = ended.token",
                 run_ids,
                 tokens,
                 errors as &[Option<String>],
+                &used as _,
             )
             .execute(connection)
             .await?;
@@ -427,7 +443,7 @@ async fn take_run(
         FROM decided
         WHERE runs.run_id = decided.run_id
         RETURNING decided.taken AS "taken!", decided.quarantined AS "quarantined!", zip_codes, last_listing_id, opened_at,
-                  selected, cursor, valued, failed, attempts, runs.deaths
+                  selected, cursor, valued, failed, attempts, runs.deaths, used AS "used: Json<RunLedger>"
         "#,
         request.run_id,
         token,
@@ -457,6 +473,7 @@ async fn take_run(
         failed: run.failed,
         attempts: run.attempts,
         deaths: run.deaths,
+        used: run.used.map(|used| used.0).unwrap_or_default(),
     }))))
 }
 

@@ -14,6 +14,7 @@ use super::gate::Pass;
 use crate::config::Backoff;
 use crate::db::DbError;
 use crate::db::deliveries::{Begin, Deaths};
+use crate::db::ledger::RunLedger;
 use crate::fault;
 use crate::queue::lease::{Role, StopReason};
 use crate::queue::{Delivery, Outcome, Refusal};
@@ -133,15 +134,15 @@ impl Events {
     }
 
     /// Gives back the run that the delivery holds, so that the next delivery need not wait for the lease. `error` is shown
-    /// to operators.
-    pub(super) async fn release(&self, delivery: &Delivery, error: Option<String>) {
-        self.end(delivery, held(delivery, error).into_iter().collect()).await;
+    /// to operators, and so is what was `used`.
+    pub(super) async fn release(&self, delivery: &Delivery, error: Option<String>, used: Option<RunLedger>) {
+        self.end(delivery, held(delivery, error, used).into_iter().collect()).await;
     }
 
     /// Ends what a handling that ended in order has left behind. It still holds its run where it was cut short in the middle:
     /// without this, whoever comes next would find a death.
     pub(super) async fn conclude_attempt(&self, delivery: &Delivery) {
-        self.end(delivery, held(delivery, None).into_iter().chain(recorded(delivery)).collect()).await;
+        self.end(delivery, held(delivery, None, None).into_iter().chain(recorded(delivery)).collect()).await;
     }
 
     /// Tells Postgres of these ends. They are kept first, so whatever happens to the write, they are not forgotten; what it
@@ -178,15 +179,18 @@ impl Events {
 /// The end of the delivery's record, if it has one.
 fn recorded(delivery: &Delivery) -> Option<End> {
     let has_record = delivery.message.receive_count >= 2;
-    has_record.then(|| End { of: Of::Delivery, id: delivery.message.id.clone(), token: delivery.attempt, error: None })
+    has_record.then(|| {
+        let id = delivery.message.id.clone();
+        End { of: Of::Delivery, id, token: delivery.attempt, error: None, used: None }
+    })
 }
 
 /// The end of the work on the run that the delivery holds, if it holds one.
-fn held(delivery: &Delivery, error: Option<String>) -> Option<End> {
+fn held(delivery: &Delivery, error: Option<String>, used: Option<RunLedger>) -> Option<End> {
     let (role, id, token) = delivery.lease.held_run()?;
     let of = match role {
         Role::Owner => Of::Owner,
         Role::Publisher => Of::Publisher,
     };
-    Some(End { of, id, token, error })
+    Some(End { of, id, token, error, used })
 }

@@ -12,6 +12,7 @@ use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use super::Events;
+use crate::db::ledger::RunLedger;
 use crate::db::{Database, DbError};
 
 /// Between two looks at what is kept.
@@ -41,6 +42,8 @@ pub(super) struct End {
     pub(super) token: Uuid,
     /// Shown to operators with the run.
     pub(super) error: Option<String>,
+    /// What the attempts at the run have used; `None` leaves it at what the last batch said.
+    pub(super) used: Option<RunLedger>,
 }
 
 /// The ends that are kept.
@@ -151,7 +154,10 @@ async fn write_together(database: &Database, of: Of, ends: &[End]) -> Result<(),
     let tokens: Vec<Uuid> = ends.iter().map(|end| end.token).collect();
     let errors: Vec<Option<String>> = ends.iter().map(|end| end.error.clone()).collect();
     match of {
-        Of::Owner => database.release_runs(&ids, &tokens, &errors).await,
+        Of::Owner => {
+            let used: Vec<Option<RunLedger>> = ends.iter().map(|end| end.used.clone()).collect();
+            database.release_runs(&ids, &tokens, &errors, &used).await
+        }
         Of::Publisher => database.release_publishers(&ids, &tokens, &errors).await,
         Of::Delivery => database.end_deliveries(&ids, &tokens).await,
     }
@@ -171,7 +177,7 @@ mod tests {
     use super::*;
 
     fn end() -> End {
-        End { of: Of::Delivery, id: "m-1".to_owned(), token: Uuid::new_v4(), error: None }
+        End { of: Of::Delivery, id: "m-1".to_owned(), token: Uuid::new_v4(), error: None, used: None }
     }
 
     #[test]

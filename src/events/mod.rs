@@ -10,6 +10,8 @@ pub mod envelope;
 mod gate;
 mod listing_upsert;
 pub mod outgoing;
+#[cfg(feature = "fault-injection")]
+mod planted;
 pub mod recorder;
 pub mod relay;
 pub mod request;
@@ -144,6 +146,10 @@ impl Events {
             return Err(Refusal { code: "too_many_attempts", reason });
         }
         let event = Event::decode(&delivery.message.body)?;
+        #[cfg(feature = "fault-injection")]
+        if let Some(outcome) = planted::handle(&event, delivery) {
+            return Ok(outcome);
+        }
         let kind = request::kind(&event)?;
         delivery.identify(kind, &event.id);
         task::identify(Kind::named(kind), &event.id);

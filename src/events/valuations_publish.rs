@@ -332,6 +332,6 @@ async fn end(
             (Outcome::Retry(error), Some(shown))
         }
     };
-    events.release(delivery, error).await;
+    events.release(delivery, error, None).await;
     outcome
 }

@@ -526,3 +526,57 @@ async fn the_status_is_right_at_each_state() -> Result<()> {
     ensure!(opened(&newest[0]) >= opened(&newest[1]) && newest[1]["run_id"] != ID, "{newest}");
     world.finish(service).await
 }
+
+/// What a run's status says was used: bytes, and seconds waited for the partner.
+fn used(world: &World, id: &str) -> Result<(i64, f64)> {
+    let status = status(world, id)?;
+    let used = &status["used"];
+    let allocated = used["allocated_bytes"].as_i64().with_context(|| status.to_string())?;
+    let held = allocated - used["freed_bytes"].as_i64().unwrap_or(0);
+    ensure!(used["held_bytes"] == held && used["busy_seconds"].as_f64() > Some(0.0), "{used}");
+    Ok((allocated, used["waited_seconds"]["partner"].as_f64().unwrap_or(0.0)))
+}
+
+/// What the log line of the refresh that ended so says it allocated.
+fn allocated(service: &Service, outcome: &str) -> Result<i64> {
+    let log = service.log()?;
+    let mut lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let line = lines.find(|line| line["kind"] == "valuations.refresh" && line["outcome"] == outcome);
+    line.and_then(|line| line["allocated_bytes"].as_i64()).with_context(|| format!("none ended {outcome} in\n{log}"))
+}
+
+/// Killed, an attempt leaves what its last batch said; ended in order, all that it used. The next one adds its own.
+#[tokio::test]
+async fn the_status_sums_up_what_all_attempts_used() -> Result<()> {
+    let world = slow_world(1, 100).await?;
+    world.listings(2_000).await?;
+    let killed = world.serve().await?;
+    let id = world.refresh(&[])?;
+    world.run_until(&id, SOON, |run| run.valued >= 300).await?;
+    killed.kill().await?;
+    let first = used(&world, &id)?;
+    // 300 calls of a tenth of a second.
+    ensure!(first.0 > 100_000 && first.1 >= 25.0, "{first:?}");
+    let page = || anyhow::Ok(shown(&world, &["status", &id])?.split_whitespace().collect::<Vec<_>>().join(" "));
+    ensure!(page()?.contains("held, as of the last batch"), "{}", page()?);
+
+    let stopped = world.serve().await?;
+    world.run_until(&id, LONG, |run| run.valued >= 800).await?;
+    stopped.signal(libc::SIGTERM);
+    ensure!(stopped.exit(LONG).await?.success());
+    let (second, line) = (used(&world, &id)?, allocated(&stopped, "released")?);
+    // The line is written a moment later than the record.
+    ensure!((line * 9 / 10..=line).contains(&(second.0 - first.0)), "{first:?}, {line} more, {second:?}");
+    ensure!(second.1 >= first.1 + 40.0, "500 more calls: {first:?} {second:?}");
+    stopped.check_log()?;
+
+    let last = world.serve().await?;
+    world.published(&id, LONG).await?;
+    let all = used(&world, &id)?;
+    ensure!(page()?.contains("held at the end") && page()?.contains("waited partner"), "{}", page()?);
+    world.quiet(LONG).await?;
+    let line = allocated(&last, "done")?;
+    ensure!((line * 9 / 10..=line).contains(&(all.0 - second.0)), "{second:?}, {line} more, {all:?}");
+    ensure!(all.1 >= 190.0, "2,000 calls: {all:?}");
+    world.finish(last).await
+}

@@ -83,6 +83,7 @@ pub(super) mod tests {
             opened_at: datetime!(2026-11-24 02:00:00 UTC),
             ended_at: None,
             age_seconds: 31.0,
+            used: None,
             is_pruned: false,
             publications: 0,
             publication_state: None,

@@ -1,6 +1,6 @@
 //! A run's status for programs: every figure of the record, with its unit in its name.
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
@@ -22,6 +22,19 @@ pub(super) fn document(run: &RunStatus) -> Value {
             "last_error": run.publication_error,
             "failed_at": run.publication_failed_at.and_then(time),
             "count": run.publications,
+        })
+    });
+    let used = run.used.as_ref().map(|used| {
+        let seconds = |us: u64| us as f64 / 1e6;
+        let waited: Map<String, Value> =
+            used.waited_us.iter().map(|(reason, us)| (reason.clone(), seconds(*us).into())).collect();
+        json!({
+            "allocated_bytes": used.allocated_bytes,
+            "freed_bytes": used.freed_bytes,
+            "held_bytes": used.held_bytes(),
+            "busy_seconds": seconds(used.busy_us),
+            "polls": used.polls,
+            "waited_seconds": waited,
         })
     });
     json!({
@@ -47,6 +60,7 @@ pub(super) fn document(run: &RunStatus) -> Value {
         "opened_at": time(run.opened_at),
         "ended_at": run.ended_at.and_then(time),
         "age_seconds": run.age_seconds,
+        "used": used,
         "publication": publication,
     })
 }

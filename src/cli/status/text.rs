@@ -7,6 +7,7 @@ use time::macros::format_description;
 
 use super::figures::{done, eta_seconds, is_at_work, is_over, left, percent, phase, rate};
 use crate::cli::text::{span, thousands};
+use crate::db::ledger::RunLedger;
 use crate::db::operations::RunStatus;
 
 const WIDTH: usize = 80;
@@ -100,6 +101,10 @@ pub(super) fn page(run: &RunStatus) -> String {
     if let Some(error) = &run.last_error {
         entry("last error", error.clone());
     }
+    if let Some(used) = &run.used {
+        entry("used", used_text(used, is_over(run)));
+        entry("waited", waited_text(used));
+    }
     entry("publication", publication(run));
     if let Some(error) = &run.publication_error {
         entry("its error", error.clone());
@@ -138,6 +143,34 @@ fn state(run: &RunStatus) -> String {
         state => state,
     }
     .to_owned()
+}
+
+/// What the run's work has used: to its end, or to its last batch.
+fn used_text(used: &RunLedger, is_over: bool) -> String {
+    let mib = |bytes: f64| format!("{:.1} MiB", bytes / 1_048_576.0);
+    format!(
+        "{} busy in {} polls, {} allocated, {} of it held{}",
+        short(used.busy_us),
+        thousands(used.polls as i64),
+        mib(used.allocated_bytes as f64),
+        mib(used.held_bytes() as f64),
+        if is_over { " at the end" } else { ", as of the last batch" }
+    )
+}
+
+/// What it waited for, the longest first. A thousand calls at once wait a thousand seconds in one.
+fn waited_text(used: &RunLedger) -> String {
+    let mut waits: Vec<_> = used.waited_us.iter().collect();
+    waits.sort_by_key(|(_, us)| std::cmp::Reverse(**us));
+    let waits = waits.iter().map(|(reason, us)| format!("{reason} {}", short(**us)));
+    let waits = waits.collect::<Vec<_>>().join(", ");
+    if waits.is_empty() { "for nothing".to_owned() } else { format!("{waits}, all that wait at once added up") }
+}
+
+/// A time with a decimal where that says something.
+fn short(us: u64) -> String {
+    let seconds = us as f64 / 1e6;
+    if seconds < 60.0 { format!("{seconds:.1}s") } else { span(seconds) }
 }
 
 fn publication(run: &RunStatus) -> String {
@@ -284,6 +317,32 @@ mod tests {
         ] {
             assert!(page.contains(entry), "{entry:?} is not in\n{page}");
         }
+    }
+
+    #[test]
+    fn a_page_tells_what_was_used_and_waited_for() {
+        let waited_us = [("database", 2_500_000), ("partner", 8_500_000_000)].map(|(name, us)| (name.to_owned(), us));
+        let used = RunLedger {
+            allocated_bytes: 512 << 20,
+            freed_bytes: 510 << 20,
+            busy_us: 3_140_000,
+            polls: 17_345,
+            waited_us: waited_us.into(),
+        };
+        let page_of = |run: RunStatus| {
+            let page = page(&RunStatus { used: Some(sqlx::types::Json(used.clone())), ..run });
+            assert!(widest(&page) <= 80, "{page}");
+            page.split_whitespace().collect::<Vec<_>>().join(" ")
+        };
+        for entry in [
+            "used 3.1s busy in 17,345 polls, 512.0 MiB allocated, 2.0 MiB of it held at the end",
+            "waited partner 2h21m, database 2.5s, all that wait at once added up",
+        ] {
+            let page = page_of(complete());
+            assert!(page.contains(entry), "{entry:?} is not in\n{page}");
+        }
+        assert!(page_of(at_work()).contains("held, as of the last batch"));
+        assert!(!page(&complete()).contains("used"));
     }
 
     #[test]

@@ -284,7 +284,8 @@ impl<'a> Work<'a> {
         let (events, run) = (self.events, self.run);
         in_stage(Stage::Write, async move {
             fault::point("run.before_commit", &run.set.run_id);
-            let done = events.database.commit_answers(&run.set.run_id, run.token, &answers, cursor).await;
+            let done =
+                events.database.commit_answers(&run.set.run_id, run.token, &answers, cursor, &super::used(run)).await;
             fault::point("run.after_commit", &run.set.run_id);
             done
         })

@@ -1,0 +1,63 @@
+//! What the work on a run has used, as its row keeps it: it outlives the process, and sums up all attempts.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::task::usage::Used;
+
+/// The sum over attempts. A field that an older row lacks is 0.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RunLedger {
+    /// Bytes handed out by the allocator.
+    pub allocated_bytes: u64,
+    /// Bytes taken back.
+    pub freed_bytes: u64,
+    /// Microseconds in polls.
+    pub busy_us: u64,
+    /// Polls.
+    pub polls: u64,
+    /// Microseconds waited, by what for.
+    pub waited_us: BTreeMap<String, u64>,
+}
+
+impl RunLedger {
+    /// With what one more attempt has used so far.
+    pub fn with(&self, used: &Used) -> Self {
+        let mut sum = self.clone();
+        sum.allocated_bytes += used.allocated;
+        sum.freed_bytes += used.freed;
+        sum.busy_us += used.busy.as_micros() as u64;
+        sum.polls += used.polls;
+        for (reason, waited) in used.waits_by_name() {
+            *sum.waited_us.entry(reason.to_owned()).or_default() += waited.as_micros() as u64;
+        }
+        sum
+    }
+
+    /// What was allocated and not freed by the run's own work. Negative where it freed what others had allocated.
+    pub fn held_bytes(&self) -> i64 {
+        self.allocated_bytes as i64 - self.freed_bytes as i64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::task::For;
+
+    #[test]
+    fn attempts_add_up() {
+        let mut used = Used { allocated: 10, freed: 7, busy: Duration::from_millis(2), polls: 3, ..Used::default() };
+        used.waits[For::Partner as usize] = Duration::from_micros(5);
+        let first = RunLedger::default().with(&used);
+        used.waits[For::Kafka as usize] = Duration::from_micros(1);
+        let both = first.with(&used);
+        assert_eq!((both.allocated_bytes, both.freed_bytes, both.busy_us, both.polls), (20, 14, 4_000, 6));
+        assert_eq!(both.waited_us, [("kafka".to_owned(), 1), ("partner".to_owned(), 10)].into());
+        assert_eq!(both.held_bytes(), 6);
+    }
+}
