@@ -1,7 +1,7 @@
 //! What watching costs: CPU time and memory of everything that is there only so that the process can be looked at.
 //!
 //! Threads that do nothing else are read from their CPU clocks. What happens inside of other work is counted, and its cost is
-//! measured: each time where it is rare, one in [`TIMED`] inside the allocator, and once for all, by a trial, for what each
+//! measured: each time where it is rare, one in sixteen inside the allocator, and once for all, by a trial, for what each
 //! poll of a task keeps books of. Those are estimates, and rather too high: they are by the wall clock.
 //!
 //! Here are also the rates by which all of it can be made cheaper, as one number: [`slowdown`].
