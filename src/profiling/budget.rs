@@ -110,7 +110,7 @@ impl Controller {
 
     fn raise(&mut self) -> Option<Decision> {
         self.is_exceeded = false;
-        (self.slowdown > 1).then(|| Decision::Change { from: self.slowdown, to: self.slowdown / 2 })
+        (self.slowdown > 1).then_some(Decision::Change { from: self.slowdown, to: self.slowdown / 2 })
     }
 }
 

@@ -121,17 +121,18 @@ struct Gate {
 }
 
 impl Gate {
-    fn decide(&self, request: &Request) -> Result<(), Response> {
-        self.access.decide(request).map_err(IntoResponse::into_response)?;
+    /// What a request is told that does not pass.
+    fn refusal(&self, request: &Request) -> Option<Response> {
+        if let Err(refusal) = self.access.decide(request) {
+            return Some(refusal.into_response());
+        }
         if matches!(request.uri().path(), "/debug/pprof/" | "/debug/pprof/cmdline") {
             // They take no profile and cost nothing.
-            return Ok(());
+            return None;
         }
-        self.rate_limit.take().map_err(|wait| {
-            let (seconds, text) = rate_limit::told(wait);
-            ([(header::RETRY_AFTER, seconds.to_string())], failure(StatusCode::TOO_MANY_REQUESTS, &text))
-                .into_response()
-        })
+        let (seconds, text) = rate_limit::told(self.rate_limit.take().err()?);
+        let retry_after = [(header::RETRY_AFTER, seconds.to_string())];
+        Some((retry_after, failure(StatusCode::TOO_MANY_REQUESTS, &text)).into_response())
     }
 }
 
@@ -144,9 +145,9 @@ async fn guard(
 ) -> Response {
     let begin = Instant::now();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let mut response = match gate.decide(&request) {
-        Ok(()) => next.run(request).await,
-        Err(refusal) => refusal,
+    let mut response = match gate.refusal(&request) {
+        None => next.run(request).await,
+        Some(refusal) => refusal,
     };
     response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     tracing::info!(
