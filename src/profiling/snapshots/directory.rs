@@ -324,6 +324,32 @@ mod tests {
     }
 
     #[test]
+    fn what_a_reader_meets_is_whole() {
+        // Takes milliseconds to write, and the reader looks every few microseconds.
+        const BYTES: usize = 8 << 20;
+        let folder = tempfile::tempdir().expect("a directory");
+        let retention = Retention { budget_bytes: u64::MAX, most: 2, ..ALL };
+        let mut directory = Directory::new(folder.path().to_owned(), retention, false);
+        let (path, mut met) = (folder.path(), 0);
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(move || {
+                for sequence in 1..=5 {
+                    directory.write(&record(sequence, 1), &vec![1; BYTES]).expect("written");
+                }
+            });
+            while !writer.is_finished() {
+                for name in names(path).expect("readable").iter().filter(|name| Name::of_profile(name).is_some()) {
+                    // Gone when it was its turn to make room.
+                    let Ok(profile) = fs::metadata(path.join(name)) else { continue };
+                    assert_eq!(profile.len(), BYTES as u64, "{name}");
+                    met += 1;
+                }
+            }
+        });
+        assert!(met > 0, "nothing was met");
+    }
+
+    #[test]
     fn what_dead_processes_left_half_done_goes_and_strangers_stay() {
         let folder = tempfile::tempdir().expect("a directory");
         let directory = Directory::new(folder.path().to_owned(), ALL, false);

@@ -35,9 +35,6 @@ pub use store::{Store, Stored};
 use trigger::{Due, Look, Trigger};
 use upload::Uploader;
 
-/// Between two looks at memory.
-const TICK: Duration = Duration::from_secs(1);
-
 /// After a failure nothing is written for so long, then for twice as long, up to [`LONGEST_PAUSE`].
 const PAUSE: Duration = Duration::from_secs(5);
 const LONGEST_PAUSE: Duration = Duration::from_secs(600);
@@ -212,8 +209,7 @@ impl Writer {
                 }
                 return;
             }
-            // Not later than the interval ends, so that a killed process loses no more than that.
-            let wait = TICK.min(self.trigger.left_of_interval(begin.elapsed(), cost::slowdown()));
+            let wait = self.trigger.wait(begin.elapsed(), cost::slowdown());
             clock.turn();
             stopping = self.hear(signals, wait);
         }

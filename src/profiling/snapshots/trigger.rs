@@ -13,6 +13,9 @@ const REARM: u64 = 65;
 /// short events can make them cost stays at two percent; with a budget below that it is stretched.
 const LEAST: Duration = Duration::from_secs(5);
 
+/// Between two looks at memory.
+const TICK: Duration = Duration::from_secs(1);
+
 /// Beginnings and ends that a snapshot names at most. More of them within one pause would only make its record long.
 const MOST_TOLD: usize = 256;
 
@@ -172,9 +175,10 @@ impl Trigger {
         Due { reason: Reason::Stop, began, ended }
     }
 
-    /// Until the next one is due for the time alone.
-    pub fn left_of_interval(&self, now: Duration, stretch: u32) -> Duration {
-        self.last.map_or(Duration::ZERO, |last| (last + self.interval * stretch).saturating_sub(now))
+    /// Until the next look: not later than the interval ends, so that a killed process loses no more than that.
+    pub fn wait(&self, now: Duration, stretch: u32) -> Duration {
+        let left = |last: Duration| (last + self.interval * stretch).saturating_sub(now);
+        TICK.min(self.last.map_or(Duration::ZERO, left))
     }
 }
 
@@ -194,6 +198,19 @@ mod tests {
     fn reasons(trigger: &mut Trigger, looks: impl IntoIterator<Item = Look>) -> Vec<(u64, Reason)> {
         let due = |look: Look| trigger.due(look).map(|due| (look.now.as_secs(), due.reason));
         looks.into_iter().filter_map(due).collect()
+    }
+
+    #[test]
+    fn no_look_is_later_than_the_end_of_the_interval() {
+        let mut trigger = Trigger::new(Duration::from_millis(7_300), 0);
+        let (mut now, mut taken) = (Duration::ZERO, Vec::new());
+        while now < Duration::from_secs(30) {
+            if trigger.due(Look { now, rss: 10, limit: None }).is_some() {
+                taken.push(now.as_millis());
+            }
+            now += trigger.wait(now).max(Duration::from_millis(1));
+        }
+        assert_eq!(taken, [0, 7_300, 14_600, 21_900, 29_200]);
     }
 
     #[test]
@@ -286,9 +303,10 @@ mod tests {
     #[test]
     fn the_last_one_tells_what_was_owed() {
         let mut trigger = trigger();
-        assert_eq!(trigger.left_of_interval(Duration::from_secs(1), 1), Duration::ZERO);
+        assert_eq!(trigger.wait(Duration::from_secs(1), 1), Duration::ZERO);
         trigger.due(look(10, 10));
-        assert_eq!(trigger.left_of_interval(Duration::from_secs(12), 1), Duration::from_secs(28));
+        assert_eq!(trigger.wait(Duration::from_millis(39_500), 1), Duration::from_millis(500));
+        assert_eq!(trigger.wait(Duration::from_millis(69_500), 2), Duration::from_millis(500));
         let owed = Due { reason: Reason::EventStart, began: vec!["a".to_owned()], ended: vec![] };
         trigger.end("a".to_owned());
         let last = Due { reason: Reason::Stop, began: vec!["a".to_owned()], ended: vec!["a".to_owned()] };
