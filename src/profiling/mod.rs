@@ -44,6 +44,8 @@ mod request;
 mod sampling;
 pub mod snapshots;
 mod symbols;
+#[cfg(feature = "task-dump")]
+mod task_dump;
 mod tasks;
 mod threads;
 mod trace;
@@ -194,7 +196,13 @@ Fifty requests may come at once, then one a second; this list and cmdline are no
 
 /// One of the profiles that show a state.
 async fn lookup(mode: Mode, slot: Slot, peer: Peer, query: Pairs) -> Response {
+    #[cfg(feature = "task-dump")]
+    let runtime = tokio::runtime::Handle::current();
     answered(mode.name(), slot, peer, query, move |options, interrupt| {
+        #[cfg(feature = "task-dump")]
+        if options.dump && mode == Mode::Goroutine {
+            return Ok(Answer::text(task_dump::text(&runtime)?));
+        }
         if options.gc {
             heap::give_back()?;
         }

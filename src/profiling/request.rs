@@ -21,6 +21,8 @@ pub(super) struct Options {
     pub hz: Option<u32>,
     /// `debug=N`: text for people; 0 for none, 2 for more of it where there is more.
     pub debug: u32,
+    /// `dump=1`: tokio's own view of its tasks, in programs that have it.
+    pub dump: bool,
     /// `gc=1`: unused memory goes back to the system first.
     pub gc: bool,
     /// `force=1`: whoever is taking a profile has to make room.
@@ -53,6 +55,7 @@ impl Options {
             seconds: value("seconds").map(seconds).transpose()?,
             hz: value("hz").map(hz).transpose()?,
             debug: level("debug")?,
+            dump: level("dump")? > 0,
             gc: level("gc")? > 0,
             force: level("force")? > 0,
             format: match value("format") {
@@ -64,6 +67,11 @@ impl Options {
         };
         if options.debug > 0 && options.seconds.is_some() {
             return Err("seconds and debug do not go together: a difference has no text form".to_owned());
+        }
+        if options.dump && !cfg!(feature = "task-dump") {
+            return Err("dump=1: this program was built without tokio's task dump (docs/profiling.md says how to build it \
+                with it); debug=2 shows the tasks one by one"
+                .to_owned());
         }
         if options.debug > 0 && options.format != Format::Pprof {
             return Err("format and debug do not go together: debug=1 is a form by itself".to_owned());
@@ -185,7 +193,7 @@ mod tests {
         let all =
             read(&[("seconds", "30"), ("gc", "1"), ("force", "2"), ("format", "svg"), ("seconds", "x"), ("hz", "99")]);
         let seconds = Some(Duration::from_secs(30));
-        assert_eq!(all, Ok(Options { seconds, hz: Some(99), debug: 0, gc: true, force: true, format: Format::Svg }));
+        assert_eq!(all, Ok(Options { seconds, hz: Some(99), gc: true, force: true, format: Format::Svg, ..Options::default() }));
         assert_eq!(read(&[("debug", "1"), ("gc", "0")]), Ok(Options { debug: 1, ..Options::default() }));
     }
 
@@ -202,6 +210,8 @@ mod tests {
             (&[("format", "png")], "format=png"),
             (&[("seconds", "1"), ("debug", "1")], "seconds and debug"),
             (&[("format", "svg"), ("debug", "1")], "format and debug"),
+            #[cfg(not(feature = "task-dump"))]
+            (&[("dump", "1")], "without tokio's task dump"),
         ] {
             let told = read(query).unwrap_err();
             assert!(told.contains(named), "{query:?}: {told}");
