@@ -410,6 +410,7 @@ async fn a_wait_at_a_lock_is_in_the_mutex_profile_with_its_stack_and_its_kind() 
     let _alone = PROFILER.lock().await;
     sample_allocations(true).unwrap();
     let mutex = &std::sync::Mutex::new(());
+    let long = contention::rate(For::Lock) * 10;
     let is_ours = |row: &places::Row| {
         row.reason == For::Lock && row.place.is_some_and(|place| place.file() == file!()) && row.waited.now > 0
     };
@@ -420,13 +421,13 @@ async fn a_wait_at_a_lock_is_in_the_mutex_profile_with_its_stack_and_its_kind() 
         while !places::rows().iter().any(is_ours) {
             std::thread::yield_now();
         }
-        std::thread::sleep(contention::LOCK_RATE * 10);
+        std::thread::sleep(long);
         drop(held);
     });
     let profile = profile_at("/debug/pprof/mutex").await;
     let kind = Some((EVENT_KIND, "valuations.publish"));
     let delay = sum(&profile, "delay", "waiting_function_of_the_test", kind);
-    assert!(u128::try_from(delay).unwrap() >= 10 * contention::LOCK_RATE.as_nanos(), "{delay} ns");
+    assert!(u128::try_from(delay).unwrap() >= long.as_nanos(), "{delay} ns");
     let block = profile_at("/debug/pprof/block").await;
     assert_eq!(sum(&block, "delay", "waiting_function_of_the_test", None), 0, "a lock is no other wait");
     let text = String::from_utf8(body_of("/debug/pprof/mutex?debug=1").await).unwrap();
