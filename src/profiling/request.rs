@@ -69,9 +69,11 @@ impl Options {
             return Err("seconds and debug do not go together: a difference has no text form".to_owned());
         }
         if options.dump && !cfg!(feature = "task-dump") {
-            return Err("dump=1: this program was built without tokio's task dump (docs/profiling.md says how to build it \
+            return Err(
+                "dump=1: this program was built without tokio's task dump (docs/profiling.md says how to build it \
                 with it); debug=2 shows the tasks one by one"
-                .to_owned());
+                    .to_owned(),
+            );
         }
         if options.debug > 0 && options.format != Format::Pprof {
             return Err("format and debug do not go together: debug=1 is a form by itself".to_owned());
@@ -193,7 +195,10 @@ mod tests {
         let all =
             read(&[("seconds", "30"), ("gc", "1"), ("force", "2"), ("format", "svg"), ("seconds", "x"), ("hz", "99")]);
         let seconds = Some(Duration::from_secs(30));
-        assert_eq!(all, Ok(Options { seconds, hz: Some(99), gc: true, force: true, format: Format::Svg, ..Options::default() }));
+        assert_eq!(
+            all,
+            Ok(Options { seconds, hz: Some(99), gc: true, force: true, format: Format::Svg, ..Options::default() })
+        );
         assert_eq!(read(&[("debug", "1"), ("gc", "0")]), Ok(Options { debug: 1, ..Options::default() }));
     }
 

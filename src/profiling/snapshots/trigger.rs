@@ -205,10 +205,10 @@ mod tests {
         let mut trigger = Trigger::new(Duration::from_millis(7_300), 0);
         let (mut now, mut taken) = (Duration::ZERO, Vec::new());
         while now < Duration::from_secs(30) {
-            if trigger.due(Look { now, rss: 10, limit: None }).is_some() {
+            if trigger.due(Look { now, rss: 10, limit: None, stretch: 1 }).is_some() {
                 taken.push(now.as_millis());
             }
-            now += trigger.wait(now).max(Duration::from_millis(1));
+            now += trigger.wait(now, 1).max(Duration::from_millis(1));
         }
         assert_eq!(taken, [0, 7_300, 14_600, 21_900, 29_200]);
     }
@@ -225,7 +225,7 @@ mod tests {
         let mut trigger = trigger();
         let mut seen = reasons(&mut trigger, (0..=130).map(|second| stretched(second, 10)));
         assert_eq!(seen, [(0, Reason::Start), (120, Reason::Interval)]);
-        assert_eq!(trigger.left_of_interval(Duration::from_secs(130), 4), Duration::from_secs(110));
+        assert_eq!(trigger.wait(Duration::from_millis(239_900), 4), Duration::from_millis(100));
         trigger.begin("a".to_owned(), 10);
         seen = reasons(&mut trigger, (131..=141).map(|second| stretched(second, 10)));
         assert_eq!(seen, [(140, Reason::EventStart)]);
