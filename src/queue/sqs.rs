@@ -466,7 +466,7 @@ impl Sqs {
 pub struct DeadLetter {
     /// The message; its body is the event as it was sent.
     pub message: Message,
-    /// The attribute [`REASON_ATTRIBUTE`]; `None` where the service did not refuse it.
+    /// The attribute `reason`; `None` where the service did not refuse it.
     pub reason: Option<String>,
     /// The queue that SQS itself took it from because it was received too often; `None` where SQS did not.
     pub moved_from: Option<String>,
