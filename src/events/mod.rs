@@ -22,8 +22,8 @@ mod valuations_refresh;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::FutureExt;
 use futures::future::BoxFuture;
+use futures::{FutureExt, future};
 use tokio::sync::{Notify, OnceCell, Semaphore};
 
 use crate::config::{self, Backoff};
@@ -186,6 +186,14 @@ impl Events {
             }
             Err(error) => Outcome::Retry(error.into()),
         }
+    }
+}
+
+/// The future in `slot`, or one that never ends.
+async fn optional<T>(slot: &mut Option<BoxFuture<'_, T>>) -> T {
+    match slot {
+        Some(future) => future.await,
+        None => future::pending().await,
     }
 }
 

@@ -1,29 +1,30 @@
 //! `valuations.publish`: post-processing of a complete run. A page of valuations, all its records in parallel, then the
-//! cursor. Pages overlap: one more is read and sent while the reports of the one before come in, and the cursor is written
-//! meanwhile, in their order. Records that Kafka refuses for good are quarantined as the cursor passes them.
+//! cursor. Pages overlap: the next one is sent while the reports of one come in and its cursor is written, and one more is read
+//! meanwhile; cursors are written in order. Records that Kafka refuses for good are quarantined as the cursor passes them.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
-use futures::future::{BoxFuture, OptionFuture};
-use futures::stream::{self, BoxStream};
-use futures::{FutureExt, StreamExt, TryStreamExt};
+use futures::future::BoxFuture;
+use futures::stream::FuturesOrdered;
+use futures::{FutureExt, StreamExt};
 use serde::Deserialize;
 
 use super::attempts::quarantined;
 use super::envelope::Event;
 use super::gate::{PROBATION, Pass};
 use super::valuations_refresh::{AFTER_LEASE, other_event};
-use super::{Events, UNFINISHED_RUN_WAIT};
+use super::{Events, UNFINISHED_RUN_WAIT, optional};
 use crate::db::publications::{OwnedPublication, PublicationClaim, PublishedPage, Quarantined};
 use crate::db::{DbError, valuations};
 use crate::fault;
-use crate::kafka::{Published, Record, Records, Valuation};
+use crate::kafka::{PublishError, Published, Record, Records, Valuation};
 use crate::queue::lease::{Role, StopReason};
 use crate::queue::{Delivery, Outcome, Refusal};
 use crate::task::{Stage, in_stage};
 
-/// Pages whose records are on their way to Kafka at the same time: while the last reports of one come in, the next one is
-/// sent. A publisher that dies sends so many again, with the same `ce_id`s.
+/// Pages whose records are out and whose cursor is not committed: while the last reports of one come in and its cursor is
+/// written, the next one is sent. A publisher that dies sends so many again, with the same `ce_id`s.
 const PAGES_UNDER_WAY: usize = 2;
 
 /// Kept of the time to stop for giving the run and the message back.
@@ -40,17 +41,6 @@ pub struct Data {
 /// Reads and checks the data of a publish event.
 pub(super) fn decode(event: &Event<'_>) -> Result<Data, Refusal> {
     event.data()
-}
-
-/// What comes next of a run's valuations.
-enum Next {
-    Page { after: i64, last: i64, page: Vec<valuations::Valuation> },
-    Stop(StopReason),
-}
-
-enum Sent {
-    Page(PublishedPage),
-    Stopped(StopReason),
 }
 
 enum Ended {
@@ -123,73 +113,165 @@ pub(super) async fn handle(
     Ok(end(events, event, run_id, &publication, delivery, ended).await)
 }
 
-/// One owner's publishing of a run.
+/// Valuations that were read and not sent.
+struct Page {
+    after: i64,
+    last: i64,
+    valuations: Vec<valuations::Valuation>,
+}
+
+type Advanced = Result<PublishedPage, Ended>;
+
+/// One owner's publishing of a run. All that it does at the same time is polled in one place: what is begun goes on, so that
+/// nothing holds a connection of the pool while it waits for something that needs one.
 struct Publishing<'a> {
     events: &'a Events,
     event_id: &'a str,
     run_id: &'a str,
     publication: &'a OwnedPublication,
-    records: Records,
+    delivery: &'a Delivery,
+    pass: &'a mut Option<Pass>,
+    records: &'a Records,
+    read_to: i64,
+    exhausted: bool,
+    /// Read while those before it are on their way.
+    ahead: Option<Page>,
+    rows: u64,
+    quarantined: u64,
 }
 
-/// After which listing the next page begins, unless there is none, and the order to stop.
-type Ahead<'a> = (Option<i64>, BoxFuture<'a, StopReason>);
-
 impl<'a> Publishing<'a> {
-    /// The pages from the cursor on, in their order, each when Kafka has its records.
-    fn sent<'s>(&'s self, stopped: BoxFuture<'s, StopReason>) -> BoxStream<'s, anyhow::Result<Sent>>
-    where
-        'a: 's,
-    {
-        stream::try_unfold((Some(self.publication.cursor), stopped), |ahead| self.read(ahead))
-            .map_ok(|next| in_stage(Stage::Publish, self.send(next)))
-            .try_buffered(PAGES_UNDER_WAY)
-            .boxed()
-    }
-
-    async fn read<'s>(&self, (after, mut stopped): Ahead<'s>) -> anyhow::Result<Option<(Next, Ahead<'s>)>> {
-        let Some(after) = after else { return Ok(None) };
-        let limit = self.events.publish_page_size;
-        let read = self.events.database.read_valuations(self.run_id, after, limit);
-        let page = in_stage(Stage::Read, read).await?;
-        let Some(last) = page.last().map(|valuation| valuation.listing_id) else { return Ok(None) };
-        if let Some(reason) = stopped.as_mut().now_or_never() {
-            return Ok(Some((Next::Stop(reason), (None, stopped))));
+    /// Publishes all from the cursor on, or until told to stop.
+    async fn run(mut self) -> Ended {
+        let mut stopped = std::pin::pin!(self.delivery.lease.stopped());
+        let mut probation = std::pin::pin!(tokio::time::sleep(PROBATION));
+        let mut reading: Option<BoxFuture<'a, Result<Vec<valuations::Valuation>, DbError>>> = None;
+        let mut sending: FuturesOrdered<BoxFuture<'a, Result<PublishedPage, PublishError>>> = FuturesOrdered::new();
+        let mut advancing: Option<BoxFuture<'a, Advanced>> = None;
+        let mut outliving: Option<BoxFuture<'a, ()>> = None;
+        // Kafka has their records, and the cursor before theirs is being written.
+        let mut reported: VecDeque<PublishedPage> = VecDeque::new();
+        // Why no more is begun; what is under way is finished all the same: its records are out, and a cursor that lags would
+        // send them again.
+        let (mut stop, mut failure) = (None, None);
+        loop {
+            if advancing.is_none() {
+                advancing = reported.pop_front().map(|page| self.advance(page));
+            }
+            let goes_on = stop.is_none() && failure.is_none();
+            let under_way = sending.len() + reported.len() + usize::from(advancing.is_some());
+            if goes_on && under_way < PAGES_UNDER_WAY && self.ahead.is_some() {
+                sending.extend(self.ahead.take().map(|page| self.send(page)));
+            }
+            if goes_on && reading.is_none() && self.ahead.is_none() && !self.exhausted {
+                reading = Some(self.read());
+            }
+            if sending.is_empty() && advancing.is_none() && reading.is_none() {
+                let all = self.exhausted && self.ahead.is_none();
+                return match (failure, stop) {
+                    (Some(error), _) => Ended::Failed(error),
+                    (None, Some(reason)) if !all => Ended::Stopped(reason),
+                    _ => Ended::AllPublished { rows: self.rows, quarantined: self.quarantined },
+                };
+            }
+            tokio::select! {
+                biased;
+                () = self.delivery.lease.lost() => return Ended::Stopped(StopReason::Lost),
+                done = optional(&mut advancing) => {
+                    advancing = None;
+                    match done {
+                        Ok(page) => self.advanced(&page),
+                        Err(ended) => return ended,
+                    }
+                }
+                Some(sent) = sending.next(), if !sending.is_empty() => match sent {
+                    Ok(page) => reported.push_back(page),
+                    Err(error) => {
+                        // Without its cursor none of those behind it can have theirs.
+                        sending.clear();
+                        failure = failure.or(Some(error.into()));
+                    }
+                },
+                page = optional(&mut reading) => {
+                    reading = None;
+                    match page {
+                        Ok(valuations) => self.page_read(valuations),
+                        Err(error) => failure = failure.or(Some(error.into())),
+                    }
+                }
+                // Where Kafka is away, what is under way can last for longer than a stop may.
+                () = self.delivery.lease.nearly_over(HANDOVER) => return Ended::Stopped(StopReason::Shutdown),
+                reason = &mut stopped, if stop.is_none() => stop = Some(reason),
+                () = optional(&mut outliving) => {
+                    outliving = None;
+                    *self.pass = None;
+                }
+                // So long that its pass is given back; before that, what it was suspected of is forgotten.
+                () = &mut probation, if self.pass.is_some() && outliving.is_none() => outliving = Some(self.outlive()),
+            }
         }
-        let then = (page.len() == limit).then_some(last);
-        Ok(Some((Next::Page { after, last, page }, (then, stopped))))
     }
 
-    async fn send(&self, next: Next) -> anyhow::Result<Sent> {
-        let (after, last, page) = match next {
-            Next::Page { after, last, page } => (after, last, page),
-            Next::Stop(reason) => return Ok(Sent::Stopped(reason)),
+    fn read(&self) -> BoxFuture<'a, Result<Vec<valuations::Valuation>, DbError>> {
+        let read = self.events.database.read_valuations(self.run_id, self.read_to, self.events.publish_page_size);
+        in_stage(Stage::Read, read).boxed()
+    }
+
+    fn page_read(&mut self, valuations: Vec<valuations::Valuation>) {
+        self.exhausted = valuations.len() < self.events.publish_page_size;
+        if let Some(last) = valuations.last().map(|valuation| valuation.listing_id) {
+            self.ahead = Some(Page { after: self.read_to, last, valuations });
+            self.read_to = last;
+        }
+    }
+
+    fn send(&self, page: Page) -> BoxFuture<'a, Result<PublishedPage, PublishError>> {
+        let (events, event_id, records) = (self.events, self.event_id, self.records);
+        let sent = async move {
+            let Page { after, last, valuations } = page;
+            let batch: Vec<Record> = valuations.iter().map(|valuation| records.record(&input(valuation))).collect();
+            drop(valuations);
+            fault::point("publish.before_send", event_id);
+            let published = events.publisher.publish_page(&batch).await?;
+            fault::point("publish.after_reports", event_id);
+            let quarantined = quarantine(&published);
+            Ok(PublishedPage { after, last, published: published.records as i64, quarantined })
         };
-        let batch: Vec<Record> = page.iter().map(|valuation| self.records.record(&input(valuation))).collect();
-        drop(page);
-        fault::point("publish.before_send", self.event_id);
-        let published = self.events.publisher.publish_page(&batch).await?;
-        fault::point("publish.after_reports", self.event_id);
-        let quarantined = quarantine(&published);
-        Ok(Sent::Page(PublishedPage { after, last, published: published.records as i64, quarantined }))
+        in_stage(Stage::Publish, sent).boxed()
     }
 
-    async fn advance(&self, done: PublishedPage) -> Result<PublishedPage, Ended> {
-        fault::point("publication.before_advance", self.event_id);
-        let advance = self.events.database.advance_publication(self.event_id, self.publication.token, &done);
-        let advanced = in_stage(Stage::Write, advance).await;
-        fault::point("publication.after_advance", self.event_id);
-        match advanced {
-            Ok(true) => {
-                tell(self.events, self.event_id, self.run_id, &done.quarantined);
-                Ok(done)
+    fn advance(&self, page: PublishedPage) -> BoxFuture<'a, Advanced> {
+        let (events, event_id, run_id, token) = (self.events, self.event_id, self.run_id, self.publication.token);
+        let advance = async move {
+            fault::point("publication.before_advance", event_id);
+            let advanced = events.database.advance_publication(event_id, token, &page).await;
+            fault::point("publication.after_advance", event_id);
+            match advanced {
+                Ok(true) => {
+                    tell(events, event_id, run_id, &page.quarantined);
+                    Ok(page)
+                }
+                Ok(false) => {
+                    events.metrics.fenced.inc();
+                    Err(Ended::Stopped(StopReason::Lost))
+                }
+                Err(error) => Err(Ended::Failed(error.into())),
             }
-            Ok(false) => {
-                self.events.metrics.fenced.inc();
-                Err(Ended::Stopped(StopReason::Lost))
-            }
-            Err(error) => Err(Ended::Failed(error.into())),
-        }
+        };
+        in_stage(Stage::Write, advance).boxed()
+    }
+
+    fn advanced(&mut self, page: &PublishedPage) {
+        self.rows += page.published as u64;
+        self.quarantined += page.quarantined.len() as u64;
+        // Let go with the first progress.
+        *self.pass = None;
+    }
+
+    fn outlive(&self) -> BoxFuture<'a, ()> {
+        let (events, event_id, publication) = (self.events, self.event_id, self.publication);
+        let forget = events.database.outlive_publication(event_id, publication.token);
+        events.outlive(event_id, publication.deaths, forget).boxed()
     }
 }
 
@@ -202,49 +284,21 @@ async fn publish(
     pass: &mut Option<Pass>,
 ) -> Ended {
     let records = Records::new(run_id, publication.completed_at, publication.traceparent.as_deref());
-    let publishing = Publishing { events, event_id: &event.id, run_id, publication, records };
-    let mut sent = publishing.sent(delivery.lease.stopped().boxed());
-    let mut probation = std::pin::pin!(tokio::time::sleep(PROBATION));
-    let (mut rows, mut quarantined) = (0, 0);
-    // Whose records Kafka has, and whose cursor is written while the next pages are on their way.
-    let mut before: Option<PublishedPage> = None;
-    loop {
-        let cursor = OptionFuture::from(before.take().map(|page| publishing.advance(page)));
-        // Neither ends the other: what was sent is worth its cursor, and the other way round.
-        let mut both = Box::pin(async { tokio::join!(sent.try_next(), cursor) });
-        let (next, advanced) = loop {
-            tokio::select! {
-                // Pages under way are finished: their records are out, and a cursor that lags would send them again.
-                biased;
-                both = &mut both => break both,
-                () = delivery.lease.lost() => return Ended::Stopped(StopReason::Lost),
-                // Where Kafka is away, that can last for longer than a stop may.
-                () = delivery.lease.nearly_over(HANDOVER) => return Ended::Stopped(StopReason::Shutdown),
-                // So long that its pass is given back; before that, what it was suspected of is forgotten.
-                () = &mut probation, if pass.is_some() => {
-                    let forget = events.database.outlive_publication(&event.id, publication.token);
-                    events.outlive(&event.id, publication.deaths, forget).await;
-                    *pass = None;
-                }
-            }
-        };
-        drop(both);
-        match advanced {
-            Some(Ok(done)) => {
-                rows += done.published as u64;
-                quarantined += done.quarantined.len() as u64;
-                *pass = None;
-            }
-            Some(Err(ended)) => return ended,
-            None => {}
-        }
-        match next {
-            Ok(Some(Sent::Page(page))) => before = Some(page),
-            Ok(Some(Sent::Stopped(reason))) => return Ended::Stopped(reason),
-            Ok(None) => return Ended::AllPublished { rows, quarantined },
-            Err(error) => return Ended::Failed(error),
-        }
-    }
+    let publishing = Publishing {
+        events,
+        event_id: &event.id,
+        run_id,
+        publication,
+        delivery,
+        pass,
+        records: &records,
+        read_to: publication.cursor,
+        exhausted: false,
+        ahead: None,
+        rows: 0,
+        quarantined: 0,
+    };
+    publishing.run().await
 }
 
 /// The refused records of a page as they are quarantined.

@@ -36,10 +36,6 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
 /// Long poll of the additional loops: short, so that they end soon after the load does.
 const EXTRA_WAIT: Duration = Duration::from_secs(1);
 
-/// How long a poll waits for more permits once it has one. A call costs SQS and us as much for one message as for ten, and a
-/// lane that is full has ten permits within milliseconds where events take milliseconds.
-const FILL: Duration = Duration::from_millis(10);
-
 /// How long parked polls may still bring something when all work is done: what was given back while draining, or what was
 /// sent as the stop began.
 const ECHO: Duration = Duration::from_secs(1);
@@ -234,7 +230,7 @@ impl Consumer {
         }
     }
 
-    /// Waits for one permit and, for a moment, for as many as a poll can use. `None`: the lane is stopping.
+    /// Waits for one permit and takes up to nine more that are free. `None`: the lane is stopping.
     async fn take_permits(&self, number: usize) -> Option<Vec<OwnedSemaphorePermit>> {
         let first = loop {
             tokio::select! {
@@ -248,13 +244,7 @@ impl Consumer {
             }
         };
         let mut permits = vec![first];
-        let most = BATCH.min(self.parts.settings.in_flight);
-        let rest = self.permits.clone().acquire_many_owned(most as u32 - 1);
-        if let Ok(rest) = timeout(FILL, rest).await {
-            let mut rest = rest.expect("the semaphore is never closed");
-            permits.extend(std::iter::from_fn(|| rest.split(1)));
-        }
-        while permits.len() < most {
+        while permits.len() < BATCH {
             match self.permits.clone().try_acquire_owned() {
                 Ok(permit) => permits.push(permit),
                 Err(_) => break,

@@ -130,6 +130,24 @@ async fn work_on_a_message_that_was_taken_away_stops() -> Result<()> {
     world.finish(service).await
 }
 
+/// A publication reads and writes at the same time. Nothing that it begins may hold a connection while it waits for another.
+#[tokio::test]
+async fn publications_that_outnumber_the_connections_get_their_turn() -> Result<()> {
+    const LISTINGS: i64 = 400;
+    let mut world = World::new(Behaviour::default()).await?;
+    world.set("database.max_connections", 2).set("database.acquire_timeout", "3s").set("kafka.page_size", 5);
+    world.set("partner.rate_per_second", 0);
+    world.listings(LISTINGS).await?;
+    let service = world.serve().await?;
+    let ids = (0..6).map(|_| world.refresh(&[])).collect::<Result<Vec<_>>>()?;
+    for id in &ids {
+        world.published(id, LONG).await?;
+    }
+    world.quiet(LONG).await?;
+    // An event that did not get its connection in time has left an error in the log, which this looks for.
+    world.finish(service).await
+}
+
 /// A page's cursor is written while the next page is sent. Here it hangs for as long as the test likes, and meanwhile the
 /// message is taken away.
 #[tokio::test]
@@ -154,8 +172,7 @@ async fn a_publication_that_is_taken_away_while_its_cursor_is_written_stops_and_
         Ok((world.number(&writing).await? == 1).then_some(()))
     })
     .await?;
-    // The second page is sent meanwhile, and two more may be under way behind it.
-    let begun = 2 * PAGE..=4 * PAGE;
+    // The second page is sent meanwhile, and none behind it: so many may be without a cursor.
     until("the second page's records", SOON, async || Ok((tap.distinct_ids() >= 2 * PAGE).then_some(()))).await?;
 
     world.sqs.purge_queue().queue_url(world.queue_url_of(Lane::PostProcessing)).send().await?;
@@ -166,7 +183,7 @@ async fn a_publication_that_is_taken_away_while_its_cursor_is_written_stops_and_
     until("the end of the write", SOON, async || Ok((world.number(locks).await? == 0).then_some(()))).await?;
     let left = "SELECT count(*) FROM publications WHERE cursor < 1 AND published = 0 AND state <> 'complete'";
     ensure!(world.number(left).await? == 1, "the cursor was written after the run was given back");
-    ensure!(begun.contains(&tap.distinct_ids()), "{} records", tap.distinct_ids());
+    ensure!(tap.distinct_ids() == 2 * PAGE, "{} records", tap.distinct_ids());
 
     // Sent again, the event begins at the cursor: what Kafka has is there twice, the same to the letter.
     let event: String =
@@ -175,7 +192,7 @@ async fn a_publication_that_is_taken_away_while_its_cursor_is_written_stops_and_
     world.published(&id, LONG).await?;
     world.check_records(&tap, &id, &world.homes(LISTINGS).await?).await?;
     ensure!(world.number("SELECT published FROM publications").await? == LISTINGS);
-    ensure!(tap.count() <= LISTINGS as u64 + begun.end(), "{} records: too many were sent again", tap.count());
+    ensure!(tap.count() <= LISTINGS as u64 + 2 * PAGE, "{} records: too many were sent again", tap.count());
     world.quiet(LONG).await?;
     world.finish(service).await
 }

@@ -24,7 +24,6 @@ mod neighbours;
 mod operate;
 mod ordering;
 mod partner_faults;
-mod polling;
 mod postgres_faults;
 mod postgres_tls;
 mod pprof;

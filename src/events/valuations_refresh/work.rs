@@ -5,12 +5,13 @@ use std::num::NonZero;
 use std::pin::Pin;
 use std::time::Duration;
 
+use futures::FutureExt;
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
-use futures::{FutureExt, future};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, Sleep, sleep_until, timeout_at};
 
+use super::super::optional;
 use super::progress::{PageNumber, Progress};
 use crate::db::DbError;
 use crate::db::listings::PageRow;
@@ -375,13 +376,5 @@ impl<'a> Work<'a> {
 
     fn stopped(&self, reason: StopReason) -> Ended {
         Ended::Stopped { reason, rows: self.rows_committed }
-    }
-}
-
-/// The future in `slot`, or one that never ends.
-async fn optional<T>(slot: &mut Option<BoxFuture<'_, T>>) -> T {
-    match slot {
-        Some(future) => future.await,
-        None => future::pending().await,
     }
 }
