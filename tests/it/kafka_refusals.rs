@@ -69,7 +69,8 @@ async fn a_topic_that_may_not_be_written_to_makes_the_publication_wait() -> Resu
     let id = world.refresh(&[])?;
     world.published(&id, LONG).await?;
     let retried = r#"write_api_events_total{kind="valuations.publish",outcome="retried"}"#;
-    ensure!(service.metric(retried).await? >= 2.0, "it was not refused");
+    // Two pages are out at a time, so both refusals may be met by one attempt.
+    ensure!(service.metric(retried).await? >= 1.0, "it was not refused");
     ensure!(service.log()?.contains("give this client the right to write to the topic"));
     ensure!(world.number("SELECT published FROM publications").await? == LISTINGS);
     ensure!(world.number(QUARANTINED).await? == 0);
