@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use pin_project_lite::pin_project;
 
 use super::mark::{self, Entered, Kind, Mark, Stage};
-use super::usage::{Ledger, Polling};
-use super::{cost, trace};
+use super::trace;
+use super::usage::{self, Ledger, Polling};
 
 /// All of them, by number. Held for an insertion, a removal, or the copying of pointers.
 static TASKS: LazyLock<Mutex<HashMap<u64, Arc<Task>>>> = LazyLock::new(Mutex::default);
@@ -272,11 +272,11 @@ struct Turn<'a> {
 
 impl<'a> Turn<'a> {
     fn begin(task: &'a Task) -> Self {
-        cost::step();
         let now = Instant::now();
         let polling = Polling::begin(&task.ledger, now);
         let kind = Kind::ALL[usize::from(task.kind.load(Ordering::Relaxed))];
         let entered = Entered::new(Mark { kind, stage: Stage::Other });
+        usage::step();
         task.polls.fetch_add(1, Ordering::Relaxed);
         task.turned_at.store((now - *START).as_nanos() as u64, Ordering::Relaxed);
         task.running.store(1, Ordering::Relaxed);
