@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 
 use crate::task::usage::Used;
 
@@ -23,6 +24,15 @@ pub struct RunLedger {
 }
 
 impl RunLedger {
+    /// What a run's row has. Another release may have written it: what this one cannot read counts as nothing, and is told. It
+    /// is a figure, and no reason to fail work.
+    pub fn read(run_id: &str, kept: &RawValue) -> Self {
+        serde_json::from_str(kept.get()).unwrap_or_else(|error| {
+            tracing::warn!(run_id, %error, "what a run has used cannot be read; it counts as nothing");
+            RunLedger::default()
+        })
+    }
+
     /// With what one more attempt has used so far.
     pub fn with(&self, used: &Used) -> Self {
         let mut sum = self.clone();
@@ -48,6 +58,19 @@ mod tests {
 
     use super::*;
     use crate::task::For;
+
+    #[test]
+    fn what_cannot_be_read_counts_as_nothing() {
+        let read = |json: &str| RunLedger::read("run", &RawValue::from_string(json.to_owned()).unwrap());
+        let written = RunLedger { polls: 7, waited_us: [("kafka".to_owned(), 1)].into(), ..RunLedger::default() };
+        assert_eq!(read(&serde_json::to_string(&written).unwrap()), written);
+        assert_eq!(read(r#"{"polls": 7, "waited_us": {"kafka": 1}, "of a later release": []}"#), written);
+        for other in
+            [r#"{"polls": -7}"#, r#"{"polls": 1.5}"#, r#"{"polls": 1e400}"#, r#"{"waited_us": [1]}"#, "[]", "7"]
+        {
+            assert_eq!(read(other), RunLedger::default(), "{other}");
+        }
+    }
 
     #[test]
     fn attempts_add_up() {

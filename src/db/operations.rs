@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use serde_json::value::RawValue;
 use sqlx::postgres::PgConnection;
 use sqlx::types::Json;
 use time::OffsetDateTime;
@@ -50,8 +51,9 @@ pub struct RunStatus {
     pub ended_at: Option<OffsetDateTime>,
     /// From the opening to the end, or to now.
     pub age_seconds: f64,
-    /// What its attempts have used until the last batch or end; `None` for none yet, and for runs from before this was kept.
-    pub used: Option<Json<RunLedger>>,
+    /// What its attempts have used until the last batch or end, as it is kept; `None` for none yet, and for runs from before this
+    /// was kept.
+    pub used: Option<Json<Box<RawValue>>>,
     /// Retention has begun to remove it.
     pub is_pruned: bool,
     /// How many publish events of the run were begun.
@@ -70,6 +72,13 @@ pub struct RunStatus {
     pub publication_failed_at: Option<OffsetDateTime>,
     /// Since then.
     pub publication_failed_seconds: Option<f64>,
+}
+
+impl RunStatus {
+    /// What its attempts have used, as far as this release can read it.
+    pub fn ledger(&self) -> Option<RunLedger> {
+        self.used.as_ref().map(|used| RunLedger::read(&self.run_id, used))
+    }
 }
 
 /// What came of asking for a run's end.
@@ -114,7 +123,7 @@ impl Database {
                        coalesce(r.completed_at, r.cancelled_at) AS ended_at,
                        extract(epoch FROM coalesce(r.completed_at, r.cancelled_at, clock_timestamp()) - r.opened_at)::float8
                            AS "age_seconds!",
-                       r.pruned_since IS NOT NULL AS "is_pruned!", r.used AS "used: Json<RunLedger>",
+                       r.pruned_since IS NOT NULL AS "is_pruned!", r.used AS "used: Json<Box<RawValue>>",
                        (SELECT count(*) FROM publications WHERE run_id = r.run_id) AS "publications!",
                        p.state AS "publication_state?", p.published AS "published?", p.quarantined AS "quarantined?",
                        p.cursor AS "publication_cursor?", p.last_error AS publication_error,

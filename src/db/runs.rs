@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use serde_json::value::RawValue;
 use sqlx::postgres::PgConnection;
 use sqlx::types::Json;
 use time::OffsetDateTime;
@@ -443,7 +444,7 @@ async fn take_run(
         FROM decided
         WHERE runs.run_id = decided.run_id
         RETURNING decided.taken AS "taken!", decided.quarantined AS "quarantined!", zip_codes, last_listing_id, opened_at,
-                  selected, cursor, valued, failed, attempts, runs.deaths, used AS "used: Json<RunLedger>"
+                  selected, cursor, valued, failed, attempts, runs.deaths, used AS "used: Json<Box<RawValue>>"
         "#,
         request.run_id,
         token,
@@ -473,7 +474,7 @@ async fn take_run(
         failed: run.failed,
         attempts: run.attempts,
         deaths: run.deaths,
-        used: run.used.map(|used| used.0).unwrap_or_default(),
+        used: run.used.map(|used| RunLedger::read(request.run_id, &used)).unwrap_or_default(),
     }))))
 }
 

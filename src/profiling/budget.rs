@@ -15,7 +15,7 @@ use super::cpu;
 use crate::config;
 use crate::task::For;
 use crate::task::contention;
-use crate::task::cost::{self, Part};
+use crate::task::cost::{self, PARTS, Part};
 
 /// Between two looks.
 const LOOK: Duration = Duration::from_secs(1);
@@ -33,12 +33,29 @@ const MOST: u32 = 16;
 /// What gives way must cost at least this part of the budget, or slowing it down would not help.
 const WORTH_IT: f64 = 0.1;
 
-/// CPU time of the profiler until a moment.
+/// CPU time of the profiler until a moment, or within a time, by part.
 #[derive(Debug, Clone, Copy, Default)]
-struct Spent {
-    all: Duration,
-    /// Of it, what a slowdown makes less.
-    gives_way: Duration,
+struct Spent([Duration; PARTS]);
+
+impl Spent {
+    fn now() -> Self {
+        Spent(Part::ALL.map(cost::cpu))
+    }
+
+    fn since(self, then: Spent) -> Self {
+        Spent(Part::ALL.map(|part| self.0[part as usize].saturating_sub(then.0[part as usize])))
+    }
+
+    /// As a share of one core over the whole window, of the parts that `counts` says.
+    fn share(&self, counts: impl Fn(Part) -> bool) -> f64 {
+        let counted = Part::ALL.into_iter().filter(|part| counts(*part));
+        counted.map(|part| self.0[part as usize]).sum::<Duration>().as_secs_f64() / WINDOW.as_secs_f64()
+    }
+
+    /// The part that cost most.
+    fn most(&self) -> Part {
+        Part::ALL.into_iter().max_by_key(|part| self.0[*part as usize]).unwrap_or(Part::Requests)
+    }
 }
 
 /// What is to be done.
@@ -67,21 +84,20 @@ impl Controller {
         Controller { budget, slowdown: 1, looks: VecDeque::new(), calm_since: None, is_exceeded: false }
     }
 
-    /// What all took of one core, and what gives way, at `now`. A window that has just begun counts as if nothing had been spent
-    /// before it.
-    fn shares(&mut self, now: Duration, spent: Spent) -> (f64, f64) {
+    /// What was spent within the window that ends `now`. One that has just begun counts as if nothing had been spent before it.
+    fn within(&mut self, now: Duration, spent: Spent) -> Spent {
         self.looks.push_back((now, spent));
         while self.looks.get(1).is_some_and(|(at, _)| *at + WINDOW <= now) {
             self.looks.pop_front();
         }
         let (_, first) = self.looks[0];
-        let share = |now: Duration, then: Duration| now.saturating_sub(then).as_secs_f64() / WINDOW.as_secs_f64();
-        (share(spent.all, first.all), share(spent.gives_way, first.gives_way))
+        spent.since(first)
     }
 
-    /// At `now`, with what was spent until then; also tells the share that decided.
-    fn look(&mut self, now: Duration, spent: Spent) -> (f64, Option<Decision>) {
-        let (all, gives_way) = self.shares(now, spent);
+    /// At `now`, with what was spent until then; also tells what was spent within the window that decided.
+    fn look(&mut self, now: Duration, spent: Spent) -> (Spent, Option<Decision>) {
+        let within = self.within(now, spent);
+        let (all, gives_way) = (within.share(|_| true), within.share(Part::gives_way));
         let decision = if all > self.budget {
             self.calm_since = None;
             self.lower(gives_way)
@@ -97,7 +113,7 @@ impl Controller {
             self.looks = VecDeque::from([(now, spent)]);
             self.calm_since = None;
         }
-        (all, decision)
+        (within, decision)
     }
 
     fn lower(&mut self, gives_way: f64) -> Option<Decision> {
@@ -125,18 +141,17 @@ pub async fn keep(profiling: config::Profiling) {
     let mut controller = Controller::new(profiling.cpu_budget.as_secs_f64());
     let begin = Instant::now();
     loop {
-        let spent = spent();
-        let (share, decision) = controller.look(begin.elapsed(), spent);
+        let (within, decision) = controller.look(begin.elapsed(), Spent::now());
         match decision {
             Some(Decision::Change { from, to }) => {
                 let before = rates(&profiling);
                 cost::slow_down(to);
-                tell(from, to, share, &profiling, &format!("{before} -> {}", rates(&profiling)));
+                tell(from, to, within, &profiling, &format!("{before} -> {}", rates(&profiling)));
             }
             Some(Decision::Exceeded) => tracing::warn!(
-                share_percent = percent(share),
+                share_percent = percent(within.share(|_| true)),
                 budget_percent = percent(controller.budget),
-                most = most().name(),
+                most = within.most().name(),
                 slowdown = controller.slowdown,
                 "the profiler uses more than profiling.cpu_budget, and lower rates do not help"
             ),
@@ -146,8 +161,8 @@ pub async fn keep(profiling: config::Profiling) {
     }
 }
 
-fn tell(from: u32, to: u32, share: f64, profiling: &config::Profiling, rates: &str) {
-    let (share_percent, most) = (percent(share), most().name());
+fn tell(from: u32, to: u32, within: Spent, profiling: &config::Profiling, rates: &str) {
+    let (share_percent, most) = (percent(within.share(|_| true)), within.most().name());
     let budget_percent = percent(profiling.cpu_budget.as_secs_f64());
     if to > from {
         tracing::warn!(
@@ -184,19 +199,6 @@ fn rates(profiling: &config::Profiling) -> String {
     text
 }
 
-fn spent() -> Spent {
-    let sum = |parts: &mut dyn Iterator<Item = Part>| parts.map(cost::cpu).sum();
-    Spent {
-        all: sum(&mut Part::ALL.into_iter()),
-        gives_way: sum(&mut Part::ALL.into_iter().filter(|part| part.gives_way())),
-    }
-}
-
-/// The part that has cost most since the start.
-fn most() -> Part {
-    Part::ALL.into_iter().max_by_key(|part| cost::cpu(*part)).unwrap_or(Part::Requests)
-}
-
 /// With two decimals.
 fn percent(share: f64) -> f64 {
     (share * 10_000.0).round() / 100.0
@@ -212,24 +214,27 @@ mod tests {
         second: u64,
         spent: Spent,
         changes: Vec<(u64, Decision)>,
+        /// The part that cost most, at each change.
+        most: Vec<Part>,
     }
 
     impl Course {
         fn new() -> Self {
             // One percent.
             let controller = Controller::new(0.01);
-            Course { controller, second: 0, spent: Spent::default(), changes: Vec::new() }
+            Course { controller, second: 0, spent: Spent::default(), changes: Vec::new(), most: Vec::new() }
         }
 
         /// Goes on for `seconds`, each with so many milliseconds that give way, divided by the slowdown, and so many that do not.
         fn go(&mut self, seconds: u64, gives_way: f64, stays: f64) -> &mut Self {
             for _ in 0..seconds {
                 let yielding = Duration::from_secs_f64(gives_way / 1000.0 / f64::from(self.controller.slowdown));
-                self.spent.gives_way += yielding;
-                self.spent.all += yielding + Duration::from_secs_f64(stays / 1000.0);
+                self.spent.0[Part::WaitStacks as usize] += yielding;
+                self.spent.0[Part::HeapSamples as usize] += Duration::from_secs_f64(stays / 1000.0);
                 self.second += 1;
-                let (_, decision) = self.controller.look(Duration::from_secs(self.second), self.spent);
+                let (within, decision) = self.controller.look(Duration::from_secs(self.second), self.spent);
                 self.changes.extend(decision.map(|decision| (self.second, decision)));
+                self.most.extend(decision.map(|_| within.most()));
             }
             self
         }
@@ -302,6 +307,15 @@ mod tests {
         let exceeded = course.changes.iter().filter(|change| change.1 == Decision::Exceeded).count();
         assert_eq!(exceeded, 1, "{:?}", course.changes);
         assert_eq!(course.changes.last().map(|change| change.1), Some(Decision::Exceeded));
+    }
+
+    #[test]
+    fn what_cost_most_is_told_of_the_window_and_not_since_the_start() {
+        let mut course = Course::new();
+        // For an hour samples of memory cost most, within the budget; then, after a quiet minute, stacks of waits exceed it.
+        course.go(3600, 0.0, 9.0).go(60, 0.0, 0.0).go(60, 15.0, 0.0);
+        assert!(course.spent.most() == Part::HeapSamples && course.slowdowns() == [2], "{:?}", course.changes);
+        assert_eq!(course.most, [Part::WaitStacks]);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! Threads that do nothing else are read from their CPU clocks. What happens inside of other work is counted, and its cost is
 //! measured: each time where it is rare, one in sixteen inside the allocator, and once for all, by a trial, for what each
-//! poll of a task keeps books of. Those are estimates, and rather too high: they are by the wall clock.
+//! poll of a task keeps books of. Those are estimates.
 //!
 //! Here are also the rates by which all of it can be made cheaper, as one number: [`slowdown`].
 
@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
+use super::mark::{self, Stage};
 use super::registry::{self, Tracked};
 use super::{contention, places, trace, usage};
 
@@ -36,7 +37,7 @@ pub enum Part {
 }
 
 /// How many there are.
-const PARTS: usize = 6;
+pub const PARTS: usize = 6;
 
 impl Part {
     /// All of them, in the order of their numbers.
@@ -87,7 +88,7 @@ pub fn cpu(part: Part) -> Duration {
     match part {
         Part::Bookkeeping => {
             let each = STEP_COST.as_nanos() as u64;
-            Duration::from_nanos(each.saturating_mul(STEPS.load(Ordering::Relaxed)))
+            Duration::from_nanos(each.saturating_mul(usage::steps()))
         }
         _ => Duration::from_nanos(MEASURED[part as usize].load(Ordering::Relaxed)),
     }
@@ -149,20 +150,13 @@ pub fn heap_sample(work: impl FnOnce()) {
     add(Part::HeapSamples, Duration::from_nanos(took.as_nanos() as u64 * TIMED));
 }
 
-/// Polls, stages and waits.
-static STEPS: AtomicU64 = AtomicU64::new(0);
-
-/// Counts a poll, a stage of one, or a wait. The first costs most, and all are taken to cost as much.
-#[inline]
-pub(super) fn step() {
-    STEPS.fetch_add(1, Ordering::Relaxed);
-}
-
-/// What a poll of a task costs more than that of a bare future.
+/// What a step costs: half of what a poll of a task with one stage in it costs more than that of a bare future. A wait is
+/// taken to cost as much; a trial of it would be listed among the waits.
 static STEP_COST: LazyLock<Duration> = LazyLock::new(|| {
     const POLLS: u32 = 500;
-    // The least of some rounds: whatever comes between makes one slower, and nothing makes one faster.
-    fn least(future: impl Future<Output = ()>) -> Duration {
+    const ROUNDS: usize = 9;
+    // The median of some rounds: what comes between makes one slower.
+    fn median(future: impl Future<Output = ()>) -> Duration {
         let mut future = pin!(future);
         let mut context = Context::from_waker(Waker::noop());
         let mut round = || {
@@ -172,11 +166,16 @@ static STEP_COST: LazyLock<Duration> = LazyLock::new(|| {
             }
             begin.elapsed() / POLLS
         };
-        std::iter::repeat_with(&mut round).take(8).min().unwrap_or_default()
+        let mut rounds: [Duration; ROUNDS] = std::array::from_fn(|_| round());
+        rounds.sort_unstable();
+        rounds[ROUNDS / 2]
     }
-    let pending = || poll_fn(|_| Poll::<()>::Pending);
-    let tracked = Tracked::inherit("trial of a poll", Location::caller(), pending());
-    least(tracked).saturating_sub(least(pending()))
+    let staged = poll_fn(|_| {
+        mark::stage(Stage::Call, usage::step);
+        Poll::<()>::Pending
+    });
+    let tracked = Tracked::inherit("trial of a poll", Location::caller(), staged);
+    median(tracked).saturating_sub(median(poll_fn(|_| Poll::<()>::Pending))) / 2
 });
 
 /// Makes the trial of a poll, which takes a millisecond, unless it was made before.
@@ -251,12 +250,12 @@ mod tests {
     fn what_is_counted_inside_of_other_work_has_a_cost() {
         calibrate();
         assert!(*STEP_COST < Duration::from_micros(50), "{:?}", *STEP_COST);
-        println!("a poll costs {:?} more for being watched", *STEP_COST);
+        println!("a step costs {:?} for being watched", *STEP_COST);
         let (heap, books) = (cpu(Part::HeapSamples), cpu(Part::Bookkeeping));
         // Twice as many as are asked for: other tests have samples that are under way.
         for _ in 0..128 {
             heap_sample(|| ());
-            step();
+            usage::step();
         }
         assert!(cpu(Part::HeapSamples) - heap >= ALLOCATORS_SHARE * 64);
         assert!(cpu(Part::Bookkeeping) >= books + *STEP_COST * 128);

@@ -10,7 +10,7 @@ use std::task::{Context, Poll};
 use pin_project_lite::pin_project;
 
 use super::trace::Open;
-use super::{cost, usage};
+use super::usage;
 
 /// Whose work it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -24,17 +24,24 @@ pub enum Kind {
     ValuationsRefresh,
     /// `valuations.publish`.
     ValuationsPublish,
-    /// What tests plant; no event of a release has it.
+    /// What tests plant; a release does not have it.
+    #[cfg(any(test, feature = "fault-injection"))]
     Planted,
 }
 
 /// How many there are.
-pub const KINDS: usize = 5;
+pub const KINDS: usize = if cfg!(any(test, feature = "fault-injection")) { 5 } else { 4 };
 
 impl Kind {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Kind; KINDS] =
-        [Kind::Service, Kind::ListingUpsert, Kind::ValuationsRefresh, Kind::ValuationsPublish, Kind::Planted];
+    pub const ALL: [Kind; KINDS] = [
+        Kind::Service,
+        Kind::ListingUpsert,
+        Kind::ValuationsRefresh,
+        Kind::ValuationsPublish,
+        #[cfg(any(test, feature = "fault-injection"))]
+        Kind::Planted,
+    ];
 
     /// The label `event_kind` in profiles, `kind` in metrics.
     pub fn name(self) -> &'static str {
@@ -43,13 +50,15 @@ impl Kind {
             Kind::ListingUpsert => "listing.upsert",
             Kind::ValuationsRefresh => "valuations.refresh",
             Kind::ValuationsPublish => "valuations.publish",
+            #[cfg(any(test, feature = "fault-injection"))]
             Kind::Planted => "planted",
         }
     }
 
     /// Whether its work takes seconds to hours, so that it is worth to look at the process when it begins and ends.
     pub fn is_slow(self) -> bool {
-        matches!(self, Kind::ValuationsRefresh | Kind::ValuationsPublish | Kind::Planted)
+        // What tests plant is slow.
+        !matches!(self, Kind::Service | Kind::ListingUpsert)
     }
 
     /// The kind of that name; what has none is the service's.
@@ -177,8 +186,8 @@ impl<F: Future> Future for InStage<F> {
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
         let this = self.project();
-        cost::step();
         let _entered = Entered::new(Mark { stage: *this.stage, ..current() });
+        usage::step();
         this.span.get_or_insert_with(Open::begin);
         let polled = this.future.poll(context);
         if polled.is_ready() {

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use pin_project_lite::pin_project;
 
 use super::mark::{self, Entered, Kind, Mark, Stage};
-use super::usage::{Ledger, Polling};
-use super::{cost, trace};
+use super::trace;
+use super::usage::{self, Ledger, Polling};
 
 /// All of them, by number. Held for an insertion, a removal, or the copying of pointers.
 static TASKS: LazyLock<Mutex<HashMap<u64, Arc<Task>>>> = LazyLock::new(Mutex::default);
@@ -81,6 +81,8 @@ pub struct Snapshot {
 /// The work on a slow event, as it begins or ends.
 #[derive(Clone, Copy, Debug)]
 pub struct SlowEvent<'a> {
+    /// Number of the task that does it. An event that is delivered again while it is worked on has two.
+    pub task: u64,
     /// Whose work it is.
     pub kind: Kind,
     /// The event's id.
@@ -136,7 +138,7 @@ pub fn identify(kind: Kind, about: &str) {
         let is_new = task.about.set(about.into()).is_ok();
         mark::set_kind(kind);
         if is_new && task.is_event {
-            tell(&SlowEvent { kind, about, began: true });
+            tell(&SlowEvent { task: task.number, kind, about, began: true });
         }
     });
 }
@@ -220,7 +222,7 @@ impl Drop for Registered {
             let kind = Kind::ALL[usize::from(task.kind.load(Ordering::Relaxed))];
             trace::note(Mark { kind, stage: Stage::Other }, task.number as u32, task.spawned_at);
             if let Some(about) = task.about.get() {
-                tell(&SlowEvent { kind, about, began: false });
+                tell(&SlowEvent { task: task.number, kind, about, began: false });
             }
         }
     }
@@ -270,11 +272,11 @@ struct Turn<'a> {
 
 impl<'a> Turn<'a> {
     fn begin(task: &'a Task) -> Self {
-        cost::step();
         let now = Instant::now();
         let polling = Polling::begin(&task.ledger, now);
         let kind = Kind::ALL[usize::from(task.kind.load(Ordering::Relaxed))];
         let entered = Entered::new(Mark { kind, stage: Stage::Other });
+        usage::step();
         task.polls.fetch_add(1, Ordering::Relaxed);
         task.turned_at.store((now - *START).as_nanos() as u64, Ordering::Relaxed);
         task.running.store(1, Ordering::Relaxed);
@@ -321,10 +323,10 @@ mod tests {
 
     #[tokio::test]
     async fn slow_events_are_told_when_they_begin_and_end() {
-        static TOLD: Mutex<Vec<(String, bool)>> = Mutex::new(Vec::new());
-        on_slow_event(|event| TOLD.lock().unwrap().push((event.about.to_owned(), event.began)));
+        static TOLD: Mutex<Vec<(String, u64, bool)>> = Mutex::new(Vec::new());
+        on_slow_event(|event| TOLD.lock().unwrap().push((event.about.to_owned(), event.task, event.began)));
         let told = |about: &str| -> Vec<bool> {
-            TOLD.lock().unwrap().iter().filter(|told| told.0 == about).map(|told| told.1).collect()
+            TOLD.lock().unwrap().iter().filter(|told| told.0 == about).map(|told| told.2).collect()
         };
         let slow = spawn_event("slow", async move {
             identify(Kind::ValuationsPublish, "event 12");
@@ -336,6 +338,12 @@ mod tests {
         assert!(slow.await.unwrap_err().is_panic());
         assert_eq!(told("event 12"), [true, false]);
         assert!(told("event 12, a part").is_empty());
+        let again = || spawn_event("again", async { identify(Kind::ValuationsPublish, "event 14") });
+        again().await.unwrap();
+        again().await.unwrap();
+        let tasks: Vec<u64> =
+            TOLD.lock().unwrap().iter().filter(|told| told.0 == "event 14").map(|told| told.1).collect();
+        assert!(tasks[0] == tasks[1] && tasks[2] == tasks[3] && tasks[0] != tasks[2], "{tasks:?}");
         spawn_event("fast", async { identify(Kind::ListingUpsert, "event 13") }).await.unwrap();
         assert!(told("event 13").is_empty());
         *LISTENER.write().unwrap() = None;

@@ -96,8 +96,28 @@ impl Default for Ledger {
     }
 }
 
-/// Everything since the start, by mark.
-static TOTALS: [Ledger; Mark::COUNT] = [const { Ledger::new() }; Mark::COUNT];
+/// Everything since the start, of one mark.
+struct Total {
+    ledger: Ledger,
+    /// Polls, stages and waits.
+    steps: AtomicU64,
+}
+
+/// By mark.
+static TOTALS: [Total; Mark::COUNT] =
+    [const { Total { ledger: Ledger::new(), steps: AtomicU64::new(0) } }; Mark::COUNT];
+
+/// Counts a poll, a stage of one, or a wait, next to what is charged to the mark of this thread anyway: one count for all
+/// would be written by all threads.
+#[inline]
+pub(super) fn step() {
+    TOTALS[mark::current().index()].steps.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Polls, stages and waits since the start of the process.
+pub(super) fn steps() -> u64 {
+    TOTALS.iter().map(|total| total.steps.load(Ordering::Relaxed)).sum()
+}
 
 /// Bytes of the sums.
 pub(super) fn memory() -> u64 {
@@ -109,7 +129,7 @@ pub fn of_kind(kind: Kind) -> Used {
     let mut sum = Used::default();
     for (index, total) in TOTALS.iter().enumerate() {
         if Mark::from_index(index).kind == kind {
-            let used = total.read();
+            let used = total.ledger.read();
             sum.allocated += used.allocated;
             sum.freed += used.freed;
             sum.busy += used.busy;
@@ -174,7 +194,7 @@ impl Counters {
             return self.locate();
         }
         let (allocated, freed) = self.read();
-        let total = &TOTALS[mark.index()];
+        let total = &TOTALS[mark.index()].ledger;
         // SAFETY: the poll that set it holds it.
         let ledger = unsafe { self.ledger.as_ref() };
         total.add_memory(allocated, freed);
@@ -231,7 +251,7 @@ impl Drop for Polling {
 
 /// Adds a wait that has ended to its event and to its kind.
 pub(super) fn waited(mark: Mark, reason: For, took: Duration) {
-    TOTALS[mark.index()].add_wait(reason, took);
+    TOTALS[mark.index()].ledger.add_wait(reason, took);
     // SAFETY: the poll that set it holds it.
     if let Some(ledger) = unsafe { COUNTERS.get().ledger.as_ref() } {
         ledger.add_wait(reason, took);

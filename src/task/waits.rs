@@ -10,7 +10,7 @@ use pin_project_lite::pin_project;
 
 use super::mark::{self, Mark};
 use super::places::{For, Waiting};
-use super::{contention, cost, registry, usage};
+use super::{contention, registry, usage};
 
 /// A wait under way. Dropping it ends it and counts it, also where nobody waits any longer.
 struct Counted {
@@ -22,7 +22,7 @@ struct Counted {
 
 impl Counted {
     fn begin(place: &'static Location<'static>, reason: For) -> Self {
-        cost::step();
+        usage::step();
         let mark = mark::current();
         Counted { waiting: Waiting::begin(place, reason, mark.kind), reason, mark, since: Instant::now() }
     }

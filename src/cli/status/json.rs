@@ -24,7 +24,7 @@ pub(super) fn document(run: &RunStatus) -> Value {
             "count": run.publications,
         })
     });
-    let used = run.used.as_ref().map(|used| {
+    let used = run.ledger().map(|used| {
         let seconds = |us: u64| us as f64 / 1e6;
         let waited: Map<String, Value> =
             used.waited_us.iter().map(|(reason, us)| (reason.clone(), seconds(*us).into())).collect();

@@ -101,9 +101,9 @@ pub(super) fn page(run: &RunStatus) -> String {
     if let Some(error) = &run.last_error {
         entry("last error", error.clone());
     }
-    if let Some(used) = &run.used {
-        entry("used", used_text(used, is_over(run)));
-        entry("waited", waited_text(used));
+    if let Some(used) = run.ledger() {
+        entry("used", used_text(&used, is_over(run)));
+        entry("waited", waited_text(&used));
     }
     entry("publication", publication(run));
     if let Some(error) = &run.publication_error {
@@ -330,7 +330,8 @@ mod tests {
             waited_us: waited_us.into(),
         };
         let page_of = |run: RunStatus| {
-            let page = page(&RunStatus { used: Some(sqlx::types::Json(used.clone())), ..run });
+            let kept = serde_json::value::to_raw_value(&used).unwrap();
+            let page = page(&RunStatus { used: Some(sqlx::types::Json(kept)), ..run });
             assert!(widest(&page) <= 80, "{page}");
             page.split_whitespace().collect::<Vec<_>>().join(" ")
         };

@@ -1,5 +1,6 @@
 //! Heap profiles kept on disk while the service works, each with a record of its moment, so that what grew over a weekend
-//! can be read on Monday and a killed process loses at most one interval.
+//! can be read on Monday and a killed process loses at most one interval, which is up to 16 times as long while the profiler is
+//! above its budget.
 //!
 //! A thread of its own at low priority hears of each slow event that begins or ends, looks at memory once a second, decides
 //! whether a snapshot is due (`trigger`), takes it, and writes it (`directory`). The work never waits for it; what fails is
@@ -35,10 +36,6 @@ pub use store::{Store, Stored};
 use trigger::{Due, Look, Trigger};
 use upload::Uploader;
 
-/// After a failure nothing is written for so long, then for twice as long, up to [`LONGEST_PAUSE`].
-const PAUSE: Duration = Duration::from_secs(5);
-const LONGEST_PAUSE: Duration = Duration::from_secs(600);
-
 const NICE: libc::c_int = 10;
 
 /// What came of a snapshot.
@@ -65,10 +62,10 @@ type Tell = Arc<dyn Fn(Outcome) + Send + Sync>;
 
 /// What the thread is told.
 enum Signal {
-    /// A slow event began.
-    Began(String),
-    /// A slow event ended.
-    Ended(String),
+    /// The task of that number began with a slow event.
+    Began(u64, String),
+    /// The task of that number ended with its slow event.
+    Ended(u64, String),
     /// The last snapshot is to be taken.
     Stop,
 }
@@ -102,7 +99,10 @@ impl Snapshots {
         registry::on_slow_event(move |event| {
             let name = format!("{} {}", event.kind.name(), event.about);
             // Nobody hears it any more while the process ends.
-            let _ = heard.send(if event.began { Signal::Began(name) } else { Signal::Ended(name) });
+            let _ = heard.send(match event.began {
+                true => Signal::Began(event.task, name),
+                false => Signal::Ended(event.task, name),
+            });
         });
         Ok(Snapshots { signals, thread })
     }
@@ -158,30 +158,19 @@ impl Writer {
 
     fn run(mut self, signals: &mpsc::Receiver<Signal>, tell: &Tell) {
         let begin = Instant::now();
-        let mut pause = PAUSE;
-        let mut not_before = begin;
-        // What failed is tried again for its reason.
-        let mut owed: Option<Due> = None;
         let mut stopping = false;
         let mut clock = ThreadClock::begin(Part::Snapshots);
         loop {
             let due = if stopping {
-                Some(self.trigger.stop(owed.take()))
-            } else if Instant::now() < not_before {
-                None
+                Some(self.trigger.stop())
             } else {
-                let look = Look {
-                    now: begin.elapsed(),
-                    rss: record::rss_bytes(),
-                    limit: self.limit,
-                    stretch: cost::slowdown(),
-                };
-                owed.take().or_else(|| self.trigger.due(look))
+                let (rss, stretch) = (record::rss_bytes(), cost::slowdown());
+                self.trigger.due(Look { now: begin.elapsed(), rss, limit: self.limit, stretch })
             };
             if let Some(due) = due {
                 match self.write(&due) {
                     Ok(bytes) => {
-                        pause = PAUSE;
+                        self.trigger.taken();
                         tell(Outcome::Written { bytes });
                         if let Some(uploader) = &self.uploader {
                             uploader.wake();
@@ -189,17 +178,16 @@ impl Writer {
                     }
                     Err(error) => {
                         tell(Outcome::Failed);
+                        let reason = due.reason.name();
+                        let pause = self.trigger.failed(due, begin.elapsed());
                         let directory = self.settings.directory.as_deref().unwrap_or_else(|| "".as_ref());
                         tracing::warn!(
                             error = format!("{error:#}"),
                             directory = %directory.display(),
-                            reason = due.reason.name(),
+                            reason,
                             pause_s = pause.as_secs(),
                             "no snapshot of the heap; the work goes on, and it is tried again after a pause"
                         );
-                        owed = Some(due);
-                        not_before = Instant::now() + pause;
-                        pause = (pause * 2).min(LONGEST_PAUSE);
                     }
                 }
             }
@@ -220,8 +208,8 @@ impl Writer {
         let mut signal = signals.recv_timeout(wait);
         loop {
             match signal {
-                Ok(Signal::Began(event)) => self.trigger.begin(event, record::rss_bytes()),
-                Ok(Signal::Ended(event)) => self.trigger.end(event),
+                Ok(Signal::Began(task, event)) => self.trigger.begin(task, event, record::rss_bytes()),
+                Ok(Signal::Ended(task, event)) => self.trigger.end(task, event),
                 Ok(Signal::Stop) | Err(RecvTimeoutError::Disconnected) => return true,
                 Err(RecvTimeoutError::Timeout) => return false,
             }

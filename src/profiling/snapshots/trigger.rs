@@ -13,6 +13,10 @@ const REARM: u64 = 65;
 /// short events can make them cost stays at two percent; with a budget below that it is stretched.
 const LEAST: Duration = Duration::from_secs(5);
 
+/// After a failure nothing is taken for so long, then for twice as long, up to [`LONGEST_PAUSE`].
+const PAUSE: Duration = Duration::from_secs(5);
+const LONGEST_PAUSE: Duration = Duration::from_secs(600);
+
 /// Between two looks at memory.
 const TICK: Duration = Duration::from_secs(1);
 
@@ -74,9 +78,10 @@ pub(super) struct Due {
     pub ended: Vec<String>,
 }
 
-/// Growth since a slow event began.
+/// A slow event that goes on, and the growth since it began.
 #[derive(Debug)]
-struct Growth {
+struct SlowEvent {
+    name: String,
     /// Resident bytes at its beginning.
     from: u64,
     /// The growth that is told next: a step, then twice as much each time.
@@ -92,52 +97,76 @@ pub(super) struct Trigger {
     last: Option<Duration>,
     /// The first stage that was not told yet.
     stage: usize,
-    slow_events: BTreeMap<String, Growth>,
+    /// By the number of the task: deliveries of one event can be worked on side by side.
+    slow_events: BTreeMap<u64, SlowEvent>,
     began: Vec<String>,
     ended: Vec<String>,
+    /// What failed, and is tried again for its reason.
+    owed: Option<Due>,
+    not_before: Duration,
+    /// After the next failure.
+    pause: Duration,
 }
 
 impl Trigger {
     pub fn new(interval: Duration, step: u64) -> Self {
-        let slow_events = BTreeMap::new();
-        Trigger { interval, step, last: None, stage: 0, slow_events, began: Vec::new(), ended: Vec::new() }
+        Trigger {
+            interval,
+            step,
+            last: None,
+            stage: 0,
+            slow_events: BTreeMap::new(),
+            began: Vec::new(),
+            ended: Vec::new(),
+            owed: None,
+            not_before: Duration::ZERO,
+            pause: PAUSE,
+        }
     }
 
-    /// A slow event began, when so many bytes were resident.
-    pub fn begin(&mut self, event: String, rss: u64) {
+    /// The task of that number began with a slow event, when so many bytes were resident.
+    pub fn begin(&mut self, task: u64, event: String, rss: u64) {
         if self.began.len() < MOST_TOLD {
             self.began.push(event.clone());
         }
-        self.slow_events.insert(event, Growth { from: rss, next: self.step });
+        self.slow_events.insert(task, SlowEvent { name: event, from: rss, next: self.step });
     }
 
-    /// A slow event ended.
-    pub fn end(&mut self, event: String) {
-        self.slow_events.remove(&event);
+    /// The task of that number ended with its slow event.
+    pub fn end(&mut self, task: u64, event: String) {
+        self.slow_events.remove(&task);
         if self.ended.len() < MOST_TOLD {
             self.ended.push(event);
         }
     }
 
-    /// The slow events that go on, with the bytes that were resident when each began.
+    /// The slow events that go on, with the bytes that were resident when the first task for each began.
     pub fn slow_events(&self) -> BTreeMap<String, u64> {
-        self.slow_events.iter().map(|(event, growth)| (event.clone(), growth.from)).collect()
+        // Tasks are numbered in the order of their spawning, and the last one of a name is what the map keeps.
+        self.slow_events.values().rev().map(|event| (event.name.clone(), event.from)).collect()
     }
 
     /// Whether a snapshot is due, and why; what it tells is then told.
     pub fn due(&mut self, look: Look) -> Option<Due> {
+        if look.now < self.not_before {
+            return None;
+        }
+        if let Some(owed) = self.owed.take() {
+            self.last = Some(look.now);
+            return Some(owed);
+        }
         let share = look.limit.filter(|limit| *limit > 0).map_or(0, |limit| look.rss.saturating_mul(100) / limit);
         if share < REARM {
             self.stage = 0;
         }
         let reached = STAGES.iter().filter(|stage| share >= **stage).count();
         let mut grown = false;
-        for growth in self.slow_events.values_mut() {
-            let by = look.rss.saturating_sub(growth.from);
+        for event in self.slow_events.values_mut() {
+            let by = look.rss.saturating_sub(event.from);
             if by < self.step / 2 {
-                growth.next = self.step;
+                event.next = self.step;
             }
-            grown |= self.step > 0 && by >= growth.next;
+            grown |= self.step > 0 && by >= event.next;
         }
         let reason = match self.last {
             None => Reason::Start,
@@ -155,9 +184,9 @@ impl Trigger {
         match reason {
             Reason::Memory => self.stage = reached,
             Reason::Growth => {
-                for growth in self.slow_events.values_mut() {
-                    while look.rss.saturating_sub(growth.from) >= growth.next {
-                        growth.next = growth.next.saturating_mul(2);
+                for event in self.slow_events.values_mut() {
+                    while look.rss.saturating_sub(event.from) >= event.next {
+                        event.next = event.next.saturating_mul(2);
                     }
                 }
             }
@@ -167,16 +196,34 @@ impl Trigger {
         Some(Due { reason, began: std::mem::take(&mut self.began), ended: std::mem::take(&mut self.ended) })
     }
 
+    /// What was due is taken.
+    pub fn taken(&mut self) {
+        self.pause = PAUSE;
+    }
+
+    /// What was due could not be taken: it is due again after a pause, which is told.
+    pub fn failed(&mut self, due: Due, now: Duration) -> Duration {
+        let pause = self.pause;
+        self.owed = Some(due);
+        self.not_before = now + pause;
+        self.pause = (pause * 2).min(LONGEST_PAUSE);
+        pause
+    }
+
     /// The last one, which also tells what one before it owes.
-    pub fn stop(&mut self, owed: Option<Due>) -> Due {
-        let (mut began, mut ended) = owed.map(|due| (due.began, due.ended)).unwrap_or_default();
+    pub fn stop(&mut self) -> Due {
+        let (mut began, mut ended) = self.owed.take().map(|due| (due.began, due.ended)).unwrap_or_default();
         began.append(&mut self.began);
         ended.append(&mut self.ended);
         Due { reason: Reason::Stop, began, ended }
     }
 
-    /// Until the next look: not later than the interval ends, so that a killed process loses no more than that.
+    /// Until the next look: not later than the interval ends, stretched as it is, so that a killed process loses no more than
+    /// that. In a pause after a failure the interval may have ended long ago.
     pub fn wait(&self, now: Duration, stretch: u32) -> Duration {
+        if now < self.not_before {
+            return TICK;
+        }
         let left = |last: Duration| (last + self.interval * stretch).saturating_sub(now);
         TICK.min(self.last.map_or(Duration::ZERO, left))
     }
@@ -213,6 +260,54 @@ mod tests {
         assert_eq!(taken, [0, 7_300, 14_600, 21_900, 29_200]);
     }
 
+    /// The looks at an interval of 30 s until `end`, while what is due is taken only where `can` says so: how many there were, and
+    /// what was tried, in seconds.
+    fn looks(trigger: &mut Trigger, end: u64, can: impl Fn(u64) -> bool) -> (usize, Vec<(u64, Reason)>) {
+        let (mut now, mut looks, mut tried) = (Duration::ZERO, 0, Vec::new());
+        while now < Duration::from_secs(end) && looks < 100_000 {
+            looks += 1;
+            if let Some(due) = trigger.due(Look { now, rss: 10, limit: None, stretch: 1 }) {
+                tried.push((now.as_secs(), due.reason));
+                if can(now.as_secs()) {
+                    trigger.taken();
+                } else {
+                    trigger.failed(due, now);
+                }
+            }
+            // What one look takes.
+            now += trigger.wait(now, 1) + Duration::from_micros(100);
+        }
+        (looks, tried)
+    }
+
+    #[test]
+    fn while_nothing_can_be_written_no_more_looks_are_taken_than_else() {
+        let (looks, tried) = looks(&mut trigger(), 700, |_| false);
+        let tries: Vec<u64> = tried.iter().map(|tried| tried.0).collect();
+        assert_eq!(tries, [0, 5, 15, 35, 75, 155, 315, 635]);
+        assert!(looks <= 700, "{looks} looks in 700 s");
+    }
+
+    #[test]
+    fn what_was_owed_begins_the_interval_anew() {
+        let (_, tried) = looks(&mut trigger(), 140, |second| second >= 70);
+        let ends = [(75, Reason::Start), (105, Reason::Interval), (135, Reason::Interval)];
+        assert_eq!(tried[tried.len() - 3..], ends, "{tried:?}");
+    }
+
+    #[test]
+    fn another_delivery_of_a_slow_event_takes_its_watch_not_away() {
+        let mut trigger = Trigger::new(Duration::from_secs(3600), 20);
+        let unlimited = |second, rss| Look { limit: None, ..look(second, rss) };
+        trigger.due(unlimited(0, 100));
+        trigger.begin(1, "a".to_owned(), 100);
+        trigger.begin(2, "a".to_owned(), 110);
+        assert_eq!(trigger.slow_events(), BTreeMap::from([("a".to_owned(), 100)]));
+        trigger.end(2, "a".to_owned());
+        assert_eq!(trigger.slow_events(), BTreeMap::from([("a".to_owned(), 100)]));
+        assert_eq!(reasons(&mut trigger, [unlimited(10, 120)]), [(10, Reason::Growth)]);
+    }
+
     #[test]
     fn one_at_the_start_and_one_for_each_interval() {
         let seen = reasons(&mut trigger(), (0..=65).map(|second| look(second, 10)));
@@ -226,10 +321,10 @@ mod tests {
         let mut seen = reasons(&mut trigger, (0..=130).map(|second| stretched(second, 10)));
         assert_eq!(seen, [(0, Reason::Start), (120, Reason::Interval)]);
         assert_eq!(trigger.wait(Duration::from_millis(239_900), 4), Duration::from_millis(100));
-        trigger.begin("a".to_owned(), 10);
+        trigger.begin(1, "a".to_owned(), 10);
         seen = reasons(&mut trigger, (131..=141).map(|second| stretched(second, 10)));
         assert_eq!(seen, [(140, Reason::EventStart)]);
-        trigger.end("a".to_owned());
+        trigger.end(1, "a".to_owned());
         seen = reasons(&mut trigger, (142..=166).map(|second| stretched(second, if second < 150 { 75 } else { 10 })));
         assert_eq!(seen, [(145, Reason::Memory)]);
     }
@@ -252,12 +347,12 @@ mod tests {
     fn slow_events_are_told_when_they_begin_and_end() {
         let mut trigger = trigger();
         assert_eq!(trigger.due(look(0, 10)).map(|due| due.reason), Some(Reason::Start));
-        trigger.begin("a".to_owned(), 10);
+        trigger.begin(1, "a".to_owned(), 10);
         assert_eq!(trigger.slow_events(), BTreeMap::from([("a".to_owned(), 10)]));
         let due = Due { reason: Reason::EventStart, began: vec!["a".to_owned()], ended: vec![] };
         assert_eq!(trigger.due(look(6, 10)), Some(due));
         assert_eq!(trigger.due(look(12, 10)), None);
-        trigger.end("a".to_owned());
+        trigger.end(1, "a".to_owned());
         let due = Due { reason: Reason::EventEnd, began: vec![], ended: vec!["a".to_owned()] };
         assert_eq!(trigger.due(look(20, 10)), Some(due));
         assert_eq!(trigger.due(look(26, 10)), None);
@@ -268,8 +363,8 @@ mod tests {
     fn an_event_shorter_than_the_time_between_two_looks_is_not_missed() {
         let mut trigger = trigger();
         trigger.due(look(0, 10));
-        trigger.begin("a".to_owned(), 10);
-        trigger.end("a".to_owned());
+        trigger.begin(1, "a".to_owned(), 10);
+        trigger.end(1, "a".to_owned());
         assert_eq!(trigger.due(look(1, 10)), None, "too soon after the first");
         let due = Due { reason: Reason::EventStart, began: vec!["a".to_owned()], ended: vec!["a".to_owned()] };
         assert_eq!(trigger.due(look(5, 10)), Some(due));
@@ -281,12 +376,12 @@ mod tests {
         let unlimited = |second, rss| Look { limit: None, ..look(second, rss) };
         trigger.due(unlimited(0, 100));
         assert_eq!(reasons(&mut trigger, [unlimited(10, 900)]), [], "no event, no growth");
-        trigger.begin("a".to_owned(), 100);
+        trigger.begin(1, "a".to_owned(), 100);
         let looks = [(20, 100), (30, 119), (40, 120), (50, 130), (60, 139), (70, 195), (80, 195), (90, 109), (95, 120)];
         let seen = reasons(&mut trigger, looks.map(|(second, rss)| unlimited(second, rss)));
         let growth: Vec<u64> = seen.iter().filter(|seen| seen.1 == Reason::Growth).map(|seen| seen.0).collect();
         assert_eq!(growth, [40, 70, 95]);
-        trigger.end("a".to_owned());
+        trigger.end(1, "a".to_owned());
         let after = reasons(&mut trigger, [unlimited(110, 500), unlimited(120, 900)]);
         assert_eq!(after, [(110, Reason::EventEnd)]);
     }
@@ -295,7 +390,7 @@ mod tests {
     fn without_a_limit_and_a_step_memory_is_no_reason() {
         let mut trigger = trigger();
         let mut seen = reasons(&mut trigger, [Look { limit: None, ..look(0, 1) }]);
-        trigger.begin("a".to_owned(), 1);
+        trigger.begin(1, "a".to_owned(), 1);
         seen.extend(reasons(&mut trigger, (1..=20).map(|second| Look { limit: None, ..look(second, u64::MAX) })));
         assert_eq!(seen, [(0, Reason::Start), (5, Reason::EventStart)]);
     }
@@ -308,19 +403,20 @@ mod tests {
         assert_eq!(trigger.wait(Duration::from_millis(39_500), 1), Duration::from_millis(500));
         assert_eq!(trigger.wait(Duration::from_millis(69_500), 2), Duration::from_millis(500));
         let owed = Due { reason: Reason::EventStart, began: vec!["a".to_owned()], ended: vec![] };
-        trigger.end("a".to_owned());
+        trigger.failed(owed, Duration::from_secs(70));
+        trigger.end(1, "a".to_owned());
         let last = Due { reason: Reason::Stop, began: vec!["a".to_owned()], ended: vec!["a".to_owned()] };
-        assert_eq!(trigger.stop(Some(owed)), last);
+        assert_eq!(trigger.stop(), last);
     }
 
     #[test]
     fn a_thousand_events_in_one_pause_make_no_long_record() {
         let mut trigger = trigger();
         for event in 0..1_000 {
-            trigger.begin(event.to_string(), 1);
-            trigger.end(event.to_string());
+            trigger.begin(event, event.to_string(), 1);
+            trigger.end(event, event.to_string());
         }
-        let last = trigger.stop(None);
+        let last = trigger.stop();
         assert_eq!((last.reason, last.began.len(), last.ended.len()), (Reason::Stop, MOST_TOLD, MOST_TOLD));
     }
 }
