@@ -583,3 +583,27 @@ async fn the_status_sums_up_what_all_attempts_used() -> Result<()> {
     ensure!(all.1 >= called().await?, "{all:?}");
     world.finish(last).await
 }
+
+/// It is a figure: whatever another release wrote there, the run goes on, and its work is no death.
+#[tokio::test]
+async fn a_run_whose_use_cannot_be_read_goes_on_and_counts_from_zero() -> Result<()> {
+    let world = slow_world(1, 100).await?;
+    world.listings(2_000).await?;
+    let killed = world.serve().await?;
+    let id = world.refresh(&[])?;
+    world.run_until(&id, SOON, |run| run.valued >= 300).await?;
+    killed.kill().await?;
+    world.sql(r#"UPDATE runs SET used = '{"allocated_bytes": 9007199254740993, "polls": -1}'"#).await?;
+    ensure!(status(&world, &id)?["used"]["allocated_bytes"] == 0, "{}", status(&world, &id)?);
+
+    let service = world.serve().await?;
+    world.published(&id, LONG).await?;
+    let complete = status(&world, &id)?;
+    ensure!(complete["phase"] == "complete" && complete["attempts"] == 2, "{complete}");
+    let (allocated, _) = used(&world, &id)?;
+    ensure!((100_000..1 << 40).contains(&allocated), "{complete}");
+    let log = service.log()?;
+    let mut told = log.lines().filter(|line| line.contains("what a run has used cannot be read"));
+    ensure!(told.any(|line| line.contains(&id)), "no line names {id} in\n{log}");
+    world.finish(service).await
+}
