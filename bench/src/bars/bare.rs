@@ -2,8 +2,8 @@
 //! started again, so that its processor time is its own.
 
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -52,28 +52,52 @@ pub(crate) async fn run(arguments: &[&str], variables: &[(&str, &str)]) -> Resul
 /// The loop that was asked for; prints what it did.
 pub(crate) async fn main(arguments: &[String]) -> Result<()> {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let began = Instant::now();
-    let count = match arguments[..] {
+    let done = match arguments[..] {
         ["calls", url, count] => calls(url, count.parse()?).await?,
         ["read", url, run] => read(url, run).await?,
         ["produce", brokers, topic, count] => produce(brokers, topic, count.parse()?)?,
         ["receive", endpoint, queue, count] => receive(endpoint, queue, count.parse()?).await?,
         _ => bail!("no such loop: {arguments:?}"),
     };
-    let seconds = began.elapsed().as_secs_f64();
-    println!("{}", serde_json::to_string(&Loop { count, seconds, cpu_seconds: cpu_seconds()? })?);
+    println!("{}", serde_json::to_string(&done)?);
     Ok(())
 }
 
+/// Begins when a loop is warm, as the service is that is measured by it.
+struct Clock {
+    began: Instant,
+    cpu_seconds: f64,
+}
+
+impl Clock {
+    fn start() -> Result<Self> {
+        Ok(Self { cpu_seconds: cpu_seconds()?, began: Instant::now() })
+    }
+
+    /// What was done until now.
+    fn done(&self, count: f64) -> Result<Loop> {
+        let seconds = self.began.elapsed().as_secs_f64();
+        Ok(Loop { count, seconds, cpu_seconds: cpu_seconds()? - self.cpu_seconds })
+    }
+}
+
 /// The partner calls of the service by hyper's own pooled client.
-async fn calls(url: &str, count: u32) -> Result<f64> {
+async fn calls(url: &str, count: u32) -> Result<Loop> {
     let mut connector = HttpConnector::new();
     connector.set_nodelay(true);
-    let client: Client<_, Full<Bytes>> = Client::builder(TokioExecutor::new()).build(connector);
+    let client = Client::builder(TokioExecutor::new()).build(connector);
+    // Each worker opens its connection.
+    all_calls(&client, url, "warm-up", IN_FLIGHT).await?;
+    let clock = Clock::start()?;
+    all_calls(&client, url, &format!("bare-{count}"), count).await?;
+    clock.done(count.into())
+}
+
+async fn all_calls(client: &Client<HttpConnector, Full<Bytes>>, url: &str, run: &str, count: u32) -> Result<()> {
     let next = Arc::new(AtomicU32::new(0));
-    let url: Arc<str> = format!("{url}/v1/valuations").into();
+    let (url, run): (Arc<str>, Arc<str>) = (format!("{url}/v1/valuations").into(), run.into());
     let workers = (0..IN_FLIGHT).map(|_| {
-        let (client, next, url) = (client.clone(), next.clone(), url.clone());
+        let (client, next, url, run) = (client.clone(), next.clone(), url.clone(), run.clone());
         tokio::spawn(async move {
             loop {
                 let listing = next.fetch_add(1, Ordering::Relaxed);
@@ -85,7 +109,7 @@ async fn calls(url: &str, count: u32) -> Result<f64> {
                 );
                 let request = http::Request::post(&*url)
                     .header("content-type", "application/json")
-                    .header("idempotency-key", format!("bare-{count}:{listing}"))
+                    .header("idempotency-key", format!("{run}:{listing}"))
                     .body(Full::from(body))?;
                 let answer = client.request(request).await?;
                 ensure!(answer.status().is_success(), "the partner answered {}", answer.status());
@@ -96,35 +120,37 @@ async fn calls(url: &str, count: u32) -> Result<f64> {
     for worker in try_join_all(workers).await? {
         worker?;
     }
-    Ok(count.into())
+    Ok(())
 }
 
 /// Listing, zip code, price, valuation, confidence.
 type ValuedRow = (i64, i32, i64, Option<i64>, Option<f64>);
 
 /// The valuations of a run, page by page.
-async fn read(url: &str, run: &str) -> Result<f64> {
+async fn read(url: &str, run: &str) -> Result<Loop> {
     let mut connection = PgConnection::connect(url).await?;
+    page(&mut connection, run, i64::MIN).await?;
+    let clock = Clock::start()?;
     let (mut cursor, mut rows) = (i64::MIN, 0);
     loop {
-        let page: Vec<ValuedRow> = sqlx::query_as(
-            "SELECT listing_id, zip_code, list_price_cents, valuation_cents, confidence
-             FROM valuations WHERE run_id = $1 AND listing_id > $2 ORDER BY listing_id LIMIT $3",
-        )
-        .bind(run)
-        .bind(cursor)
-        .bind(PAGE)
-        .fetch_all(&mut connection)
-        .await?;
-        let Some(last) = page.last() else { return Ok(f64::from(rows)) };
+        let page = page(&mut connection, run, cursor).await?;
+        let Some(last) = page.last() else { return clock.done(f64::from(rows)) };
         cursor = last.0;
         rows += i32::try_from(page.len())?;
     }
 }
 
+async fn page(connection: &mut PgConnection, run: &str, cursor: i64) -> Result<Vec<ValuedRow>> {
+    let page = sqlx::query_as(
+        "SELECT listing_id, zip_code, list_price_cents, valuation_cents, confidence
+         FROM valuations WHERE run_id = $1 AND listing_id > $2 ORDER BY listing_id LIMIT $3",
+    );
+    Ok(page.bind(run).bind(cursor).bind(PAGE).fetch_all(connection).await?)
+}
+
 /// Records to the topic as fast as librdkafka takes them, with the service's guarantees. They are as large as the service's,
 /// headers included, and made beforehand.
-fn produce(brokers: &str, topic: &str, count: u32) -> Result<f64> {
+fn produce(brokers: &str, topic: &str, count: u32) -> Result<Loop> {
     let producer: BaseProducer = ClientConfig::new()
         .set("bootstrap.servers", brokers)
         .set("enable.idempotence", "true")
@@ -139,22 +165,30 @@ fn produce(brokers: &str, topic: &str, count: u32) -> Result<f64> {
         valuation_cents: 51_234_567,
         confidence: 0.875,
     });
-    for listing in 0..count {
-        let key = listing.to_string();
-        let mut record = BaseRecord::to(topic).key(&key).payload(&made.value).headers(made.headers.clone());
-        while let Err((error, back)) = producer.send(record) {
-            let KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull) = error else { return Err(error.into()) };
-            producer.poll(Duration::from_millis(10));
-            record = back;
+    let produce = |count: u32| {
+        for listing in 0..count {
+            let key = listing.to_string();
+            let mut record = BaseRecord::to(topic).key(&key).payload(&made.value).headers(made.headers.clone());
+            while let Err((error, back)) = producer.send(record) {
+                let KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull) = error else {
+                    return Err(error.into());
+                };
+                producer.poll(Duration::from_millis(10));
+                record = back;
+            }
+            producer.poll(Duration::ZERO);
         }
-        producer.poll(Duration::ZERO);
-    }
-    producer.flush(Duration::from_secs(120))?;
-    Ok(count.into())
+        anyhow::Ok(producer.flush(Duration::from_secs(120))?)
+    };
+    // It connects, and learns of every partition.
+    produce(PAGE as u32)?;
+    let clock = Clock::start()?;
+    produce(count)?;
+    clock.done(count.into())
 }
 
 /// Messages received and deleted, ten at a time, and nothing done with them.
-async fn receive(endpoint: &str, queue: &str, count: u64) -> Result<f64> {
+async fn receive(endpoint: &str, queue: &str, count: u64) -> Result<Loop> {
     let client = aws_sdk_sqs::Client::new(
         &aws_config::defaults(aws_config::BehaviorVersion::latest())
             .http_client(aws_smithy_http_client::Builder::new().build_http())
@@ -165,8 +199,12 @@ async fn receive(endpoint: &str, queue: &str, count: u64) -> Result<f64> {
     );
     let url = bench::event::queue_url(&client, queue).await?;
     let received = Arc::new(AtomicU64::new(0));
+    // The last delete ends it: whoever polls then still waits for a message that does not come.
+    let last = Arc::new(Mutex::new(None));
+    let clock = Arc::new(Clock::start()?);
     let polls = (0..POLLS).map(|_| {
         let (client, url, received) = (client.clone(), url.clone(), received.clone());
+        let (last, clock) = (last.clone(), clock.clone());
         tokio::spawn(async move {
             while received.load(Ordering::Relaxed) < count {
                 let answer = client.receive_message().queue_url(&url).max_number_of_messages(10).wait_time_seconds(1);
@@ -186,6 +224,8 @@ async fn receive(endpoint: &str, queue: &str, count: u64) -> Result<f64> {
                     );
                 }
                 delete.send().await?;
+                let done = clock.done(received.load(Ordering::Relaxed) as f64)?;
+                *last.lock().unwrap_or_else(PoisonError::into_inner) = Some(done);
             }
             anyhow::Ok(())
         })
@@ -193,7 +233,8 @@ async fn receive(endpoint: &str, queue: &str, count: u64) -> Result<f64> {
     for poll in try_join_all(polls).await? {
         poll?;
     }
-    Ok(received.load(Ordering::Relaxed) as f64)
+    let last = last.lock().unwrap_or_else(PoisonError::into_inner).take();
+    last.context("no message was received")
 }
 
 /// Processor time of this process so far.

@@ -1,6 +1,7 @@
-//! Bar 11: the service with its profiler and without, in turn.
+//! Bar 11: the service with its profiler and without, in turn. On are samples of the heap, the ledgers, the list of tasks, the
+//! stacks of waits, and snapshots: each 5 s, and at both ends of each slow event.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use local_stack::Exposition;
 
 use crate::ground::{Ground, Service};
@@ -19,11 +20,16 @@ pub(crate) async fn profiler_on(ground: &mut Ground, pairs: u32) -> Result<Vec<O
         let mut cpu = [0.0; 2];
         // Who is first changes, so that what the first one warms up for the second is nobody's advantage.
         for enabled in if pair % 2 == 0 { [true, false] } else { [false, true] } {
-            let mut service = ground.service(&[("profiling.enabled", if enabled { "true" } else { "false" })]).await?;
+            let snapshots = tempfile::tempdir()?;
+            let directory = snapshots.path().display().to_string();
+            let on = [("profiling.snapshots.directory", &*directory), ("profiling.snapshots.interval", "5s")];
+            let off = [("profiling.enabled", "false")];
+            let mut service = ground.service(if enabled { &on[..] } else { &off[..] }).await?;
             service.refresh(ground, 1_000).await?;
             let account = accounted(&service).await?;
             let done = service.refresh(ground, LISTINGS).await?;
             let account = accounted(&service).await? - account;
+            ensure!(enabled == (account > 0.0), "the profiler's own account is {account} s, switched on: {enabled}");
             of_core = of_core.max(account / (done.published - done.sent));
             of_service = of_service.max(account / done.cpu_seconds);
             cpu[usize::from(enabled)] = done.cpu_seconds;

@@ -70,10 +70,15 @@ impl Promises {
             let label = format!("result=\"{result}\"");
             metrics.sum("write_api_visibility_extensions_total", &[&label]) as u64
         };
-        let (late, refused) = (extensions("late"), extensions("refused"));
+        // Where none was in time, none was counted either.
+        let (in_time, late, refused) = (extensions("ok"), extensions("late"), extensions("refused"));
+        self.add("leases in time", in_time, in_time > 0);
         self.add("leases late", late, late == 0);
         self.add("leases refused", refused, refused == 0);
-        let failed = metrics.sum("write_api_snapshots_total", &[r#"result="failed""#]) as u64;
+        let snapshots =
+            |result: &str| metrics.sum("write_api_snapshots_total", &[&format!("result=\"{result}\"")]) as u64;
+        let (written, failed) = (snapshots("written"), snapshots("failed"));
+        self.add("snapshots written", written, written > 0);
         self.add("snapshots failed", failed, failed == 0);
     }
 
