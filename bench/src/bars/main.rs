@@ -141,7 +141,7 @@ async fn measure(arguments: Arguments) -> Result<ExitCode> {
             12 => Box::pin(life::start_and_idle(ground, if full { 300 } else { 60 })).await,
             13 => Box::pin(life::stop(ground)).await,
             14 => Box::pin(life::recovery(ground)).await,
-            15 => Box::pin(life::leases(ground)).await,
+            15 => Box::pin(life::leases(ground, if full { 120 } else { 60 })).await,
             _ => build(),
         };
         match measured {
