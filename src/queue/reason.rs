@@ -68,20 +68,24 @@ mod tests {
 
     #[test]
     fn a_reason_fits_its_attribute_whatever_it_quotes() {
-        let message = Message {
-            id: "m-1".to_owned(),
-            body: String::new(),
-            receipt: String::new(),
-            receive_count: 3,
-            redrives: 0,
-            received_at: Instant::now(),
-        };
+        let message = Message { receive_count: 3, ..message(String::new()) };
         for reason in ["short".to_owned(), "\u{1}".repeat(5000), "ü".repeat(5000), "\"".repeat(2000)] {
             let refusal = Refusal { code: "invalid_json", reason };
             let json = reason_json(&refusal, &message, "writeapi-events");
             assert!(json.len() <= 1024, "{} bytes", json.len());
             let value: serde_json::Value = serde_json::from_str(&json).expect("JSON");
             assert_eq!(value["code"], "invalid_json");
+        }
+    }
+
+    fn message(body: String) -> Message {
+        Message {
+            id: "m-1".to_owned(),
+            body,
+            receipt: String::new(),
+            receive_count: 1,
+            redrives: 0,
+            received_at: Instant::now(),
         }
     }
 
@@ -100,14 +104,7 @@ mod tests {
         const LARGEST: usize = 256 * 1024;
         let refusal = Refusal { code: "too_large", reason: "r".repeat(2000) };
         for (room, expected) in [(2000, 1024), (1000, 20), (10, 0)] {
-            let message = Message {
-                id: "m-1".to_owned(),
-                body: "b".repeat(LARGEST - room),
-                receipt: String::new(),
-                receive_count: 1,
-                redrives: 0,
-                received_at: Instant::now(),
-            };
+            let message = message("b".repeat(LARGEST - room));
             // SQS counts the name, the type and the value of an attribute.
             let sqs = |reason: Option<String>| {
                 let attribute = reason.map_or(0, |reason| REASON_ATTRIBUTE.len() + "String".len() + reason.len());
@@ -118,14 +115,7 @@ mod tests {
             assert_eq!(went.as_ref().map_or(0, String::len), expected, "{went:?}");
             assert!(went.is_none_or(|went| went.contains(r#""code":"too_large""#)));
         }
-        let message = Message {
-            id: "m-1".to_owned(),
-            body: String::new(),
-            receipt: String::new(),
-            receive_count: 1,
-            redrives: 0,
-            received_at: Instant::now(),
-        };
+        let message = message(String::new());
         for (code, tries) in [("InvalidMessageContents", 3), ("RequestThrottled", 1)] {
             let tried = std::cell::Cell::new(0);
             let sqs = |_: Option<String>| {
@@ -139,14 +129,7 @@ mod tests {
 
     #[test]
     fn a_reason_has_no_character_that_sqs_refuses() {
-        let message = Message {
-            id: "m-1".to_owned(),
-            body: String::new(),
-            receipt: String::new(),
-            receive_count: 1,
-            redrives: 0,
-            received_at: Instant::now(),
-        };
+        let message = message(String::new());
         let refusal = Refusal { code: "invalid_data", reason: "unknown field `\u{ffff}\u{fffe}`".to_owned() };
         let json = reason_json(&refusal, &message, "q");
         assert!(!json.contains(['\u{fffe}', '\u{ffff}']), "{json}");
