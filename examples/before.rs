@@ -1,9 +1,8 @@
 //! The service as it was before, and as its first repair left it: what `scripts/before-after` compares WriteApi with.
 //!
 //! Not a strawman: it receives by the same SDK, reads by the same driver, lets the same allocator sample, and serves the same
-//! heap endpoint and metrics. No record waits for others where it is sent alone, and the producer's thread sleeps while there
-//! is nothing to report. What differs is what the old service did wrong, and its choice of tools: calls go through hyper's
-//! pooled client, and records are not compressed.
+//! heap endpoint and metrics. No record waits for others where it is sent alone. What differs is what the old service did
+//! wrong, and its choice of tools: calls go through hyper's pooled client, records through rdkafka's own wrapper, uncompressed.
 //!
 //! Without `--fix`, one event is: one query with `OFFSET 0 LIMIT n` that decodes every row with all its columns; one partner
 //! call after another, each answer written by itself; then, in the same event, one Kafka record after another.
@@ -27,15 +26,13 @@ use http_body_util::{BodyExt, Full};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
-use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
-use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, ProducerContext};
-use rdkafka::{ClientConfig, ClientContext};
+use rdkafka::ClientConfig;
+use rdkafka::producer::{FutureProducer, FutureRecord};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use sqlx::postgres::PgPoolOptions;
 use time::{Date, OffsetDateTime};
-use tokio::sync::oneshot;
 use write_api::config::Config;
 use write_api::health::Health;
 use write_api::metrics::Metrics;
@@ -51,8 +48,6 @@ const PAGE: i64 = 1_000;
 /// The longest that SQS hides a message, so that nothing has to extend it.
 const VISIBILITY: Duration = Duration::from_secs(12 * 3600);
 const POLL: Duration = Duration::from_secs(20);
-/// How long a record waits where librdkafka's queue is full.
-const QUEUE_FULL_PAUSE: Duration = Duration::from_millis(2);
 /// The longest that an admin page or a profile may take.
 const PAGE_LIMIT: Duration = Duration::from_secs(120);
 
@@ -103,7 +98,7 @@ struct Worker {
     sqs: aws_sdk_sqs::Client,
     database: PgPool,
     partner: Partner,
-    producer: Arc<BaseProducer<Reports>>,
+    producer: FutureProducer,
     topic: String,
 }
 
@@ -186,25 +181,19 @@ impl Worker {
         )
         .execute(&database)
         .await?;
-        let linger = match fix {
-            // One record after another: each would wait the default of 5 ms for others that cannot come.
-            None => "0",
-            // All at once, as in the service.
-            Some(Fix::Article) => "0.5",
-        };
-        let producer: BaseProducer<Reports> = ClientConfig::new()
+        let producer = ClientConfig::new()
             .set("bootstrap.servers", &config.kafka.brokers)
             .set("enable.idempotence", "true")
-            .set("linger.ms", linger)
-            .create_with_context(Reports)?;
-        let producer = Arc::new(producer);
-        let served = producer.clone();
-        // For as long as the process lives. librdkafka's wrapper has a future for each record as well, but its thread spins.
-        std::thread::Builder::new().name("kafka reports".to_owned()).spawn(move || {
-            loop {
-                served.poll(POLL);
-            }
-        })?;
+            .set(
+                "linger.ms",
+                match fix {
+                    // One record after another: each would wait the default of 5 ms for others that cannot come.
+                    None => "0",
+                    // All at once, as in the service.
+                    Some(Fix::Article) => "0.5",
+                },
+            )
+            .create()?;
         Ok(Self {
             fix,
             sqs: aws_sdk_sqs::Client::new(&aws.load().await),
@@ -334,29 +323,9 @@ impl Worker {
             "confidence": valuation.confidence,
         })
         .to_string();
-        let (report, reported) = oneshot::channel();
-        let mut record = BaseRecord::with_opaque_to(&self.topic, Box::new(report)).key(&key).payload(&value);
-        while let Err((error, back)) = self.producer.send(record) {
-            let KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull) = error else { return Err(error.into()) };
-            tokio::time::sleep(QUEUE_FULL_PAUSE).await;
-            record = back;
-        }
-        Ok(reported.await??)
-    }
-}
-
-/// Tells whoever sent a record what became of it.
-struct Reports;
-
-impl ClientContext for Reports {}
-
-impl ProducerContext for Reports {
-    type DeliveryOpaque = Box<oneshot::Sender<KafkaResult<()>>>;
-
-    fn delivery(&self, result: &DeliveryResult<'_>, report: Self::DeliveryOpaque) {
-        let result = result.as_ref().map(|_| ()).map_err(|(error, _)| error.clone());
-        // Nobody waits any more for a record of an event that failed.
-        let _ = report.send(result);
+        let record = FutureRecord::to(&self.topic).key(&key).payload(&value);
+        self.producer.send(record, PAGE_LIMIT).await.map_err(|(error, _)| error)?;
+        Ok(())
     }
 }
 

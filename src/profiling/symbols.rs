@@ -4,7 +4,7 @@
 //! `/proc/self/exe`, which leads to it also when an upgrade has replaced it.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::fs::File;
 use std::io;
@@ -14,11 +14,11 @@ use std::ptr;
 
 use addr2line::gimli::{self, EndianSlice, RunTimeEndian};
 use anyhow::Context as _;
-use object::read::elf::ElfFile64;
+use object::read::elf::{ElfFile64, ElfSymbol64};
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _, SymbolKind};
 
 use super::objects::Objects;
-use super::pprof::{Builder, Function, Line, Mapping, Profile};
+use super::pprof::{Builder, Function, Line, Location, Mapping, Profile};
 
 type Elf<'a> = ElfFile64<'a, object::Endianness>;
 type Reader<'a> = EndianSlice<'a, RunTimeEndian>;
@@ -31,14 +31,14 @@ pub(super) fn resolve(profile: &mut Profile) {
     for index in 0..profile.mappings.len() {
         let opened = open(&profile.mappings[index]);
         let Ok(bytes) = opened else { continue };
-        let Ok(names) = Names::read(&bytes, &profile.mappings[index].build_id) else { continue };
+        let is_unnamed = |location: &Location| location.mapping == Some(index) && location.lines.is_empty();
+        let unnamed = profile.locations.iter().filter(|location| is_unnamed(location));
+        let wanted = unnamed.map(|location| location.address).collect();
+        let Ok(names) = Names::read(&bytes, &profile.mappings[index].build_id, wanted) else { continue };
         let mapping = &mut profile.mappings[index];
         // Also where none of its places has one: `go tool pprof` would ask for them again, at /debug/pprof/symbol.
-        mapping.has_functions |= !names.symbols.is_empty();
-        for location in &mut profile.locations {
-            if location.mapping != Some(index) || !location.lines.is_empty() {
-                continue;
-            }
+        mapping.has_functions |= names.has_functions;
+        for location in profile.locations.iter_mut().filter(|location| is_unnamed(location)) {
             for frame in names.frames(location.address) {
                 mapping.has_filenames |= !frame.file.is_empty();
                 mapping.has_line_numbers |= frame.line > 0;
@@ -101,43 +101,33 @@ struct Frame<'a> {
     line: i64,
 }
 
-/// The names in one file.
+/// The names of some addresses in one file.
 struct Names<'a> {
-    /// By address.
-    symbols: Vec<Symbol<'a>>,
+    /// By address. Those of no function are not there.
+    symbols: BTreeMap<u64, &'a str>,
+    /// Whether the file names any function at all.
+    has_functions: bool,
     lines: Option<addr2line::Context<Reader<'a>>>,
 }
 
-struct Symbol<'a> {
-    start: u64,
-    end: u64,
-    name: &'a str,
-}
-
 impl<'a> Names<'a> {
-    fn read(bytes: &'a [u8], build_id: &str) -> anyhow::Result<Self> {
+    fn read(bytes: &'a [u8], build_id: &str, addresses: Vec<u64>) -> anyhow::Result<Self> {
         let elf = Elf::parse(bytes)?;
         let id = elf.build_id()?.unwrap_or_default();
         let hexadecimal = id.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
         anyhow::ensure!(hexadecimal == build_id, "another file than the one that was loaded");
-        let functions = |symbol: &object::read::elf::ElfSymbol64<'a, '_, object::Endianness>| {
-            let is_function = symbol.is_definition() && symbol.kind() == SymbolKind::Text;
-            let name = is_function.then(|| symbol.name().ok()).flatten()?;
-            Some(Symbol { start: symbol.address(), end: symbol.address() + symbol.size(), name })
-        };
-        let mut symbols: Vec<Symbol> = elf.symbols().filter_map(|symbol| functions(&symbol)).collect();
-        if symbols.is_empty() {
+        let mut wanted = Wanted::new(addresses);
+        if !wanted.look_through(elf.symbols()) {
             // Libraries of distributions have only what others link against.
-            symbols = elf.dynamic_symbols().filter_map(|symbol| functions(&symbol)).collect();
+            wanted.look_through(elf.dynamic_symbols());
         }
-        symbols.sort_unstable_by_key(|symbol| symbol.start);
-        Ok(Names { symbols, lines: lines(&elf) })
+        Ok(Names { symbols: wanted.names(), has_functions: wanted.has_functions, lines: lines(&elf) })
     }
 
     /// The functions at an address, the innermost inlined one first.
     fn frames(&self, address: u64) -> Vec<Frame<'_>> {
         let mut frames = Vec::new();
-        let symbol = self.symbol(address);
+        let symbol = self.symbols.get(&address).copied();
         if let Some(Ok(mut found)) = self.lines.as_ref().map(|lines| lines.find_frames(address).skip_all_loads()) {
             while let Ok(Some(frame)) = found.next() {
                 let (file, line) = match frame.location {
@@ -158,12 +148,55 @@ impl<'a> Names<'a> {
         }
         frames
     }
+}
 
-    fn symbol(&self, address: u64) -> Option<&'a str> {
-        let after = self.symbols.partition_point(|symbol| symbol.start <= address);
-        let symbol = self.symbols[..after].last()?;
-        // Assembler code may have no sizes.
-        (address < symbol.end || symbol.start == symbol.end).then_some(symbol.name)
+type Symbol<'a, 'file> = ElfSymbol64<'a, 'file, object::Endianness>;
+
+/// Addresses whose symbols are looked for, in one pass over the table: a program has tens of thousands of symbols, and a
+/// profile a few hundred places, so that neither a sorted copy of the table nor the text of every name is worth its time.
+struct Wanted<'a, 'file> {
+    /// In their order.
+    addresses: Vec<u64>,
+    /// For each of them, of the symbols for which it is the first address that is not before them, the one that begins last.
+    found: Vec<Option<Symbol<'a, 'file>>>,
+    has_functions: bool,
+}
+
+impl<'a, 'file> Wanted<'a, 'file> {
+    fn new(mut addresses: Vec<u64>) -> Self {
+        addresses.sort_unstable();
+        addresses.dedup();
+        Wanted { found: vec![None; addresses.len()], addresses, has_functions: false }
+    }
+
+    /// Whether there are any functions among `symbols`.
+    fn look_through(&mut self, symbols: impl Iterator<Item = Symbol<'a, 'file>>) -> bool {
+        for symbol in symbols.filter(|symbol| symbol.kind() == SymbolKind::Text && symbol.is_definition()) {
+            self.has_functions = true;
+            let first = self.addresses.partition_point(|address| *address < symbol.address());
+            if let Some(found) = self.found.get_mut(first)
+                && found.is_none_or(|found| found.address() < symbol.address())
+            {
+                *found = Some(symbol);
+            }
+        }
+        self.has_functions
+    }
+
+    /// Each address with the name of the last function that begins before it, if it reaches so far.
+    fn names(&self) -> BTreeMap<u64, &'a str> {
+        let mut last: Option<Symbol> = None;
+        let mut named = BTreeMap::new();
+        for (address, found) in self.addresses.iter().zip(&self.found) {
+            last = found.or(last);
+            let Some(symbol) = last else { continue };
+            // Assembler code may have no sizes.
+            let reaches = symbol.size() == 0 || *address - symbol.address() < symbol.size();
+            if let (true, Ok(name)) = (reaches, symbol.name()) {
+                named.insert(*address, name);
+            }
+        }
+        named
     }
 }
 

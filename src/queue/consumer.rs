@@ -2,7 +2,8 @@
 //!
 //! Permits come before the receive, so the service never holds a message that it cannot work on, and a permit travels
 //! with its task: neither an error nor a panic can leak it. An idle lane has one poll in flight; while polls come back
-//! full there are up to `queue.max_polls`.
+//! full there are up to `queue.max_polls`, of which all but one ask for whole batches only: a call for one message costs as
+//! much as one for ten.
 
 mod ending;
 
@@ -13,7 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::FutureExt;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 
@@ -35,6 +36,9 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
 
 /// Long poll of the additional loops: short, so that they end soon after the load does.
 const EXTRA_WAIT: Duration = Duration::from_secs(1);
+
+/// How long a poll of a lane with much to do waits for the permits of a whole batch.
+const BATCH_WAIT: Duration = Duration::from_millis(10);
 
 /// How long parked polls may still bring something when all work is done: what was given back while draining, or what was
 /// sent as the stop began.
@@ -74,6 +78,8 @@ struct Consumer {
     source: Queue,
     dead: Queue,
     permits: Arc<Semaphore>,
+    /// Told when the permits of a whole batch are free.
+    room: Notify,
     deleter: Deleter,
     /// How many loops should poll: one when idle.
     wanted: watch::Sender<usize>,
@@ -100,6 +106,7 @@ pub async fn consume(parts: ConsumerParts, company: Company) {
         source,
         dead,
         permits: Arc::new(Semaphore::new(limit)),
+        room: Notify::new(),
         wanted: watch::Sender::new(1),
         at_work: AtomicUsize::new(0),
         cut: watch::Sender::new(false),
@@ -190,7 +197,10 @@ impl Consumer {
             }
             let Some(permits) = self.take_permits(number).await else { return };
             let wait = self.wait_time(number);
-            match self.poll(permits, wait).await {
+            let polled = self.poll(permits, wait).await;
+            // Those of messages that did not come are free again.
+            self.tell_of_room();
+            match polled {
                 Poll::Received { full, any } => {
                     failures = 0;
                     if full {
@@ -230,31 +240,59 @@ impl Consumer {
         }
     }
 
-    /// Waits for one permit and takes up to nine more that are free. `None`: the lane is stopping.
-    async fn take_permits(&self, number: usize) -> Option<Vec<OwnedSemaphorePermit>> {
-        let first = loop {
-            tokio::select! {
-                biased;
-                () = self.parts.stop.draining() => return None,
-                permit = timeout(SIGN_OF_LIFE, self.permits.clone().acquire_owned()) => match permit {
-                    Ok(permit) => break permit.expect("the semaphore is never closed"),
-                    // All permits are at work, perhaps for hours: the loop is alive and rightly does not poll.
-                    Err(_) => if number == 0 { self.parts.beat.touch() },
-                }
-            }
-        };
-        let mut permits = vec![first];
-        while permits.len() < BATCH {
-            match self.permits.clone().try_acquire_owned() {
-                Ok(permit) => permits.push(permit),
-                Err(_) => break,
-            }
+    /// The permits of a poll. `None`: the lane is stopping.
+    async fn take_permits(&self, number: usize) -> Option<OwnedSemaphorePermit> {
+        tokio::select! {
+            biased;
+            () = self.parts.stop.draining() => None,
+            permits = async { if number == 0 { self.some_permits().await } else { self.whole_batch().await } } => Some(permits),
         }
-        Some(permits)
     }
 
-    async fn poll(self: &Arc<Self>, mut permits: Vec<OwnedSemaphorePermit>, wait: Duration) -> Poll {
-        let asked = permits.len();
+    /// Waits for one permit and takes up to nine more that are free. Where there is much to do, it waits a moment for them.
+    async fn some_permits(&self) -> OwnedSemaphorePermit {
+        let mut permits = loop {
+            // All permits are at work, perhaps for hours: the loop is alive and rightly does not poll.
+            match timeout(SIGN_OF_LIFE, self.permits.clone().acquire_owned()).await {
+                Ok(permit) => break permit.expect("the semaphore is never closed"),
+                Err(_) => self.parts.beat.touch(),
+            }
+        };
+        let others = BATCH.min(self.parts.settings.in_flight) - 1;
+        if *self.wanted.borrow() > 1
+            && let Ok(Ok(others)) = timeout(BATCH_WAIT, self.permits.clone().acquire_many_owned(others as u32)).await
+        {
+            permits.merge(others);
+        }
+        while permits.num_permits() < BATCH
+            && let Ok(other) = self.permits.clone().try_acquire_owned()
+        {
+            permits.merge(other);
+        }
+        permits
+    }
+
+    /// Waits until the permits of a whole batch are free, and holds none meanwhile: what becomes free is the first loop's, or
+    /// a batch would form at none of them.
+    async fn whole_batch(&self) -> OwnedSemaphorePermit {
+        loop {
+            if let Ok(permits) = self.permits.clone().try_acquire_many_owned(BATCH as u32) {
+                self.tell_of_room();
+                return permits;
+            }
+            self.room.notified().await;
+        }
+    }
+
+    /// Wakes a loop that waits for a whole batch, if there is one for it.
+    fn tell_of_room(&self) {
+        if self.permits.available_permits() >= BATCH {
+            self.room.notify_one();
+        }
+    }
+
+    async fn poll(self: &Arc<Self>, mut permits: OwnedSemaphorePermit, wait: Duration) -> Poll {
+        let asked = permits.num_permits();
         let visibility = self.parts.queue.visibility_timeout;
         let mut receive = std::pin::pin!(self.parts.sqs.receive(&self.source, asked, wait, visibility));
         let result = tokio::select! {
@@ -278,7 +316,7 @@ impl Consumer {
                 let outcome = Poll::Received { full: messages.len() == asked, any: !messages.is_empty() };
                 for message in messages {
                     fault::point("queue.received", &message.id);
-                    let permit = permits.pop().expect("SQS never delivers more than was asked for");
+                    let permit = permits.split(1).expect("SQS never delivers more than was asked for");
                     let lease = self.parts.keeper.hold(
                         &self.source,
                         &message.receipt,
@@ -343,6 +381,7 @@ impl Consumer {
             true => permit.forget(),
             false => drop(permit),
         }
+        self.tell_of_room();
     }
 }
 

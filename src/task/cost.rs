@@ -87,8 +87,8 @@ pub fn timed<T>(part: Part, more: Duration, work: impl FnOnce() -> T) -> T {
 pub fn cpu(part: Part) -> Duration {
     match part {
         Part::Bookkeeping => {
-            let each = STEP_COST.as_nanos() as u64;
-            Duration::from_nanos(each.saturating_mul(usage::steps()))
+            let sum = |each: Duration, count: u64| Duration::from_nanos((each.as_nanos() as u64).saturating_mul(count));
+            sum(BOOKS.poll, usage::polls()) + sum(BOOKS.step, usage::steps())
         }
         _ => Duration::from_nanos(MEASURED[part as usize].load(Ordering::Relaxed)),
     }
@@ -150,10 +150,16 @@ pub fn heap_sample(work: impl FnOnce()) {
     add(Part::HeapSamples, Duration::from_nanos(took.as_nanos() as u64 * TIMED));
 }
 
-/// What a step costs: half of what a poll of a task with one stage in it costs more than that of a bare future. A wait is
-/// taken to cost as much; a trial of it would be listed among the waits.
-static STEP_COST: LazyLock<Duration> = LazyLock::new(|| {
-    const POLLS: u32 = 500;
+/// What the books cost: a poll of a task, and a stage in it, each more than without them. A wait is taken to cost as much as
+/// a stage; a trial of it would be listed among the waits.
+struct Books {
+    poll: Duration,
+    step: Duration,
+}
+
+static BOOKS: LazyLock<Books> = LazyLock::new(|| {
+    const POLLS: u32 = 200;
+    const STAGES: u32 = 20;
     const ROUNDS: usize = 9;
     // The median of some rounds: what comes between makes one slower.
     fn median(future: impl Future<Output = ()>) -> Duration {
@@ -170,17 +176,20 @@ static STEP_COST: LazyLock<Duration> = LazyLock::new(|| {
         rounds.sort_unstable();
         rounds[ROUNDS / 2]
     }
-    let staged = poll_fn(|_| {
-        mark::stage(Stage::Call, usage::step);
-        Poll::<()>::Pending
-    });
-    let tracked = Tracked::inherit("trial of a poll", Location::caller(), staged);
-    median(tracked).saturating_sub(median(poll_fn(|_| Poll::<()>::Pending))) / 2
+    let tracked = |stages| {
+        let staged = poll_fn(move |_| {
+            (0..stages).for_each(|_| mark::stage(Stage::Call, usage::step));
+            Poll::<()>::Pending
+        });
+        median(Tracked::inherit("trial of a poll", Location::caller(), staged))
+    };
+    let (bare, poll, staged) = (median(poll_fn(|_| Poll::<()>::Pending)), tracked(0), tracked(STAGES));
+    Books { poll: poll.saturating_sub(bare), step: staged.saturating_sub(poll) / STAGES }
 });
 
 /// Makes the trial of a poll, which takes a millisecond, unless it was made before.
 pub fn calibrate() {
-    LazyLock::force(&STEP_COST);
+    LazyLock::force(&BOOKS);
 }
 
 /// By how much everything that gives way is sampled less than it was asked for; 1 for not at all.
@@ -249,16 +258,18 @@ mod tests {
     #[test]
     fn what_is_counted_inside_of_other_work_has_a_cost() {
         calibrate();
-        assert!(*STEP_COST < Duration::from_micros(50), "{:?}", *STEP_COST);
-        println!("a step costs {:?} for being watched", *STEP_COST);
+        let Books { poll, step } = *BOOKS;
+        println!("the books of a poll cost {poll:?}, of a stage {step:?}");
+        assert!(poll < Duration::from_micros(50) && step < Duration::from_micros(20), "{poll:?} {step:?}");
         let (heap, books) = (cpu(Part::HeapSamples), cpu(Part::Bookkeeping));
         // Twice as many as are asked for: other tests have samples that are under way.
         for _ in 0..128 {
             heap_sample(|| ());
             usage::step();
         }
+        usage::settle();
         assert!(cpu(Part::HeapSamples) - heap >= ALLOCATORS_SHARE * 64);
-        assert!(cpu(Part::Bookkeeping) >= books + *STEP_COST * 128);
+        assert!(cpu(Part::Bookkeeping) >= books + step * 128);
     }
 
     #[test]

@@ -153,7 +153,7 @@ impl Entered {
     pub fn new(mark: Mark) -> Self {
         let former = MARK.get();
         if former != mark {
-            usage::charge(former, mark);
+            usage::change(former, mark);
             MARK.set(mark);
         }
         Entered { former }
@@ -164,7 +164,7 @@ impl Drop for Entered {
     fn drop(&mut self) {
         let mark = MARK.get();
         if mark != self.former {
-            usage::charge(mark, self.former);
+            usage::change(mark, self.former);
             MARK.set(self.former);
         }
     }
@@ -207,12 +207,17 @@ pub fn stage<T>(stage: Stage, work: impl FnOnce() -> T) -> T {
     under(Mark { stage, ..current() }, work)
 }
 
+/// Puts `mark` in the place of the thread's, which is returned. What was used before is the caller's to charge.
+pub(super) fn replace(mark: Mark) -> Mark {
+    MARK.replace(mark)
+}
+
 /// Changes the kind until whoever marked the thread takes the mark away.
 pub(super) fn set_kind(kind: Kind) {
     let former = MARK.get();
     let mark = Mark { kind, ..former };
     if mark != former {
-        usage::charge(former, mark);
+        usage::change(former, mark);
         MARK.set(mark);
     }
 }

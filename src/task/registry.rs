@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 
 use pin_project_lite::pin_project;
 
-use super::mark::{self, Entered, Kind, Mark, Stage};
+use super::mark::{self, Kind, Mark, Stage};
 use super::trace;
-use super::usage::{self, Ledger, Polling};
+use super::usage::{self, Ledger};
 
 /// All of them, by number. Held for an insertion, a removal, or the copying of pointers.
 static TASKS: LazyLock<Mutex<HashMap<u64, Arc<Task>>>> = LazyLock::new(Mutex::default);
@@ -23,6 +23,11 @@ static NEXT: AtomicU64 = AtomicU64::new(1);
 
 /// What times of polls are counted from.
 static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+/// Nanoseconds from START; 0 for what came before it was first looked at.
+fn since_start(now: Instant) -> u64 {
+    now.saturating_duration_since(*START).as_nanos() as u64
+}
 
 /// Who hears of slow events.
 static LISTENER: RwLock<Option<Listener>> = RwLock::new(None);
@@ -143,8 +148,9 @@ pub fn identify(kind: Kind, about: &str) {
     });
 }
 
-/// What the event that this task works for has used; nothing outside of a task.
+/// What the event that this task works for has used until now; nothing outside of a task.
 pub fn ledger() -> Option<Arc<Ledger>> {
+    usage::settle();
     with_current(|task| Arc::clone(&task.ledger))
 }
 
@@ -167,6 +173,11 @@ fn with_current<T>(work: impl FnOnce(&Task) -> T) -> Option<T> {
 }
 
 impl Task {
+    /// A poll begins or ends `now`.
+    fn turned(&self, now: Instant) {
+        self.turned_at.store(since_start(now), Ordering::Relaxed);
+    }
+
     fn snapshot(&self, now: Duration) -> Snapshot {
         let waits_at = self.waits_at.load(Ordering::Relaxed);
         let running = self.running.load(Ordering::Relaxed) != 0;
@@ -194,18 +205,19 @@ struct Registered {
 impl Registered {
     fn new(name: &'static str, place: &'static Location<'static>, event: Option<(Kind, Arc<Ledger>)>) -> Self {
         let is_event = event.is_none();
+        let now = Instant::now();
         let (kind, ledger) = event.unwrap_or_else(|| (Kind::Service, Arc::default()));
         let task = Arc::new(Task {
             number: NEXT.fetch_add(1, Ordering::Relaxed),
             name,
             is_event,
             place,
-            spawned_at: Instant::now(),
+            spawned_at: now,
             kind: AtomicU8::new(kind as u8),
             about: OnceLock::new(),
             ledger,
             polls: AtomicU64::new(0),
-            turned_at: AtomicU64::new(START.elapsed().as_nanos() as u64),
+            turned_at: AtomicU64::new(since_start(now)),
             running: AtomicU8::new(0),
             waits_at: AtomicPtr::new(ptr::null_mut()),
         });
@@ -241,7 +253,8 @@ pin_project! {
 impl<F: Future> Tracked<F> {
     /// A task for the work of whoever makes it: of the same kind, on the same ledger.
     pub(super) fn inherit(name: &'static str, place: &'static Location<'static>, future: F) -> Self {
-        let event = (mark::current().kind, ledger().unwrap_or_default());
+        let ledger = with_current(|task| Arc::clone(&task.ledger));
+        let event = (mark::current().kind, ledger.unwrap_or_default());
         Tracked { future, task: Registered::new(name, place, Some(event)) }
     }
 
@@ -265,30 +278,30 @@ impl<F: Future> Future for Tracked<F> {
 struct Turn<'a> {
     task: &'a Task,
     former: *const Task,
-    // In this order: what was used is charged to the mark before that goes.
-    _entered: Entered,
-    _polling: Polling,
+    former_mark: Mark,
+    outer: usage::Outer,
 }
 
 impl<'a> Turn<'a> {
     fn begin(task: &'a Task) -> Self {
         let now = Instant::now();
-        let polling = Polling::begin(&task.ledger, now);
-        let kind = Kind::ALL[usize::from(task.kind.load(Ordering::Relaxed))];
-        let entered = Entered::new(Mark { kind, stage: Stage::Other });
-        usage::step();
+        let mark = Mark { kind: Kind::ALL[usize::from(task.kind.load(Ordering::Relaxed))], stage: Stage::Other };
+        let outer = usage::begin_poll(&task.ledger, mark, now);
         task.polls.fetch_add(1, Ordering::Relaxed);
-        task.turned_at.store((now - *START).as_nanos() as u64, Ordering::Relaxed);
+        task.turned(now);
         task.running.store(1, Ordering::Relaxed);
-        Turn { task, former: CURRENT.replace(task), _entered: entered, _polling: polling }
+        Turn { task, former: CURRENT.replace(task), former_mark: mark::replace(mark), outer }
     }
 }
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
+        let now = Instant::now();
+        usage::end_poll(&self.outer, now);
+        mark::replace(self.former_mark);
         CURRENT.set(self.former);
         self.task.running.store(0, Ordering::Relaxed);
-        self.task.turned_at.store(START.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        self.task.turned(now);
     }
 }
 

@@ -64,7 +64,8 @@ impl Ledger {
         }
     }
 
-    /// What was used until now. The poll that goes on is not in it.
+    /// What was used until now. A poll that goes on is not in it, but for that of whoever asked for it by
+    /// [`task::ledger`](super::ledger).
     pub fn read(&self) -> Used {
         let nanoseconds = |of: &AtomicU64| Duration::from_nanos(of.load(Ordering::Relaxed));
         Used {
@@ -99,7 +100,6 @@ impl Default for Ledger {
 /// Everything since the start, of one mark.
 struct Total {
     ledger: Ledger,
-    /// Polls, stages and waits.
     steps: AtomicU64,
 }
 
@@ -107,19 +107,17 @@ struct Total {
 static TOTALS: [Total; Mark::COUNT] =
     [const { Total { ledger: Ledger::new(), steps: AtomicU64::new(0) } }; Mark::COUNT];
 
-/// Counts a poll, a stage of one, or a wait, next to what is charged to the mark of this thread anyway: one count for all
-/// would be written by all threads.
-#[inline]
-pub(super) fn step() {
-    TOTALS[mark::current().index()].steps.fetch_add(1, Ordering::Relaxed);
+/// Polls of tasks since the start of the process.
+pub(super) fn polls() -> u64 {
+    TOTALS.iter().map(|total| total.ledger.polls.load(Ordering::Relaxed)).sum()
 }
 
-/// Polls, stages and waits since the start of the process.
+/// Stages in polls, and waits, since the start of the process.
 pub(super) fn steps() -> u64 {
     TOTALS.iter().map(|total| total.steps.load(Ordering::Relaxed)).sum()
 }
 
-/// Bytes of the sums.
+/// Bytes of the sums, without those of each thread.
 pub(super) fn memory() -> u64 {
     size_of_val(&TOTALS) as u64
 }
@@ -141,6 +139,22 @@ pub fn of_kind(kind: Kind) -> Used {
     }
     sum
 }
+
+/// What a thread has used and not added to the sums that all threads share: a poll can go through hundreds of stages, and
+/// each would cost half a dozen atomic operations.
+struct Pending {
+    of: [Sums; Mark::COUNT],
+    /// The marks that have anything, a bit for each.
+    marks: Cell<u32>,
+}
+
+struct Sums {
+    allocated: Cell<u64>,
+    freed: Cell<u64>,
+    steps: Cell<u32>,
+}
+
+const _: () = assert!(Mark::COUNT <= u32::BITS as usize);
 
 /// The counters of this thread as they were when last read.
 #[derive(Clone, Copy)]
@@ -167,6 +181,38 @@ thread_local! {
             ledger: ptr::null(),
         })
     };
+    static PENDING: Pending = const {
+        Pending {
+            of: [const { Sums { allocated: Cell::new(0), freed: Cell::new(0), steps: Cell::new(0) } }; Mark::COUNT],
+            marks: Cell::new(0),
+        }
+    };
+}
+
+impl Pending {
+    fn of(&self, mark: Mark) -> &Sums {
+        self.marks.set(self.marks.get() | 1 << mark.index());
+        &self.of[mark.index()]
+    }
+
+    /// Adds all of it to the sums that are shared, and to that of `ledger`.
+    fn settle(&self, ledger: Option<&Ledger>) {
+        let mut marks = self.marks.take();
+        let (mut allocated, mut freed) = (0, 0);
+        while marks != 0 {
+            let index = marks.trailing_zeros() as usize;
+            marks &= marks - 1;
+            let (sums, total) = (&self.of[index], &TOTALS[index]);
+            let memory = (sums.allocated.take(), sums.freed.take());
+            total.ledger.add_memory(memory.0, memory.1);
+            total.steps.fetch_add(sums.steps.take().into(), Ordering::Relaxed);
+            allocated += memory.0;
+            freed += memory.1;
+        }
+        if let Some(ledger) = ledger {
+            ledger.add_memory(allocated, freed);
+        }
+    }
 }
 
 impl Counters {
@@ -188,23 +234,29 @@ impl Counters {
         used
     }
 
-    /// Charges what was used since the last reading to `mark`; the time too if `timed`, which costs a look at the clock.
-    fn charge(&mut self, mark: Mark, timed: bool) {
+    /// Notes what was allocated and freed since the last reading as that of `mark`.
+    fn note(&mut self, mark: Mark) {
         if self.allocated_at.is_null() {
             return self.locate();
         }
         let (allocated, freed) = self.read();
-        let total = &TOTALS[mark.index()].ledger;
+        PENDING.with(|pending| {
+            let sums = pending.of(mark);
+            sums.allocated.set(sums.allocated.get() + allocated);
+            sums.freed.set(sums.freed.get() + freed);
+        });
+    }
+
+    /// Charges everything until `now` to `mark`, and to the event that is being polled.
+    fn charge(&mut self, mark: Mark, now: impl FnOnce() -> Instant) {
+        self.note(mark);
         // SAFETY: the poll that set it holds it.
         let ledger = unsafe { self.ledger.as_ref() };
-        total.add_memory(allocated, freed);
-        if let Some(ledger) = ledger {
-            ledger.add_memory(allocated, freed);
-        }
-        if let (true, Some(since)) = (timed, &mut self.since) {
-            let now = Instant::now();
-            let busy = now - std::mem::replace(since, now);
-            total.add_busy(busy);
+        PENDING.with(|pending| pending.settle(ledger));
+        if let Some(since) = &mut self.since {
+            let now = now();
+            let busy = now.saturating_duration_since(std::mem::replace(since, now));
+            TOTALS[mark.index()].ledger.add_busy(busy);
             if let Some(ledger) = ledger {
                 ledger.add_busy(busy);
             }
@@ -212,41 +264,61 @@ impl Counters {
     }
 }
 
-/// Charges what this thread has used since the last charge to `former`, which gives way to `next`. Time is told apart by
-/// kind only, so a change of stage does not look at the clock.
-pub(super) fn charge(former: Mark, next: Mark) {
+/// The mark of this thread gives way to `next`. Sums and time are told apart by kind at once; between stages of the same kind
+/// only what was allocated is.
+pub(super) fn change(former: Mark, next: Mark) {
     let mut counters = COUNTERS.get();
-    counters.charge(former, former.kind != next.kind);
+    if former.kind == next.kind {
+        counters.note(former);
+    } else {
+        counters.charge(former, Instant::now);
+    }
     COUNTERS.set(counters);
 }
 
-/// A poll of a task. What is used until it is dropped goes to `ledger` as well.
-#[must_use]
-pub(super) struct Polling {
-    former: (*const Ledger, Option<Instant>),
+/// Charges what this thread has used until now, so that whoever reads the sums in the middle of a poll finds it there.
+pub(super) fn settle() {
+    let mut counters = COUNTERS.get();
+    counters.charge(mark::current(), Instant::now);
+    COUNTERS.set(counters);
 }
 
-impl Polling {
-    /// `now`: the time, which the caller has read anyway.
-    pub fn begin(ledger: &Arc<Ledger>, now: Instant) -> Self {
-        let mut counters = COUNTERS.get();
-        // What the thread did before, its scheduler's work, is not this task's.
-        counters.charge(mark::current(), true);
-        let former = (counters.ledger, counters.since);
-        (counters.ledger, counters.since) = (Arc::as_ptr(ledger), Some(now));
-        COUNTERS.set(counters);
-        ledger.polls.fetch_add(1, Ordering::Relaxed);
-        Polling { former }
-    }
+/// Counts a stage of a poll, or a wait.
+#[inline]
+pub(super) fn step() {
+    PENDING.with(|pending| {
+        let sums = pending.of(mark::current());
+        sums.steps.set(sums.steps.get() + 1);
+    });
 }
 
-impl Drop for Polling {
-    fn drop(&mut self) {
-        let mut counters = COUNTERS.get();
-        counters.charge(mark::current(), true);
-        (counters.ledger, counters.since) = self.former;
-        COUNTERS.set(counters);
-    }
+/// Begins a poll of a task at `now`: what is used until [`end_poll`] goes to `ledger` as well. The mark is the caller's to
+/// change, without a charge of its own. Returns what [`end_poll`] puts back.
+pub(super) fn begin_poll(ledger: &Arc<Ledger>, mark: Mark, now: Instant) -> Outer {
+    let mut counters = COUNTERS.get();
+    // What the thread did before, its scheduler's work, is not this task's.
+    counters.charge(mark::current(), || now);
+    let outer = Outer { ledger: counters.ledger, since: counters.since };
+    (counters.ledger, counters.since) = (Arc::as_ptr(ledger), Some(now));
+    COUNTERS.set(counters);
+    ledger.polls.fetch_add(1, Ordering::Relaxed);
+    TOTALS[mark.index()].ledger.polls.fetch_add(1, Ordering::Relaxed);
+    outer
+}
+
+/// Ends it at `now`.
+pub(super) fn end_poll(outer: &Outer, now: Instant) {
+    let mut counters = COUNTERS.get();
+    counters.charge(mark::current(), || now);
+    // A poll inside of another is not charged to it.
+    (counters.ledger, counters.since) = (outer.ledger, outer.since.map(|_| now));
+    COUNTERS.set(counters);
+}
+
+/// What was polled when a poll began.
+pub(super) struct Outer {
+    ledger: *const Ledger,
+    since: Option<Instant>,
 }
 
 /// Adds a wait that has ended to its event and to its kind.
