@@ -37,14 +37,15 @@ pub mod retention;
 pub mod runs;
 pub mod valuations;
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use futures::{FutureExt, TryFutureExt};
-use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
+use futures::FutureExt;
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgPoolOptions};
 use sqlx::{ConnectOptions, Connection};
 use tokio::time::{Instant, timeout};
 
-use self::pooled::Pooled;
+use self::pooled::{Connections, Pooled};
 use crate::config::{self, Backoff};
 use crate::task::{For, wait};
 
@@ -90,7 +91,7 @@ pub enum DbError {
 /// A pool of connections; cloning shares it.
 #[derive(Clone)]
 pub struct Database {
-    pool: PgPool,
+    connections: Arc<Connections>,
     acquire_timeout: Duration,
     bound: Duration,
 }
@@ -105,12 +106,17 @@ impl Database {
             // A ping before each use would double the statements; a broken connection shows at its use and is retried.
             .test_before_acquire(false)
             .connect_lazy_with(connect_options(config)?);
-        Ok(Database { pool, acquire_timeout: config.acquire_timeout, bound: config.statement_timeout + CLIENT_MARGIN })
+        let connections = Connections::new(pool, config.max_connections, config.acquire_timeout);
+        Ok(Database {
+            connections,
+            acquire_timeout: config.acquire_timeout,
+            bound: config.statement_timeout + CLIENT_MARGIN,
+        })
     }
 
     /// Applies the migrations that are missing, on a connection of its own.
     pub async fn migrate(&self) -> anyhow::Result<()> {
-        let options = self.pool.connect_options().as_ref().clone().options([("statement_timeout", "0")]);
+        let options = self.connections.pool().connect_options().as_ref().clone().options([("statement_timeout", "0")]);
         let connected = timeout(self.acquire_timeout, options.connect()).await;
         let mut connection =
             connected.map_err(|_| anyhow::anyhow!("no connection within {:?}", self.acquire_timeout))??;
@@ -125,6 +131,7 @@ impl Database {
     /// One round trip, not retried, for health checks. A server that takes no writes is as good as away.
     pub async fn ping(&self) -> Result<(), DbError> {
         let what = "a ping";
+        self.connections.sweep();
         let asked = async {
             let mut connection = self.connection().await?;
             let is_read_only = sqlx::query_scalar!(
@@ -140,7 +147,7 @@ impl Database {
                     Err(sqlx::Error::Protocol("the server takes no writes: it is a standby, or read-only".into()))
                 }
                 Err(error) => {
-                    if spoils_connection(Some(&error)) {
+                    if spoils_connection(&error) {
                         connection.spoil();
                     }
                     Err(error)
@@ -158,7 +165,7 @@ impl Database {
     /// The pool keeps why it cannot connect to itself and times out, as it does when all its connections are in use. A
     /// connection of one's own tells the two apart.
     async fn why_timed_out(&self) -> sqlx::Error {
-        match timeout(CLIENT_MARGIN, PgConnection::connect_with(&self.pool.connect_options())).await {
+        match timeout(CLIENT_MARGIN, PgConnection::connect_with(&self.connections.pool().connect_options())).await {
             Ok(Err(error)) => error,
             // Dropped, and closed by that: Postgres is there, and the pool was full or the answer slow.
             Ok(Ok(_)) | Err(_) => sqlx::Error::PoolTimedOut,
@@ -168,7 +175,8 @@ impl Database {
     /// Closes all connections, waiting a moment for those in use. One whose peer does not answer would be waited for
     /// until the kernel gives it up.
     pub async fn close(&self) {
-        if timeout(CLOSE, self.pool.close()).await.is_err() {
+        self.connections.close();
+        if timeout(CLOSE, self.connections.pool().close()).await.is_err() {
             tracing::debug!("connections to Postgres did not close in time; they end with the process");
         }
     }
@@ -177,7 +185,7 @@ impl Database {
     // Not async: the wait belongs to the place of the call.
     #[track_caller]
     fn connection(&self) -> impl Future<Output = sqlx::Result<Pooled>> {
-        wait(For::Database, self.pool.acquire()).map_ok(Pooled::new)
+        wait(For::Database, Arc::clone(&self.connections).acquire())
     }
 
     /// The client-side bound on a statement.
@@ -204,8 +212,10 @@ macro_rules! run {
                 Ok(mut pooled) => {
                     let $connection: &mut sqlx::postgres::PgConnection = &mut pooled;
                     let result = $database.bounded(async { $work }).await;
-                    if $crate::db::spoils_connection(result.as_ref().err()) {
-                        pooled.spoil();
+                    match &result {
+                        Ok(_) => pooled.keep(),
+                        Err(error) if $crate::db::spoils_connection(error) => pooled.spoil(),
+                        Err(_) => {}
                     }
                     result
                 }
@@ -307,12 +317,12 @@ fn class_of_state(code: &str) -> Class {
 
 /// Whether the connection must not be used again. A read-only server is one that lost its role: the next connection may
 /// find the new primary.
-fn spoils_connection(error: Option<&sqlx::Error>) -> bool {
+fn spoils_connection(error: &sqlx::Error) -> bool {
     match error {
-        Some(sqlx::Error::Database(error)) => error.code().is_some_and(|code| {
+        sqlx::Error::Database(error) => error.code().is_some_and(|code| {
             ["25006", "25P03", "25P04"].contains(&&*code) || code.starts_with("57P") || code.starts_with("08")
         }),
-        Some(sqlx::Error::Io(_) | sqlx::Error::Protocol(_)) => true,
+        sqlx::Error::Io(_) | sqlx::Error::Protocol(_) => true,
         _ => false,
     }
 }
@@ -354,7 +364,7 @@ mod tests {
         for other in [sqlx::Error::RowNotFound, sqlx::Error::PoolClosed] {
             assert_eq!(class(&other), Class::Other, "{other}");
         }
-        assert!(spoils_connection(Some(&io())) && !spoils_connection(Some(&sqlx::Error::PoolTimedOut)));
+        assert!(spoils_connection(&io()) && !spoils_connection(&sqlx::Error::PoolTimedOut));
     }
 
     #[tokio::test]

@@ -26,17 +26,29 @@ pub struct OwnedPublication {
     pub deaths: i32,
 }
 
-/// A page whose every record has met its end.
+/// Valuations whose every record has met its end.
 #[derive(Debug, Clone)]
-pub struct PublishedPage {
-    /// The page begins after this listing id.
+pub struct PublishedRange {
+    /// They begin after this listing id.
     pub after: i64,
-    /// Its last listing id.
+    /// The last listing id.
     pub last: i64,
     /// Records with a delivery report.
     pub published: i64,
     /// Records that Kafka refuses for good.
     pub quarantined: Vec<Quarantined>,
+}
+
+impl PublishedRange {
+    /// Ranges that follow one another, as one.
+    pub fn joined(ranges: impl IntoIterator<Item = Self>) -> Option<Self> {
+        ranges.into_iter().reduce(|mut all, next| {
+            all.last = next.last;
+            all.published += next.published;
+            all.quarantined.extend(next.quarantined);
+            all
+        })
+    }
 }
 
 /// A record that Kafka refuses for good.
@@ -195,18 +207,18 @@ impl Database {
         })
     }
 
-    /// Moves the cursor past `page` and quarantines what was refused of it, together. A record that an earlier publication
+    /// Moves the cursor past `range` and quarantines what was refused of it, together. A record that an earlier publication
     /// of the run had quarantined and this one delivered is no longer quarantined. `false`: the run has another publisher
     /// and nothing was written.
     pub async fn advance_publication(
         &self,
         event_id: &str,
         token: Uuid,
-        page: &PublishedPage,
+        range: &PublishedRange,
     ) -> Result<bool, DbError> {
-        let mut listing_ids = Vec::with_capacity(page.quarantined.len());
+        let mut listing_ids = Vec::with_capacity(range.quarantined.len());
         let (mut codes, mut reasons) = (Vec::new(), Vec::new());
-        for record in &page.quarantined {
+        for record in &range.quarantined {
             listing_ids.push(record.listing_id);
             codes.push(record.code.clone());
             reasons.push(record.reason.clone());
@@ -246,9 +258,9 @@ impl Database {
                 "#,
                 event_id,
                 token,
-                page.after,
-                page.last,
-                page.published,
+                range.after,
+                range.last,
+                range.published,
                 &listing_ids,
                 &codes,
                 &reasons,

@@ -15,7 +15,7 @@ use super::envelope::Event;
 use super::gate::{PROBATION, Pass};
 use super::valuations_refresh::{AFTER_LEASE, other_event};
 use super::{Events, UNFINISHED_RUN_WAIT, optional};
-use crate::db::publications::{OwnedPublication, PublicationClaim, PublishedPage, Quarantined};
+use crate::db::publications::{OwnedPublication, PublicationClaim, PublishedRange, Quarantined};
 use crate::db::{DbError, valuations};
 use crate::fault;
 use crate::kafka::{PublishError, Published, Record, Records, Valuation};
@@ -23,8 +23,8 @@ use crate::queue::lease::{Role, StopReason};
 use crate::queue::{Delivery, Outcome, Refusal};
 use crate::task::{Stage, in_stage};
 
-/// Pages whose records are out and whose cursor is not committed: while the last reports of one come in and its cursor is
-/// written, the next one is sent. A publisher that dies sends so many again, with the same `ce_id`s.
+/// The most pages whose records are out and whose cursor is not committed: while the last reports of one come in and its cursor
+/// is written, others are sent. A publisher that dies sends so many again, with the same `ce_id`s.
 const PAGES_UNDER_WAY: usize = 2;
 
 /// Kept of the time to stop for giving the run and the message back.
@@ -120,7 +120,8 @@ struct Page {
     valuations: Vec<valuations::Valuation>,
 }
 
-type Advanced = Result<PublishedPage, Ended>;
+/// What the cursor was moved past, and how many pages those were.
+type Advanced = Result<(PublishedRange, usize), Ended>;
 
 /// One owner's publishing of a run. All that it does at the same time is polled in one place: what is begun goes on, so that
 /// nothing holds a connection of the pool while it waits for something that needs one.
@@ -136,6 +137,8 @@ struct Publishing<'a> {
     exhausted: bool,
     /// Read while those before it are on their way.
     ahead: Option<Page>,
+    /// Pages whose records are out and whose cursor is not committed.
+    under_way: usize,
     rows: u64,
     quarantined: u64,
 }
@@ -146,22 +149,27 @@ impl<'a> Publishing<'a> {
         let mut stopped = std::pin::pin!(self.delivery.lease.stopped());
         let mut probation = std::pin::pin!(tokio::time::sleep(PROBATION));
         let mut reading: Option<BoxFuture<'a, Result<Vec<valuations::Valuation>, DbError>>> = None;
-        let mut sending: FuturesOrdered<BoxFuture<'a, Result<PublishedPage, PublishError>>> = FuturesOrdered::new();
+        let mut sending: FuturesOrdered<BoxFuture<'a, Result<PublishedRange, PublishError>>> = FuturesOrdered::new();
         let mut advancing: Option<BoxFuture<'a, Advanced>> = None;
         let mut outliving: Option<BoxFuture<'a, ()>> = None;
-        // Kafka has their records, and the cursor before theirs is being written.
-        let mut reported: VecDeque<PublishedPage> = VecDeque::new();
+        // Kafka has the records of these pages, and the cursor before theirs is being written.
+        let mut reported: VecDeque<PublishedRange> = VecDeque::new();
         // Why no more is begun; what is under way is finished all the same: its records are out, and a cursor that lags would
         // send them again.
         let (mut stop, mut failure) = (None, None);
         loop {
             if advancing.is_none() {
-                advancing = reported.pop_front().map(|page| self.advance(page));
+                // One cursor for all that are reported by now.
+                let pages = reported.len();
+                advancing = PublishedRange::joined(reported.drain(..)).map(|range| self.advance(range, pages));
             }
             let goes_on = stop.is_none() && failure.is_none();
-            let under_way = sending.len() + reported.len() + usize::from(advancing.is_some());
-            if goes_on && under_way < PAGES_UNDER_WAY && self.ahead.is_some() {
-                sending.extend(self.ahead.take().map(|page| self.send(page)));
+            if goes_on
+                && self.under_way < PAGES_UNDER_WAY
+                && let Some(page) = self.ahead.take()
+            {
+                self.under_way += 1;
+                sending.push_back(self.send(page));
             }
             if goes_on && reading.is_none() && self.ahead.is_none() && !self.exhausted {
                 reading = Some(self.read());
@@ -180,12 +188,12 @@ impl<'a> Publishing<'a> {
                 done = optional(&mut advancing) => {
                     advancing = None;
                     match done {
-                        Ok(page) => self.advanced(&page),
+                        Ok((range, pages)) => self.advanced(&range, pages),
                         Err(ended) => return ended,
                     }
                 }
                 Some(sent) = sending.next(), if !sending.is_empty() => match sent {
-                    Ok(page) => reported.push_back(page),
+                    Ok(range) => reported.push_back(range),
                     Err(error) => {
                         // Without its cursor none of those behind it can have theirs.
                         sending.clear();
@@ -225,7 +233,7 @@ impl<'a> Publishing<'a> {
         }
     }
 
-    fn send(&self, page: Page) -> BoxFuture<'a, Result<PublishedPage, PublishError>> {
+    fn send(&self, page: Page) -> BoxFuture<'a, Result<PublishedRange, PublishError>> {
         let (events, event_id, records) = (self.events, self.event_id, self.records);
         let sent = async move {
             let Page { after, last, valuations } = page;
@@ -235,21 +243,21 @@ impl<'a> Publishing<'a> {
             let published = events.publisher.publish_page(&batch).await?;
             fault::point("publish.after_reports", event_id);
             let quarantined = quarantine(&published);
-            Ok(PublishedPage { after, last, published: published.records as i64, quarantined })
+            Ok(PublishedRange { after, last, published: published.records as i64, quarantined })
         };
         in_stage(Stage::Publish, sent).boxed()
     }
 
-    fn advance(&self, page: PublishedPage) -> BoxFuture<'a, Advanced> {
+    fn advance(&self, range: PublishedRange, pages: usize) -> BoxFuture<'a, Advanced> {
         let (events, event_id, run_id, token) = (self.events, self.event_id, self.run_id, self.publication.token);
         let advance = async move {
             fault::point("publication.before_advance", event_id);
-            let advanced = events.database.advance_publication(event_id, token, &page).await;
+            let advanced = events.database.advance_publication(event_id, token, &range).await;
             fault::point("publication.after_advance", event_id);
             match advanced {
                 Ok(true) => {
-                    tell(events, event_id, run_id, &page.quarantined);
-                    Ok(page)
+                    tell(events, event_id, run_id, &range.quarantined);
+                    Ok((range, pages))
                 }
                 Ok(false) => {
                     events.metrics.fenced.inc();
@@ -261,9 +269,10 @@ impl<'a> Publishing<'a> {
         in_stage(Stage::Write, advance).boxed()
     }
 
-    fn advanced(&mut self, page: &PublishedPage) {
-        self.rows += page.published as u64;
-        self.quarantined += page.quarantined.len() as u64;
+    fn advanced(&mut self, range: &PublishedRange, pages: usize) {
+        self.under_way -= pages;
+        self.rows += range.published as u64;
+        self.quarantined += range.quarantined.len() as u64;
         // Let go with the first progress.
         *self.pass = None;
     }
@@ -295,6 +304,7 @@ async fn publish(
         read_to: publication.cursor,
         exhausted: false,
         ahead: None,
+        under_way: 0,
         rows: 0,
         quarantined: 0,
     };

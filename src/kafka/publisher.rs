@@ -156,7 +156,7 @@ impl Publisher {
         let mut message = BaseRecord::with_opaque_to(&self.shared.kafka.topic, Arc::clone(page))
             .key(&record.key)
             .payload(&record.value)
-            .headers(record.headers.clone());
+            .headers(record.headers());
         loop {
             match producer.send(message) {
                 Ok(()) => return,

@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::io::Write;
+use std::sync::Arc;
 
 use rdkafka::message::{Header, OwnedHeaders};
 use time::OffsetDateTime;
@@ -44,8 +45,19 @@ pub struct Record {
     pub key: String,
     /// JSON.
     pub value: Vec<u8>,
-    /// CloudEvents 1.0 in binary mode.
-    pub headers: OwnedHeaders,
+    id: Uuid,
+    /// The headers of all records of its run.
+    common: Arc<OwnedHeaders>,
+}
+
+impl Record {
+    /// CloudEvents 1.0 in binary mode. Made anew each time, for librdkafka takes them with the record: it would be the most
+    /// expensive part of a record to keep.
+    pub fn headers(&self) -> OwnedHeaders {
+        let mut buffer = Uuid::encode_buffer();
+        let id = self.id.hyphenated().encode_lower(&mut buffer);
+        OwnedHeaders::clone(&self.common).insert(header("ce_id", id))
+    }
 }
 
 /// Makes the records of one run. What they have in common is written once.
@@ -55,7 +67,7 @@ pub struct Records {
     /// The run's id as a JSON string, quotes included.
     run_id_json: String,
     /// All headers but `ce_id`.
-    headers: OwnedHeaders,
+    headers: Arc<OwnedHeaders>,
 }
 
 impl Records {
@@ -72,7 +84,7 @@ impl Records {
             headers = headers.insert(header("traceparent", traceparent));
         }
         let run_id_json = serde_json::Value::from(run_id).to_string();
-        Records { run_id: run_id.to_owned(), run_id_json, headers }
+        Records { run_id: run_id.to_owned(), run_id_json, headers: Arc::new(headers) }
     }
 
     /// The record of one of the run's valuations.
@@ -101,10 +113,7 @@ impl Records {
             serde_json::Value::from(confidence),
         )
         .expect("writing to memory cannot fail");
-
-        let mut buffer = Uuid::encode_buffer();
-        let id = id.hyphenated().encode_lower(&mut buffer);
-        Record { key, value, headers: self.headers.clone().insert(header("ce_id", id)) }
+        Record { key, value, id, common: Arc::clone(&self.headers) }
     }
 }
 
@@ -179,7 +188,7 @@ mod tests {
 
     fn headers(record: &Record) -> Vec<(String, String)> {
         let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
-        record.headers.iter().map(|header| (header.key.to_owned(), text(header.value.unwrap()))).collect()
+        record.headers().iter().map(|header| (header.key.to_owned(), text(header.value.unwrap()))).collect()
     }
 
     /// The contract with the consumers, byte by byte. A change here is a new version of the event type.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use super::mark::{self, Stage};
 use super::registry::{self, Tracked};
-use super::{contention, places, trace, usage};
+use super::{contention, places, trace, usage, waits};
 
 /// What takes the time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,7 +88,8 @@ pub fn cpu(part: Part) -> Duration {
     match part {
         Part::Bookkeeping => {
             let sum = |each: Duration, count: u64| Duration::from_nanos((each.as_nanos() as u64).saturating_mul(count));
-            sum(BOOKS.poll, usage::polls()) + sum(BOOKS.step, usage::steps())
+            let kept = usage::kept();
+            sum(BOOKS.poll, kept.polls) + sum(BOOKS.stage, kept.stages) + sum(BOOKS.wait, kept.waits)
         }
         _ => Duration::from_nanos(MEASURED[part as usize].load(Ordering::Relaxed)),
     }
@@ -150,16 +151,16 @@ pub fn heap_sample(work: impl FnOnce()) {
     add(Part::HeapSamples, Duration::from_nanos(took.as_nanos() as u64 * TIMED));
 }
 
-/// What the books cost: a poll of a task, and a stage in it, each more than without them. A wait is taken to cost as much as
-/// a stage; a trial of it would be listed among the waits.
+/// What the books cost: those of a poll of a task, of a stage in it, and of a wait.
 struct Books {
     poll: Duration,
-    step: Duration,
+    stage: Duration,
+    wait: Duration,
 }
 
 static BOOKS: LazyLock<Books> = LazyLock::new(|| {
     const POLLS: u32 = 200;
-    const STAGES: u32 = 20;
+    const TIMES: u32 = 20;
     const ROUNDS: usize = 9;
     // The median of some rounds: what comes between makes one slower.
     fn median(future: impl Future<Output = ()>) -> Duration {
@@ -176,15 +177,17 @@ static BOOKS: LazyLock<Books> = LazyLock::new(|| {
         rounds.sort_unstable();
         rounds[ROUNDS / 2]
     }
-    let tracked = |stages| {
-        let staged = poll_fn(move |_| {
-            (0..stages).for_each(|_| mark::stage(Stage::Call, usage::step));
+    let tracked = |book: fn()| {
+        let booked = poll_fn(move |_| {
+            (0..TIMES).for_each(|_| book());
             Poll::<()>::Pending
         });
-        median(Tracked::inherit("trial of a poll", Location::caller(), staged))
+        median(Tracked::inherit("trial of a poll", Location::caller(), booked))
     };
-    let (bare, poll, staged) = (median(poll_fn(|_| Poll::<()>::Pending)), tracked(0), tracked(STAGES));
-    Books { poll: poll.saturating_sub(bare), step: staged.saturating_sub(poll) / STAGES }
+    let (bare, poll) = (median(poll_fn(|_| Poll::<()>::Pending)), tracked(|| ()));
+    let each = |book| tracked(book).saturating_sub(poll) / TIMES;
+    let stage = each(|| mark::stage(Stage::Call, usage::stage));
+    Books { poll: poll.saturating_sub(bare), stage, wait: each(waits::trial) }
 });
 
 /// Makes the trial of a poll, which takes a millisecond, unless it was made before.
@@ -258,18 +261,21 @@ mod tests {
     #[test]
     fn what_is_counted_inside_of_other_work_has_a_cost() {
         calibrate();
-        let Books { poll, step } = *BOOKS;
-        println!("the books of a poll cost {poll:?}, of a stage {step:?}");
-        assert!(poll < Duration::from_micros(50) && step < Duration::from_micros(20), "{poll:?} {step:?}");
+        let Books { poll, stage, wait } = *BOOKS;
+        println!("the books of a poll cost {poll:?}, of a stage {stage:?}, of a wait {wait:?}");
+        assert!(
+            [poll, stage, wait].iter().all(|each| *each < Duration::from_micros(50)),
+            "{poll:?} {stage:?} {wait:?}"
+        );
         let (heap, books) = (cpu(Part::HeapSamples), cpu(Part::Bookkeeping));
         // Twice as many as are asked for: other tests have samples that are under way.
         for _ in 0..128 {
             heap_sample(|| ());
-            usage::step();
+            usage::stage();
         }
         usage::settle();
         assert!(cpu(Part::HeapSamples) - heap >= ALLOCATORS_SHARE * 64);
-        assert!(cpu(Part::Bookkeeping) >= books + step * 128);
+        assert!(cpu(Part::Bookkeeping) >= books + stage * 128);
     }
 
     #[test]

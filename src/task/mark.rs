@@ -187,7 +187,7 @@ impl<F: Future> Future for InStage<F> {
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
         let this = self.project();
         let _entered = Entered::new(Mark { stage: *this.stage, ..current() });
-        usage::step();
+        usage::stage();
         this.span.get_or_insert_with(Open::begin);
         let polled = this.future.poll(context);
         if polled.is_ready() {

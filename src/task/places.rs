@@ -114,6 +114,14 @@ impl Waiting {
         Waiting { counts }
     }
 
+    /// At a place that is in no table, for a trial.
+    pub fn nowhere() -> Self {
+        static NOWHERE: Place = Place::empty();
+        let counts = &NOWHERE.counts[Kind::Service as usize];
+        counts.now.fetch_add(1, Ordering::Relaxed);
+        Waiting { counts }
+    }
+
     /// To be called once, at its end.
     pub fn ended(&self, took: Duration) {
         self.counts.now.fetch_sub(1, Ordering::Relaxed);

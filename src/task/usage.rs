@@ -100,21 +100,32 @@ impl Default for Ledger {
 /// Everything since the start, of one mark.
 struct Total {
     ledger: Ledger,
-    steps: AtomicU64,
+    stages: AtomicU64,
+    waits: AtomicU64,
 }
 
 /// By mark.
 static TOTALS: [Total; Mark::COUNT] =
-    [const { Total { ledger: Ledger::new(), steps: AtomicU64::new(0) } }; Mark::COUNT];
+    [const { Total { ledger: Ledger::new(), stages: AtomicU64::new(0), waits: AtomicU64::new(0) } }; Mark::COUNT];
 
-/// Polls of tasks since the start of the process.
-pub(super) fn polls() -> u64 {
-    TOTALS.iter().map(|total| total.ledger.polls.load(Ordering::Relaxed)).sum()
+/// How often books were kept since the start of the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Kept {
+    /// Of a poll of a task.
+    pub polls: u64,
+    /// Of a stage in a poll.
+    pub stages: u64,
+    /// Of a wait.
+    pub waits: u64,
 }
 
-/// Stages in polls, and waits, since the start of the process.
-pub(super) fn steps() -> u64 {
-    TOTALS.iter().map(|total| total.steps.load(Ordering::Relaxed)).sum()
+pub(super) fn kept() -> Kept {
+    let sum = |of: fn(&Total) -> &AtomicU64| TOTALS.iter().map(|total| of(total).load(Ordering::Relaxed)).sum();
+    Kept {
+        polls: sum(|total| &total.ledger.polls),
+        stages: sum(|total| &total.stages),
+        waits: sum(|total| &total.waits),
+    }
 }
 
 /// Bytes of the sums, without those of each thread.
@@ -151,7 +162,14 @@ struct Pending {
 struct Sums {
     allocated: Cell<u64>,
     freed: Cell<u64>,
-    steps: Cell<u32>,
+    stages: Cell<u32>,
+    waits: Cell<u32>,
+}
+
+impl Sums {
+    const fn new() -> Self {
+        Sums { allocated: Cell::new(0), freed: Cell::new(0), stages: Cell::new(0), waits: Cell::new(0) }
+    }
 }
 
 const _: () = assert!(Mark::COUNT <= u32::BITS as usize);
@@ -182,10 +200,7 @@ thread_local! {
         })
     };
     static PENDING: Pending = const {
-        Pending {
-            of: [const { Sums { allocated: Cell::new(0), freed: Cell::new(0), steps: Cell::new(0) } }; Mark::COUNT],
-            marks: Cell::new(0),
-        }
+        Pending { of: [const { Sums::new() }; Mark::COUNT], marks: Cell::new(0) }
     };
 }
 
@@ -205,7 +220,8 @@ impl Pending {
             let (sums, total) = (&self.of[index], &TOTALS[index]);
             let memory = (sums.allocated.take(), sums.freed.take());
             total.ledger.add_memory(memory.0, memory.1);
-            total.steps.fetch_add(sums.steps.take().into(), Ordering::Relaxed);
+            total.stages.fetch_add(sums.stages.take().into(), Ordering::Relaxed);
+            total.waits.fetch_add(sums.waits.take().into(), Ordering::Relaxed);
             allocated += memory.0;
             freed += memory.1;
         }
@@ -283,12 +299,21 @@ pub(super) fn settle() {
     COUNTERS.set(counters);
 }
 
-/// Counts a stage of a poll, or a wait.
+/// Counts a stage of a poll.
 #[inline]
-pub(super) fn step() {
+pub(super) fn stage() {
     PENDING.with(|pending| {
         let sums = pending.of(mark::current());
-        sums.steps.set(sums.steps.get() + 1);
+        sums.stages.set(sums.stages.get() + 1);
+    });
+}
+
+/// Counts a wait.
+#[inline]
+pub(super) fn wait() {
+    PENDING.with(|pending| {
+        let sums = pending.of(mark::current());
+        sums.waits.set(sums.waits.get() + 1);
     });
 }
 

@@ -7,7 +7,7 @@ use local_stack::kafka::{Order, ProduceError};
 use local_stack::{Behaviour, Kafka, KafkaTap};
 use write_api::config::Config;
 use write_api::db::Database;
-use write_api::db::publications::{PublicationClaim, PublishedPage, Quarantined};
+use write_api::db::publications::{PublicationClaim, PublishedRange, Quarantined};
 
 use crate::harness::{LONG, World};
 
@@ -108,7 +108,7 @@ async fn a_cursor_that_is_moved_twice_counts_once() -> Result<()> {
         Ok(counts.bind(event).fetch_one(&world.database).await?)
     };
     let refused = |listing_id| Quarantined { listing_id, code: "InvalidRecord".into(), reason: "no".into() };
-    let page = PublishedPage { after: i64::MIN, last: 10, published: 8, quarantined: vec![refused(3), refused(7)] };
+    let page = PublishedRange { after: i64::MIN, last: 10, published: 8, quarantined: vec![refused(3), refused(7)] };
 
     let token = claim("again").await?;
     ensure!(!database.advance_publication("again", uuid::Uuid::new_v4(), &page).await?, "a stranger moved the cursor");
@@ -117,14 +117,14 @@ async fn a_cursor_that_is_moved_twice_counts_once() -> Result<()> {
         ensure!(database.advance_publication("again", token, &page).await?);
         ensure!((counts("again").await?, world.number(QUARANTINED).await?) == ((8, 2), 2));
     }
-    let page = PublishedPage { after: 10, last: 20, published: 10, quarantined: Vec::new() };
+    let page = PublishedRange { after: 10, last: 20, published: 10, quarantined: Vec::new() };
     ensure!(database.advance_publication("again", token, &page).await?);
     ensure!((counts("again").await?, world.number(QUARANTINED).await?) == ((18, 2), 2));
     ensure!(database.complete_publication("again", &id, token).await?);
 
     // Another publication delivers one of them; the other stays, with its name.
     let token = claim("third").await?;
-    let page = PublishedPage { after: i64::MIN, last: 20, published: 19, quarantined: vec![refused(7)] };
+    let page = PublishedRange { after: i64::MIN, last: 20, published: 19, quarantined: vec![refused(7)] };
     ensure!(database.advance_publication("third", token, &page).await?);
     ensure!((counts("third").await?, counts("again").await?) == ((19, 1), (18, 2)));
     let left = "SELECT count(*) FROM quarantined_records WHERE listing_id = 7 AND event_id = 'third'";

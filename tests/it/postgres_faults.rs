@@ -10,6 +10,7 @@ use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use write_api::config::Config;
 use write_api::db::Database;
+use write_api::db::publications::PublicationClaim;
 
 use crate::bad_input::{REFRESH, UPSERT, event, listing};
 use crate::harness::{LONG, Lane, SOON, Service, World, until};
@@ -25,6 +26,13 @@ async fn slow_world() -> Result<World> {
     world.set("log.level", "info,write_api::db=debug");
     world.listings(LISTINGS).await?;
     Ok(world)
+}
+
+/// What the service has of Postgres, without the service.
+fn database(world: &World) -> Result<Database> {
+    let variables = world.environment().variables().map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let config = Config::load(None, variables, &[]).map_err(|errors| anyhow::anyhow!("{errors:?}"))?;
+    Database::new(&config.database)
 }
 
 /// The run ends right, at its first attempt, and the log shows that it met what it was meant to.
@@ -80,9 +88,7 @@ async fn a_half_open_connection_that_is_given_up_does_not_keep_its_slot() -> Res
     let mut world = slow_world().await?;
     let wire = Wire::to(world.environment().database_url())?;
     world.set("database.url", wire.url()).set("database.max_connections", 2);
-    let variables = world.environment().variables().map(|(name, value)| (name.to_owned(), value.to_owned()));
-    let config = Config::load(None, variables, &[]).map_err(|errors| anyhow::anyhow!("{errors:?}"))?;
-    let database = Database::new(&config.database)?;
+    let database = database(&world)?;
     let both = async || tokio::join!(database.ping(), database.ping());
     ensure!(matches!(both().await, (Ok(()), Ok(()))), "the pool does not open its connections");
     wire.strand();
@@ -279,4 +285,35 @@ async fn a_server_without_room_for_the_whole_pool_is_enough() -> Result<()> {
     ensure!(world.number("SELECT count(*) FROM listings WHERE list_price_cents = 100 + listing_id").await? == 60);
     ensure!(world.partner.stats().effects == LISTINGS as u64);
     world.finish(service).await
+}
+
+/// A connection is used again as its work left it: a transaction that came to nothing would go on, with its locks.
+#[tokio::test]
+async fn work_that_ends_inside_of_a_transaction_leaves_none_behind() -> Result<()> {
+    let world = World::new(Behaviour::default()).await?;
+    world.listings(1).await?;
+    let service = world.serve().await?;
+    let id = world.refresh(&[])?;
+    world.published(&id, LONG).await?;
+    world.finish(service).await?;
+    let database = database(&world)?;
+    let claim = async |event: &str, run: &str| {
+        database.claim_publication(event, &[0; 32], run, Duration::from_secs(60), false).await
+    };
+    ensure!(matches!(claim("first", &id).await?, PublicationClaim::Owned(_)));
+    for _ in 0..5 {
+        ensure!(matches!(claim("second", &id).await?, PublicationClaim::Busy(_)));
+        ensure!(matches!(claim("second", "no such run").await?, PublicationClaim::RunUnknown));
+        // The connection that is used next is the one that was used last.
+        database.ping().await?;
+    }
+    until("all transactions to end", SOON, async || {
+        let open = "SELECT count(*) FROM pg_stat_activity
+                    WHERE datname = current_database() AND application_name = 'write-api' AND state LIKE 'idle in %'";
+        Ok((world.number(open).await? == 0).then_some(()))
+    })
+    .await?;
+    // What was begun and came to nothing left no row.
+    ensure!(world.number("SELECT count(*) FROM publications WHERE event_id = 'second'").await? == 0);
+    Ok(())
 }

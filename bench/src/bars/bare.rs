@@ -21,6 +21,8 @@ use sqlx::{Connection, PgConnection};
 use time::OffsetDateTime;
 use write_api::kafka::{Records, Valuation};
 
+use crate::processors::busy_seconds;
+
 /// The argument that makes this program one of the loops.
 pub(crate) const ARGUMENT: &str = "bare-loop";
 
@@ -38,6 +40,8 @@ pub(crate) struct Loop {
     pub(crate) seconds: f64,
     /// User and system time of the process.
     pub(crate) cpu_seconds: f64,
+    /// And of all processes meanwhile, those that it talked to too.
+    pub(crate) busy_seconds: f64,
 }
 
 /// Runs a loop in a process of its own.
@@ -67,17 +71,19 @@ pub(crate) async fn main(arguments: &[String]) -> Result<()> {
 struct Clock {
     began: Instant,
     cpu_seconds: f64,
+    busy_seconds: f64,
 }
 
 impl Clock {
     fn start() -> Result<Self> {
-        Ok(Self { cpu_seconds: cpu_seconds()?, began: Instant::now() })
+        Ok(Self { cpu_seconds: cpu_seconds()?, busy_seconds: busy_seconds()?, began: Instant::now() })
     }
 
     /// What was done until now.
     fn done(&self, count: f64) -> Result<Loop> {
         let seconds = self.began.elapsed().as_secs_f64();
-        Ok(Loop { count, seconds, cpu_seconds: cpu_seconds()? - self.cpu_seconds })
+        let cpu_seconds = cpu_seconds()? - self.cpu_seconds;
+        Ok(Loop { count, seconds, cpu_seconds, busy_seconds: busy_seconds()? - self.busy_seconds })
     }
 }
 
@@ -165,10 +171,11 @@ fn produce(brokers: &str, topic: &str, count: u32) -> Result<Loop> {
         valuation_cents: 51_234_567,
         confidence: 0.875,
     });
+    let headers = made.headers();
     let produce = |count: u32| {
         for listing in 0..count {
             let key = listing.to_string();
-            let mut record = BaseRecord::to(topic).key(&key).payload(&made.value).headers(made.headers.clone());
+            let mut record = BaseRecord::to(topic).key(&key).payload(&made.value).headers(headers.clone());
             while let Err((error, back)) = producer.send(record) {
                 let KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull) = error else {
                     return Err(error.into());

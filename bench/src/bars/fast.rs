@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use local_stack::{Exposition, Histogram};
 
 use crate::bare;
@@ -57,12 +57,19 @@ pub(crate) async fn fast_events(ground: &mut Ground) -> Result<Vec<Outcome>> {
     let calls_before = calls(ground);
     let service = Service::start(environment).await?;
     let (began, already) = (Instant::now(), exposition(&service).await?.fast_events_done());
+    // The last look before the end. Looks are seldom, for each costs the service as much as some events.
+    let mut last = (began, already);
     until("the fast events", Duration::from_secs(300), async || {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        Ok(exposition(&service).await?.fast_events_done() >= u64::from(SATURATED))
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let done = exposition(&service).await?.fast_events_done();
+        if done < u64::from(SATURATED) {
+            last = (Instant::now(), done);
+        }
+        Ok(done >= u64::from(SATURATED))
     })
     .await?;
-    let rate = (f64::from(SATURATED) - already as f64) / began.elapsed().as_secs_f64();
+    ensure!(last.1 > already, "all fast events were done between two looks: {already} of {SATURATED} at the first");
+    let rate = (last.1 - already) as f64 / (last.0 - began).as_secs_f64();
     let calls_each = (calls(ground) - calls_before) as f64 / f64::from(SATURATED);
     let cpu_each = service.sampler.cpu_seconds()? / f64::from(SATURATED) * 1e3;
     let bare_cpu_each = bare.cpu_seconds / bare.count * 1e3;

@@ -12,6 +12,8 @@ use local_stack::{
 use serde_json::json;
 use sqlx::{Connection, PgConnection};
 
+use crate::processors::Looks;
+
 /// How often it is looked whether something is done.
 const LOOK: Duration = Duration::from_millis(10);
 /// How long an event may take.
@@ -94,7 +96,11 @@ pub(crate) struct Service {
 pub(crate) struct Done {
     pub(crate) sent: f64,
     pub(crate) complete: f64,
+    /// When its publishing began.
+    pub(crate) publishing: f64,
     pub(crate) published: f64,
+    /// Processor time of the whole machine from then until then.
+    pub(crate) publishing_busy: f64,
     pub(crate) stats: Stats,
     /// Of the service, from the sending until all was published.
     pub(crate) cpu_seconds: f64,
@@ -125,36 +131,47 @@ impl Service {
         let (sent, sample) = (now(), self.sampler.now());
         let (before, cpu) = (self.sampler.memory()?, self.sampler.cpu_seconds()?);
         let id = self.send(ground, listings).await?;
-        let (complete, published) = self.published(&id).await?;
+        let mut looks = Looks::default();
+        let Times { complete, publishing, published } = self.published(&id, &mut looks).await?;
         let cpu_seconds = self.sampler.cpu_seconds()? - cpu;
         let peak = peak(&self.sampler.samples_from(sample)).context("no sample of the memory")?;
         let stats = ground.partner.stats();
         ensure!(stats.distinct_keys == u64::from(listings), "{} of {listings} listings valued", stats.distinct_keys);
-        Ok(Done { sent, complete, published, stats, cpu_seconds, before, peak })
+        let publishing_busy = looks.between(publishing, published);
+        Ok(Done { sent, complete, publishing, published, publishing_busy, stats, cpu_seconds, before, peak })
     }
 
-    /// Waits until all of the event is published; when its calls were done and when its records were sent.
-    pub(crate) async fn published(&mut self, id: &str) -> Result<(f64, f64)> {
+    /// Waits until all of the event is published, and looks at the processors meanwhile.
+    pub(crate) async fn published(&mut self, id: &str, looks: &mut Looks) -> Result<Times> {
         let began = Instant::now();
         loop {
             if let Some(status) = self.process.exited()? {
                 bail!("write-api serve ended ({status}); the end of its log:\n{}", self.process.log_tail());
             }
-            let times: Option<(f64, f64)> = sqlx::query_as(
-                "SELECT extract(epoch FROM r.completed_at)::float8, extract(epoch FROM p.completed_at)::float8
+            looks.look()?;
+            let times: Option<(f64, f64, f64)> = sqlx::query_as(
+                "SELECT extract(epoch FROM r.completed_at)::float8, extract(epoch FROM p.begun_at)::float8,
+                        extract(epoch FROM p.completed_at)::float8
                  FROM runs r JOIN publications p USING (run_id)
                  WHERE run_id = $1 AND r.completed_at IS NOT NULL AND p.completed_at IS NOT NULL",
             )
             .bind(id)
             .fetch_optional(&mut self.database)
             .await?;
-            if let Some(times) = times {
-                return Ok(times);
+            if let Some((complete, publishing, published)) = times {
+                return Ok(Times { complete, publishing, published });
             }
             ensure!(began.elapsed() < PATIENCE, "the event {id} is not done after {PATIENCE:?}");
             tokio::time::sleep(LOOK).await;
         }
     }
+}
+
+/// When the calls of an event were done, and when its publishing began and ended.
+pub(crate) struct Times {
+    complete: f64,
+    publishing: f64,
+    published: f64,
 }
 
 /// Seconds since 1970.

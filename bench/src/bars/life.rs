@@ -9,6 +9,7 @@ use serde_json::json;
 
 use crate::ground::{Ground, Service, until};
 use crate::outcome::Outcome;
+use crate::processors::Looks;
 
 const NIGHTLY: u32 = 17_000;
 /// Calls after which a process is stopped or killed: the middle of the event.
@@ -67,7 +68,7 @@ pub(crate) async fn stop(ground: &mut Ground) -> Result<Vec<Outcome>> {
     let visible = until("the message", Duration::from_secs(120), look).await?;
     drop(service);
     let mut heir = Service::start(environment).await?;
-    heir.published(&id).await?;
+    heir.published(&id, &mut Looks::default()).await?;
     Ok(vec![
         Outcome::new(13, "stop")
             .at_most("SIGTERM to exit, s", exit.as_secs_f64(), 5.0)
@@ -92,7 +93,7 @@ pub(crate) async fn recovery(ground: &mut Ground) -> Result<Vec<Outcome>> {
     let before = ground.partner.stats().requests;
     until("calls again", Duration::from_secs(60), async || Ok(ground.partner.stats().requests > before)).await?;
     let working = killed.elapsed().as_secs_f64();
-    heir.published(&id).await?;
+    heir.published(&id, &mut Looks::default()).await?;
     Ok(vec![
         Outcome::new(14, "recovery")
             .at_most("kill -9 to working again, visibility 5 s, s", working, VISIBILITY + 2.0)

@@ -2,6 +2,7 @@
 //!
 //! - [`ground`] is the stack that all of them stand on;
 //! - [`slow`], [`fast`], [`life`] and [`profiler`] measure, [`bare`] has the loops that they measure by;
+//! - [`processors`] tells what all processes together use;
 //! - [`outcome`] says what came of a bar.
 
 mod bare;
@@ -9,6 +10,7 @@ mod fast;
 mod ground;
 mod life;
 mod outcome;
+mod processors;
 mod profiler;
 mod slow;
 

@@ -125,7 +125,11 @@ pub(crate) async fn processor_time(ground: &mut Ground) -> Result<Vec<Outcome>> 
         ensure!(done.count == f64::from(GREAT), "the bare loop {what} did {} of {GREAT}", done.count);
     }
     let each = |seconds: f64| seconds / f64::from(GREAT) * 1e6;
-    let rate = f64::from(GREAT) / (done.published - done.complete);
+    let rate = f64::from(GREAT) / (done.published - done.publishing);
+    // What both loops need together of the processors, one row read and one record produced, is the least that publishing can
+    // need, and so many processors are all that there is.
+    let least = each(read.busy_seconds) + each(produce.busy_seconds);
+    let processors = std::thread::available_parallelism()?.get() as f64;
     let (reading, producing) = (read.count / read.seconds, produce.count / produce.seconds);
     Ok(vec![
         Outcome::new(3, "CPU per listing")
@@ -137,7 +141,11 @@ pub(crate) async fn processor_time(ground: &mut Ground) -> Result<Vec<Outcome>> 
             .at_least("rate against the slower of the bare loops", rate / reading.min(producing), 0.8)
             .beside("records a second", rate)
             .beside("bare produce loop, records a second", producing)
-            .beside("bare paged read, rows a second", reading),
+            .beside("bare paged read, rows a second", reading)
+            .beside("all processes, us a record", each(done.publishing_busy))
+            .beside("all processes, us a record: both bare loops", least)
+            .beside("what the processors allow both loops at once, a second", processors / least * 1e6)
+            .beside("from the calls' end to the publishing's begin, s", done.publishing - done.complete),
     ])
 }
 

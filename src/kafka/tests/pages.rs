@@ -15,7 +15,7 @@ async fn a_page_is_delivered_whole_and_can_be_read_back() {
     for (key, headers) in &read {
         let sent = page(500).into_iter().find(|record| record.key == *key).expect("a record that was sent");
         let sent: BTreeMap<String, String> = sent
-            .headers
+            .headers()
             .iter()
             .map(|h| (h.key.to_owned(), String::from_utf8_lossy(h.value.expect("a value")).into_owned()))
             .collect();
