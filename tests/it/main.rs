@@ -7,6 +7,7 @@ mod attempts;
 mod audit;
 mod aws_credentials;
 mod bad_input;
+mod batches;
 mod check;
 mod cli;
 mod consumer;
