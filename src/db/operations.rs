@@ -11,8 +11,9 @@ use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::ledger::RunLedger;
+use super::ledger::WorkLedger;
 use super::{Database, DbError, run};
+use crate::task::Kind;
 
 /// How a run is.
 #[derive(Debug, Clone)]
@@ -76,8 +77,8 @@ pub struct RunStatus {
 
 impl RunStatus {
     /// What its attempts have used, as far as this release can read it.
-    pub fn ledger(&self) -> Option<RunLedger> {
-        self.used.as_ref().map(|used| RunLedger::read(&self.run_id, used))
+    pub fn ledger(&self) -> Option<WorkLedger> {
+        self.used.as_ref().map(|used| WorkLedger::read(Kind::ValuationsRefresh, &self.run_id, used))
     }
 }
 

@@ -12,7 +12,7 @@ use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use super::Events;
-use crate::db::ledger::RunLedger;
+use crate::db::ledger::WorkLedger;
 use crate::db::{Database, DbError};
 
 /// Between two looks at what is kept.
@@ -43,7 +43,7 @@ pub(super) struct End {
     /// Shown to operators with the run.
     pub(super) error: Option<String>,
     /// What the attempts at the run have used; `None` leaves it at what the last batch said.
-    pub(super) used: Option<RunLedger>,
+    pub(super) used: Option<WorkLedger>,
 }
 
 /// The ends that are kept.
@@ -155,7 +155,7 @@ async fn write_together(database: &Database, of: Of, ends: &[End]) -> Result<(),
     let errors: Vec<Option<String>> = ends.iter().map(|end| end.error.clone()).collect();
     match of {
         Of::Owner => {
-            let used: Vec<Option<RunLedger>> = ends.iter().map(|end| end.used.clone()).collect();
+            let used: Vec<Option<WorkLedger>> = ends.iter().map(|end| end.used.clone()).collect();
             database.release_runs(&ids, &tokens, &errors, &used).await
         }
         Of::Publisher => database.release_publishers(&ids, &tokens, &errors).await,

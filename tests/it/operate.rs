@@ -603,7 +603,7 @@ async fn a_run_whose_use_cannot_be_read_goes_on_and_counts_from_zero() -> Result
     let (allocated, _) = used(&world, &id)?;
     ensure!((100_000..1 << 40).contains(&allocated), "{complete}");
     let log = service.log()?;
-    let mut told = log.lines().filter(|line| line.contains("what a run has used cannot be read"));
+    let mut told = log.lines().filter(|line| line.contains("what work on a run has used cannot be read"));
     ensure!(told.any(|line| line.contains(&id)), "no line names {id} in\n{log}");
     world.finish(service).await
 }

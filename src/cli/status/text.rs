@@ -7,7 +7,7 @@ use time::macros::format_description;
 
 use super::figures::{done, eta_seconds, is_at_work, is_over, left, percent, phase, rate};
 use crate::cli::text::{span, thousands};
-use crate::db::ledger::RunLedger;
+use crate::db::ledger::WorkLedger;
 use crate::db::operations::RunStatus;
 
 const WIDTH: usize = 80;
@@ -146,7 +146,7 @@ fn state(run: &RunStatus) -> String {
 }
 
 /// What the run's work has used: to its end, or to its last batch.
-fn used_text(used: &RunLedger, is_over: bool) -> String {
+fn used_text(used: &WorkLedger, is_over: bool) -> String {
     let mib = |bytes: f64| format!("{:.1} MiB", bytes / 1_048_576.0);
     format!(
         "{} busy in {} polls, {} allocated, {} of it held{}",
@@ -159,7 +159,7 @@ fn used_text(used: &RunLedger, is_over: bool) -> String {
 }
 
 /// What it waited for, the longest first. A thousand calls at once wait a thousand seconds in one.
-fn waited_text(used: &RunLedger) -> String {
+fn waited_text(used: &WorkLedger) -> String {
     let mut waits: Vec<_> = used.waited_us.iter().collect();
     waits.sort_by_key(|(_, us)| std::cmp::Reverse(**us));
     let waits = waits.iter().map(|(reason, us)| format!("{reason} {}", short(**us)));
@@ -322,7 +322,7 @@ mod tests {
     #[test]
     fn a_page_tells_what_was_used_and_waited_for() {
         let waited_us = [("database", 2_500_000), ("partner", 8_500_000_000)].map(|(name, us)| (name.to_owned(), us));
-        let used = RunLedger {
+        let used = WorkLedger {
             allocated_bytes: 512 << 20,
             freed_bytes: 510 << 20,
             busy_us: 3_140_000,
