@@ -1,16 +1,19 @@
-//! What the work on a run has used, as its row keeps it: it outlives the process, and sums up all attempts.
+//! What the work on a run or a publication has used, as its row keeps it: it outlives the process, and sums up all
+//! attempts.
 
 use std::collections::BTreeMap;
+use std::ops::Add;
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use crate::task::Kind;
 use crate::task::usage::Used;
 
 /// The sum over attempts. A field that an older row lacks is 0.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct RunLedger {
+pub struct WorkLedger {
     /// Bytes handed out by the allocator.
     pub allocated_bytes: u64,
     /// Bytes taken back.
@@ -23,32 +26,48 @@ pub struct RunLedger {
     pub waited_us: BTreeMap<String, u64>,
 }
 
-impl RunLedger {
-    /// What a run's row has. Another release may have written it: what this one cannot read counts as nothing, and is told. It
-    /// is a figure, and no reason to fail work.
-    pub fn read(run_id: &str, kept: &RawValue) -> Self {
+impl WorkLedger {
+    /// What the row of a run, or of one of its publications, has. Another release may have written it: what this one
+    /// cannot read counts as nothing, and is told. It is a figure, and no reason to fail work.
+    pub fn read(kind: Kind, run_id: &str, kept: &RawValue) -> Self {
         serde_json::from_str(kept.get()).unwrap_or_else(|error| {
-            tracing::warn!(run_id, %error, "what a run has used cannot be read; it counts as nothing");
-            RunLedger::default()
+            let kind = kind.name();
+            tracing::warn!(run_id, kind, %error, "what work on a run has used cannot be read; it counts as nothing");
+            WorkLedger::default()
         })
     }
 
     /// With what one more attempt has used so far.
     pub fn with(&self, used: &Used) -> Self {
-        let mut sum = self.clone();
-        sum.allocated_bytes += used.allocated;
-        sum.freed_bytes += used.freed;
-        sum.busy_us += used.busy.as_micros() as u64;
-        sum.polls += used.polls;
-        for (reason, waited) in used.waits_by_name() {
-            *sum.waited_us.entry(reason.to_owned()).or_default() += waited.as_micros() as u64;
-        }
-        sum
+        let waits = used.waits_by_name();
+        self.clone()
+            + WorkLedger {
+                allocated_bytes: used.allocated,
+                freed_bytes: used.freed,
+                busy_us: used.busy.as_micros() as u64,
+                polls: used.polls,
+                waited_us: waits.map(|(reason, waited)| (reason.to_owned(), waited.as_micros() as u64)).collect(),
+            }
     }
 
-    /// What was allocated and not freed by the run's own work. Negative where it freed what others had allocated.
+    /// What was allocated and not freed by the work itself. Negative where it freed what others had allocated.
     pub fn held_bytes(&self) -> i64 {
         self.allocated_bytes as i64 - self.freed_bytes as i64
+    }
+}
+
+impl Add for WorkLedger {
+    type Output = Self;
+
+    fn add(mut self, other: Self) -> Self {
+        self.allocated_bytes += other.allocated_bytes;
+        self.freed_bytes += other.freed_bytes;
+        self.busy_us += other.busy_us;
+        self.polls += other.polls;
+        for (reason, us) in other.waited_us {
+            *self.waited_us.entry(reason).or_default() += us;
+        }
+        self
     }
 }
 
@@ -61,14 +80,16 @@ mod tests {
 
     #[test]
     fn what_cannot_be_read_counts_as_nothing() {
-        let read = |json: &str| RunLedger::read("run", &RawValue::from_string(json.to_owned()).unwrap());
-        let written = RunLedger { polls: 7, waited_us: [("kafka".to_owned(), 1)].into(), ..RunLedger::default() };
+        let read = |json: &str| {
+            WorkLedger::read(Kind::ValuationsRefresh, "run", &RawValue::from_string(json.to_owned()).unwrap())
+        };
+        let written = WorkLedger { polls: 7, waited_us: [("kafka".to_owned(), 1)].into(), ..WorkLedger::default() };
         assert_eq!(read(&serde_json::to_string(&written).unwrap()), written);
         assert_eq!(read(r#"{"polls": 7, "waited_us": {"kafka": 1}, "of a later release": []}"#), written);
         for other in
             [r#"{"polls": -7}"#, r#"{"polls": 1.5}"#, r#"{"polls": 1e400}"#, r#"{"waited_us": [1]}"#, "[]", "7"]
         {
-            assert_eq!(read(other), RunLedger::default(), "{other}");
+            assert_eq!(read(other), WorkLedger::default(), "{other}");
         }
     }
 
@@ -76,7 +97,7 @@ mod tests {
     fn attempts_add_up() {
         let mut used = Used { allocated: 10, freed: 7, busy: Duration::from_millis(2), polls: 3, ..Used::default() };
         used.waits[For::Partner as usize] = Duration::from_micros(5);
-        let first = RunLedger::default().with(&used);
+        let first = WorkLedger::default().with(&used);
         used.waits[For::Kafka as usize] = Duration::from_micros(1);
         let both = first.with(&used);
         assert_eq!((both.allocated_bytes, both.freed_bytes, both.busy_us, both.polls), (20, 14, 4_000, 6));

@@ -11,8 +11,9 @@ use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::ledger::RunLedger;
+use super::ledger::WorkLedger;
 use super::{Database, DbError, run};
+use crate::task::Kind;
 
 /// How a run is.
 #[derive(Debug, Clone)]
@@ -72,12 +73,30 @@ pub struct RunStatus {
     pub publication_failed_at: Option<OffsetDateTime>,
     /// Since then.
     pub publication_failed_seconds: Option<f64>,
+    /// What its attempts have used until the last page or end, as `used` has it of the run.
+    pub publication_used: Option<Json<Box<RawValue>>>,
+    /// The same of each publication of the run that has any, the newest included.
+    pub publications_used: Option<Vec<Json<Box<RawValue>>>>,
 }
 
 impl RunStatus {
     /// What its attempts have used, as far as this release can read it.
-    pub fn ledger(&self) -> Option<RunLedger> {
-        self.used.as_ref().map(|used| RunLedger::read(&self.run_id, used))
+    pub fn ledger(&self) -> Option<WorkLedger> {
+        self.used.as_ref().map(|used| WorkLedger::read(Kind::ValuationsRefresh, &self.run_id, used))
+    }
+
+    /// The same of the newest publication.
+    pub fn publication_ledger(&self) -> Option<WorkLedger> {
+        self.publication_used.as_ref().map(|used| self.publish_ledger(used))
+    }
+
+    /// The same of each publication.
+    pub fn publication_ledgers(&self) -> impl Iterator<Item = WorkLedger> {
+        self.publications_used.iter().flatten().map(|used| self.publish_ledger(used))
+    }
+
+    fn publish_ledger(&self, used: &RawValue) -> WorkLedger {
+        WorkLedger::read(Kind::ValuationsPublish, &self.run_id, used)
     }
 }
 
@@ -124,14 +143,20 @@ impl Database {
                        extract(epoch FROM coalesce(r.completed_at, r.cancelled_at, clock_timestamp()) - r.opened_at)::float8
                            AS "age_seconds!",
                        r.pruned_since IS NOT NULL AS "is_pruned!", r.used AS "used: Json<Box<RawValue>>",
-                       (SELECT count(*) FROM publications WHERE run_id = r.run_id) AS "publications!",
+                       every.count AS "publications!", every.used AS "publications_used: Vec<Json<Box<RawValue>>>",
                        p.state AS "publication_state?", p.published AS "published?", p.quarantined AS "quarantined?",
                        p.cursor AS "publication_cursor?", p.last_error AS publication_error,
+                       p.used AS "publication_used: Json<Box<RawValue>>",
                        p.failed_at AS "publication_failed_at?",
                        extract(epoch FROM clock_timestamp() - p.failed_at)::float8 AS publication_failed_seconds
                 FROM runs AS r
+                CROSS JOIN LATERAL (
+                    SELECT count(*) AS count, array_agg(used) FILTER (WHERE used IS NOT NULL) AS used
+                    FROM publications
+                    WHERE run_id = r.run_id
+                ) AS every
                 LEFT JOIN LATERAL (
-                    SELECT state, published, quarantined, cursor, last_error,
+                    SELECT state, published, quarantined, cursor, last_error, used,
                            CASE WHEN state = 'failed' THEN coalesce(failed_at, begun_at, opened_at) END AS failed_at
                     FROM publications
                     WHERE run_id = r.run_id

@@ -50,6 +50,12 @@ impl Kept {
     }
 }
 
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.connections.drain(..).for_each(|(lent, _)| lent.close());
+    }
+}
+
 impl Connections {
     /// Those of a pool that has `most` at a time.
     pub fn new(pool: PgPool, most: u32, acquire_timeout: Duration) -> Arc<Self> {
@@ -112,10 +118,14 @@ struct Lent {
 }
 
 impl Lent {
+    /// Without a runtime nothing can be asked, and sqlx panics for a connection of its pool that is dropped.
+    fn close(self) {
+        drop(self.connection.leak());
+    }
+
     /// Asks the connection, and gives it back if it answers. Whoever waits for `turn` gets it afterwards.
     fn give_back(mut self, turn: Option<OwnedSemaphorePermit>) {
-        // Without a runtime nothing can be asked: the connection's own drop closes it.
-        let Ok(runtime) = Handle::try_current() else { return };
+        let Ok(runtime) = Handle::try_current() else { return self.close() };
         let _runtime = runtime.enter();
         // Given up, it is dropped, which closes it and frees its slot.
         let returned = timeout(GIVE_BACK, self.connection.return_to_pool());

@@ -2,12 +2,16 @@
 
 use std::time::Duration;
 
+use serde_json::value::RawValue;
 use sqlx::Connection;
+use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::deliveries::{Deaths, QUARANTINE, SUSPECT};
+use super::ledger::WorkLedger;
 use super::{Database, DbError, run};
+use crate::task::Kind;
 
 /// A publication that this process works on.
 #[derive(Debug, Clone)]
@@ -24,6 +28,8 @@ pub struct OwnedPublication {
     pub attempts: i32,
     /// Attempts in a row that died without progress, right before this one.
     pub deaths: i32,
+    /// What the attempts before this one have used.
+    pub used: WorkLedger,
 }
 
 /// Valuations whose every record has met its end.
@@ -186,7 +192,7 @@ impl Database {
                     attempts = attempts + (owner IS DISTINCT FROM $2)::integer,
                     begun_at = CASE WHEN owner IS DISTINCT FROM $2 THEN clock_timestamp() ELSE begun_at END
                 WHERE event_id = $1
-                RETURNING cursor, attempts, deaths
+                RETURNING cursor, attempts, deaths, used AS "used: Json<Box<RawValue>>"
                 "#,
                 event_id,
                 token,
@@ -196,6 +202,7 @@ impl Database {
             .fetch_one(&mut *transaction)
             .await?;
             transaction.commit().await?;
+            let used = publication.used.map(|used| WorkLedger::read(Kind::ValuationsPublish, run_id, &used));
             Ok(PublicationClaim::Owned(Box::new(OwnedPublication {
                 token,
                 cursor: publication.cursor,
@@ -203,6 +210,7 @@ impl Database {
                 traceparent: run.traceparent,
                 attempts: publication.attempts,
                 deaths: publication.deaths,
+                used: used.unwrap_or_default(),
             })))
         })
     }
@@ -215,6 +223,7 @@ impl Database {
         event_id: &str,
         token: Uuid,
         range: &PublishedRange,
+        used: &WorkLedger,
     ) -> Result<bool, DbError> {
         let mut listing_ids = Vec::with_capacity(range.quarantined.len());
         let (mut codes, mut reasons) = (Vec::new(), Vec::new());
@@ -236,7 +245,7 @@ impl Database {
                     UPDATE publications AS p SET
                         published = p.published + CASE WHEN p.cursor < $4 THEN $5::bigint ELSE 0 END,
                         quarantined = p.quarantined + CASE WHEN p.cursor < $4 THEN cardinality($6::bigint[]) ELSE 0 END,
-                        cursor = greatest(p.cursor, $4), last_error = NULL,
+                        cursor = greatest(p.cursor, $4), last_error = NULL, used = $9,
                         deaths = CASE WHEN p.cursor < $4 THEN 0 ELSE p.deaths END,
                         deaths_since = CASE WHEN p.cursor < $4 THEN NULL ELSE p.deaths_since END
                     FROM owned
@@ -264,6 +273,7 @@ impl Database {
                 &listing_ids,
                 &codes,
                 &reasons,
+                Json(used) as _,
             )
             .fetch_one(connection)
             .await?;
@@ -286,7 +296,13 @@ impl Database {
     }
 
     /// Completes the publication and frees the run for another. `false`: the run has another publisher.
-    pub async fn complete_publication(&self, event_id: &str, run_id: &str, token: Uuid) -> Result<bool, DbError> {
+    pub async fn complete_publication(
+        &self,
+        event_id: &str,
+        run_id: &str,
+        token: Uuid,
+        used: &WorkLedger,
+    ) -> Result<bool, DbError> {
         run!(self, "the completion of a publication", connection => {
             let done = sqlx::query!(
                 r#"
@@ -296,12 +312,13 @@ impl Database {
                     RETURNING run_id
                 )
                 UPDATE publications AS p SET
-                    state = 'complete', completed_at = clock_timestamp(), last_error = NULL, owner = NULL
+                    state = 'complete', completed_at = clock_timestamp(), last_error = NULL, owner = NULL, used = $4
                 FROM free WHERE p.event_id = $1 AND p.run_id = free.run_id
                 "#,
                 event_id,
                 token,
                 run_id,
+                Json(used) as _,
             )
             .execute(&mut *connection)
             .await?;
@@ -320,29 +337,34 @@ impl Database {
     }
 
     /// Gives runs back, so that the next deliveries need not wait for their leases, and ends the attempts also where a run
-    /// has another publisher by now: ids of runs and, in the same order, the tokens that publish them and the errors to be
-    /// shown to operators.
+    /// has another publisher by now: ids of runs and, in the same order, the tokens that publish them, the errors to be
+    /// shown to operators, and what was used where that is known.
     pub async fn release_publishers(
         &self,
         run_ids: &[String],
         tokens: &[Uuid],
         errors: &[Option<String>],
+        used: &[Option<WorkLedger>],
     ) -> Result<(), DbError> {
+        let used: Vec<Option<Json<&WorkLedger>>> = used.iter().map(|used| used.as_ref().map(Json)).collect();
         run!(self, "the release of a publication", connection => {
             sqlx::query!(
                 r#"
                 WITH ended AS (
-                    SELECT * FROM unnest($1::text[], $2::uuid[], $3::text[]) AS ended (run_id, token, error)
+                    SELECT * FROM unnest($1::text[], $2::uuid[], $3::text[], $4::jsonb[])
+                        AS ended (run_id, token, error, used)
                 ), free AS (
                     UPDATE runs SET publisher = NULL, publisher_lease_until = NULL
                     FROM ended WHERE runs.run_id = ended.run_id AND runs.publisher = ended.token
                 )
-                UPDATE publications AS p SET owner = NULL, last_error = coalesce(ended.error, last_error)
+                UPDATE publications AS p SET
+                    owner = NULL, last_error = coalesce(ended.error, last_error), used = coalesce(ended.used, p.used)
                 FROM ended WHERE p.run_id = ended.run_id AND p.owner = ended.token
                 "#,
                 run_ids,
                 tokens,
                 errors as &[Option<String>],
+                &used as _,
             )
             .execute(connection)
             .await?;

@@ -13,9 +13,10 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::deliveries::{Deaths, QUARANTINE, SUSPECT};
-use super::ledger::RunLedger;
+use super::ledger::WorkLedger;
 use super::valuations::Answers;
 use super::{Database, DbError, operations, run};
+use crate::task::Kind;
 
 /// What a refresh event asks for.
 #[derive(Debug, Clone)]
@@ -71,7 +72,7 @@ pub struct OwnedRun {
     /// Attempts in a row that died without progress, right before this one.
     pub deaths: i32,
     /// What the attempts before this one have used.
-    pub used: RunLedger,
+    pub used: WorkLedger,
 }
 
 /// What came of claiming a run.
@@ -167,7 +168,7 @@ impl Database {
         token: Uuid,
         answers: &Answers,
         cursor: i64,
-        used: &RunLedger,
+        used: &WorkLedger,
     ) -> Result<Option<Progress>, DbError> {
         #[cfg(feature = "fault-injection")]
         if let Some(done) = super::planted::commit_answers(self, run_id, token, answers, cursor).await {
@@ -263,7 +264,7 @@ impl Database {
         lane: &str,
         event_id: Uuid,
         body: &str,
-        used: &RunLedger,
+        used: &WorkLedger,
     ) -> Result<Completion, DbError> {
         run!(self, "the completion of a run", connection => {
             let done = sqlx::query!(
@@ -344,7 +345,7 @@ impl Database {
     }
 
     /// Ends our work on a run whose cancel was requested. `false`: the run is no longer ours and nothing was written.
-    pub async fn cancel_owned_run(&self, run_id: &str, token: Uuid, used: &RunLedger) -> Result<bool, DbError> {
+    pub async fn cancel_owned_run(&self, run_id: &str, token: Uuid, used: &WorkLedger) -> Result<bool, DbError> {
         run!(self, "the end of a cancelled run", connection => {
             let done = sqlx::query!(
                 r#"
@@ -380,9 +381,9 @@ impl Database {
         run_ids: &[String],
         tokens: &[Uuid],
         errors: &[Option<String>],
-        used: &[Option<RunLedger>],
+        used: &[Option<WorkLedger>],
     ) -> Result<(), DbError> {
-        let used: Vec<Option<Json<&RunLedger>>> = used.iter().map(|used| used.as_ref().map(Json)).collect();
+        let used: Vec<Option<Json<&WorkLedger>>> = used.iter().map(|used| used.as_ref().map(Json)).collect();
         run!(self, "the release of a run", connection => {
             sqlx::query!(
                 "UPDATE runs SET owner = NULL, lease_until = NULL, last_error = coalesce(ended.error, last_error),
@@ -474,7 +475,7 @@ async fn take_run(
         failed: run.failed,
         attempts: run.attempts,
         deaths: run.deaths,
-        used: run.used.map(|used| RunLedger::read(request.run_id, &used)).unwrap_or_default(),
+        used: run.used.map(|used| WorkLedger::read(Kind::ValuationsRefresh, request.run_id, &used)).unwrap_or_default(),
     }))))
 }
 

@@ -14,10 +14,11 @@ use super::gate::Pass;
 use crate::config::Backoff;
 use crate::db::DbError;
 use crate::db::deliveries::{Begin, Deaths};
-use crate::db::ledger::RunLedger;
+use crate::db::ledger::WorkLedger;
 use crate::fault;
 use crate::queue::lease::{Role, StopReason};
 use crate::queue::{Delivery, Outcome, Refusal};
+use crate::task;
 
 /// How long a suspect is put off that could not be alone. Each time costs a receive, so the wait grows.
 const NOT_ALONE: Backoff = Backoff { base: Duration::from_secs(2), cap: Duration::from_secs(60) };
@@ -31,6 +32,12 @@ const WHILE_STOPPING: Duration = Duration::from_secs(1);
 /// The refusal of what is not begun again; `what` names it.
 pub(super) fn quarantined(what: &str, deaths: &Deaths) -> Refusal {
     Refusal { code: "quarantined", reason: format!("{what} is not begun again: {deaths}") }
+}
+
+/// What the attempts at a run or publication have used, this one included so far; `before` is what the others have.
+pub(super) fn used(before: &WorkLedger) -> WorkLedger {
+    let ours = task::ledger().map(|ledger| ledger.read()).unwrap_or_default();
+    before.with(&ours)
 }
 
 /// The end of what was told to stop while it waited at the gate.
@@ -135,7 +142,7 @@ impl Events {
 
     /// Gives back the run that the delivery holds, so that the next delivery need not wait for the lease. `error` is shown
     /// to operators, and so is what was `used`.
-    pub(super) async fn release(&self, delivery: &Delivery, error: Option<String>, used: Option<RunLedger>) {
+    pub(super) async fn release(&self, delivery: &Delivery, error: Option<String>, used: Option<WorkLedger>) {
         self.end(delivery, held(delivery, error, used).into_iter().collect()).await;
     }
 
@@ -186,7 +193,7 @@ fn recorded(delivery: &Delivery) -> Option<End> {
 }
 
 /// The end of the work on the run that the delivery holds, if it holds one.
-fn held(delivery: &Delivery, error: Option<String>, used: Option<RunLedger>) -> Option<End> {
+fn held(delivery: &Delivery, error: Option<String>, used: Option<WorkLedger>) -> Option<End> {
     let (role, id, token) = delivery.lease.held_run()?;
     let of = match role {
         Role::Owner => Of::Owner,

@@ -12,7 +12,7 @@ use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use super::Events;
-use crate::db::ledger::RunLedger;
+use crate::db::ledger::WorkLedger;
 use crate::db::{Database, DbError};
 
 /// Between two looks at what is kept.
@@ -42,8 +42,8 @@ pub(super) struct End {
     pub(super) token: Uuid,
     /// Shown to operators with the run.
     pub(super) error: Option<String>,
-    /// What the attempts at the run have used; `None` leaves it at what the last batch said.
-    pub(super) used: Option<RunLedger>,
+    /// What the attempts at the run or publication have used; `None` leaves it at what the last batch or page said.
+    pub(super) used: Option<WorkLedger>,
 }
 
 /// The ends that are kept.
@@ -153,12 +153,10 @@ async fn write_together(database: &Database, of: Of, ends: &[End]) -> Result<(),
     let ids: Vec<String> = ends.iter().map(|end| end.id.clone()).collect();
     let tokens: Vec<Uuid> = ends.iter().map(|end| end.token).collect();
     let errors: Vec<Option<String>> = ends.iter().map(|end| end.error.clone()).collect();
+    let used: Vec<Option<WorkLedger>> = ends.iter().map(|end| end.used.clone()).collect();
     match of {
-        Of::Owner => {
-            let used: Vec<Option<RunLedger>> = ends.iter().map(|end| end.used.clone()).collect();
-            database.release_runs(&ids, &tokens, &errors, &used).await
-        }
-        Of::Publisher => database.release_publishers(&ids, &tokens, &errors).await,
+        Of::Owner => database.release_runs(&ids, &tokens, &errors, &used).await,
+        Of::Publisher => database.release_publishers(&ids, &tokens, &errors, &used).await,
         Of::Delivery => database.end_deliveries(&ids, &tokens).await,
     }
 }

@@ -10,7 +10,7 @@ use futures::stream::FuturesOrdered;
 use futures::{FutureExt, StreamExt};
 use serde::Deserialize;
 
-use super::attempts::quarantined;
+use super::attempts::{quarantined, used};
 use super::envelope::Event;
 use super::gate::{PROBATION, Pass};
 use super::valuations_refresh::{AFTER_LEASE, other_event};
@@ -249,10 +249,11 @@ impl<'a> Publishing<'a> {
     }
 
     fn advance(&self, range: PublishedRange, pages: usize) -> BoxFuture<'a, Advanced> {
-        let (events, event_id, run_id, token) = (self.events, self.event_id, self.run_id, self.publication.token);
+        let (events, event_id, run_id, publication) = (self.events, self.event_id, self.run_id, self.publication);
         let advance = async move {
             fault::point("publication.before_advance", event_id);
-            let advanced = events.database.advance_publication(event_id, token, &range).await;
+            let used = used(&publication.used);
+            let advanced = events.database.advance_publication(event_id, publication.token, &range, &used).await;
             fault::point("publication.after_advance", event_id);
             match advanced {
                 Ok(true) => {
@@ -364,7 +365,8 @@ async fn end(
             // A completed one has no publisher: renewing it meanwhile would look like having lost it.
             delivery.lease.stop_renewing();
             fault::point("publication.before_complete", &event.id);
-            let completed = events.database.complete_publication(&event.id, run_id, publication.token).await;
+            let (token, used) = (publication.token, used(&publication.used));
+            let completed = events.database.complete_publication(&event.id, run_id, token, &used).await;
             fault::point("publication.after_complete", &event.id);
             match completed {
                 Ok(true) => {
@@ -396,6 +398,6 @@ async fn end(
             (Outcome::Retry(error), Some(shown))
         }
     };
-    events.release(delivery, error, None).await;
+    events.release(delivery, error, Some(used(&publication.used))).await;
     outcome
 }

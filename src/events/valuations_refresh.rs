@@ -14,18 +14,16 @@ use serde::Deserialize;
 use time::OffsetDateTime;
 
 use self::work::{Ended, Work};
-use super::attempts::quarantined;
+use super::attempts::{quarantined, used};
 use super::envelope::Event;
 use super::gate::Pass;
 use super::outgoing;
 use super::{Events, lane};
 use crate::db::DbError;
-use crate::db::ledger::RunLedger;
 use crate::db::runs::{Completion, OwnedRun, RunClaim, RunRequest};
 use crate::fault;
 use crate::queue::lease::{Role, StopReason};
 use crate::queue::{Delivery, Outcome, Refusal};
-use crate::task;
 
 /// A second delivery of a live run goes back until its lease has ended, and this much longer.
 pub(super) const AFTER_LEASE: Duration = Duration::from_secs(1);
@@ -165,12 +163,6 @@ pub(super) fn other_event(id: &str) -> Refusal {
     Refusal { code: "id_reused", reason }
 }
 
-/// What the attempts at the run have used, this one included so far.
-fn used(run: &OwnedRun) -> RunLedger {
-    let ours = task::ledger().map(|ledger| ledger.read()).unwrap_or_default();
-    run.used.with(&ours)
-}
-
 /// Completes the run, closes it as cancelled, or gives it back.
 async fn end(
     events: &Events,
@@ -221,7 +213,7 @@ async fn end(
         Ended::Failed(error) => (None, Some(error)),
     };
     let shown = error.as_ref().map(|error: &anyhow::Error| format!("{error:#}"));
-    events.release(delivery, shown, Some(used(run))).await;
+    events.release(delivery, shown, Some(used(&run.used))).await;
     match (outcome, error) {
         (Some(outcome), _) => outcome,
         (None, error) => Outcome::Retry(error.unwrap_or_else(|| anyhow::anyhow!("the run ended without a result"))),
@@ -239,7 +231,7 @@ async fn complete(
     // A completed run has no owner: renewing it meanwhile would look like having lost it.
     delivery.lease.stop_renewing();
     fault::point("run.before_complete", run_id);
-    let (lane, used) = (lane::POST_PROCESSING, used(run));
+    let (lane, used) = (lane::POST_PROCESSING, used(&run.used));
     let done = events.database.complete_run(run_id, run.token, lane, publish_id, &body, &used).await?;
     fault::point("run.after_complete", run_id);
     match done {
@@ -262,7 +254,7 @@ async fn cancel(
     unanswered: usize,
 ) -> Result<Outcome, DbError> {
     delivery.lease.stop_renewing();
-    if events.database.cancel_owned_run(&run.set.run_id, run.token, &used(run)).await? {
+    if events.database.cancel_owned_run(&run.set.run_id, run.token, &used(&run.used)).await? {
         delivery.lease.forget_run();
         let note =
             format!("stopped with {unanswered} listings begun and unanswered; `write-api retry` lets the run go on");

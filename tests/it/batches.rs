@@ -17,7 +17,8 @@ async fn messages_of_a_full_queue_come_and_go_ten_at_a_time() -> Result<()> {
     let done = service.metric(r#"write_api_events_total{kind="listing.upsert",outcome="done"}"#).await?;
     ensure!(done == f64::from(EVENTS), "{done} of {EVENTS} events are done");
     for action in ["ReceiveMessage", "DeleteMessageBatch"] {
-        let calls = service.metric(&format!("write_api_sqs_requests_total{{action=\"{action}\",result=\"ok\"}}")).await?;
+        let calls =
+            service.metric(&format!("write_api_sqs_requests_total{{action=\"{action}\",result=\"ok\"}}")).await?;
         println!("{calls} calls of {action} for {EVENTS} messages");
         let ideal = f64::from(EVENTS) / 10.0;
         // Not all are full: those that look for what was there last, and the polls of the other lanes.

@@ -7,6 +7,7 @@ use local_stack::kafka::{Order, ProduceError};
 use local_stack::{Behaviour, Kafka, KafkaTap};
 use write_api::config::Config;
 use write_api::db::Database;
+use write_api::db::ledger::WorkLedger;
 use write_api::db::publications::{PublicationClaim, PublishedRange, Quarantined};
 
 use crate::harness::{LONG, World};
@@ -84,9 +85,9 @@ async fn a_topic_that_may_not_be_written_to_makes_the_publication_wait() -> Resu
     world.finish(service).await
 }
 
-/// The very call that is made again where the answer to its commit was lost.
+/// The very calls that are made again where the answer to a commit was lost.
 #[tokio::test]
-async fn a_cursor_that_is_moved_twice_counts_once() -> Result<()> {
+async fn what_is_written_of_a_publication_twice_counts_once() -> Result<()> {
     let (world, _kafka, _tap) = world_with_kafka().await?;
     let service = world.serve().await?;
     let id = world.refresh(&[])?;
@@ -100,35 +101,56 @@ async fn a_cursor_that_is_moved_twice_counts_once() -> Result<()> {
         .claim_publication(event, &[0; 32], &id, Duration::from_secs(60), false)
         .await
     {
-        Ok(PublicationClaim::Owned(publication)) => Ok(publication.token),
+        Ok(PublicationClaim::Owned(publication)) => Ok((publication.token, publication.used)),
         other => Err(anyhow::anyhow!("the claim gave {other:?}")),
     };
-    let counts = async |event: &str| -> Result<(i64, i64)> {
-        let counts = sqlx::query_as("SELECT published, quarantined FROM publications WHERE event_id = $1");
-        Ok(counts.bind(event).fetch_one(&world.database).await?)
+    // Published, quarantined, and of what was used the polls.
+    let counts = async |event: &str| -> Result<(i64, i64, i64)> {
+        let counts = "SELECT published, quarantined, coalesce((used->>'polls')::bigint, 0)
+                      FROM publications WHERE event_id = $1";
+        Ok(sqlx::query_as(counts).bind(event).fetch_one(&world.database).await?)
     };
+    let used = |polls| WorkLedger { polls, ..WorkLedger::default() };
     let refused = |listing_id| Quarantined { listing_id, code: "InvalidRecord".into(), reason: "no".into() };
     let page = PublishedRange { after: i64::MIN, last: 10, published: 8, quarantined: vec![refused(3), refused(7)] };
 
-    let token = claim("again").await?;
-    ensure!(!database.advance_publication("again", uuid::Uuid::new_v4(), &page).await?, "a stranger moved the cursor");
-    ensure!((counts("again").await?, world.number(QUARANTINED).await?) == ((0, 0), 0));
+    let (first, before) = claim("again").await?;
+    ensure!(before == used(0), "{before:?}");
+    let stranger = uuid::Uuid::new_v4();
+    ensure!(!database.advance_publication("again", stranger, &page, &used(1)).await?, "a stranger moved the cursor");
+    ensure!((counts("again").await?, world.number(QUARANTINED).await?) == ((0, 0, 0), 0));
     for _ in 0..2 {
-        ensure!(database.advance_publication("again", token, &page).await?);
-        ensure!((counts("again").await?, world.number(QUARANTINED).await?) == ((8, 2), 2));
+        ensure!(database.advance_publication("again", first, &page, &used(5)).await?);
+        ensure!((counts("again").await?, world.number(QUARANTINED).await?) == ((8, 2, 5), 2));
     }
+    for _ in 0..2 {
+        database.release_publishers(std::slice::from_ref(&id), &[first], &[None], &[Some(used(7))]).await?;
+        ensure!(counts("again").await? == (8, 2, 7));
+    }
+    // The next attempt has what the one before it used, which writes no more.
+    let (second, before) = claim("again").await?;
+    ensure!(before == used(7), "{before:?}");
     let page = PublishedRange { after: 10, last: 20, published: 10, quarantined: Vec::new() };
-    ensure!(database.advance_publication("again", token, &page).await?);
-    ensure!((counts("again").await?, world.number(QUARANTINED).await?) == ((18, 2), 2));
-    ensure!(database.complete_publication("again", &id, token).await?);
+    ensure!(database.advance_publication("again", second, &page, &used(9)).await?);
+    ensure!(!database.advance_publication("again", first, &page, &used(6)).await?);
+    ensure!(!database.complete_publication("again", &id, first, &used(6)).await?);
+    database.release_publishers(std::slice::from_ref(&id), &[first], &[None], &[Some(used(6))]).await?;
+    ensure!((counts("again").await?, world.number(QUARANTINED).await?) == ((18, 2, 9), 2));
+    for polls in [11, 12] {
+        ensure!(database.complete_publication("again", &id, second, &used(polls)).await?);
+        ensure!(counts("again").await? == (18, 2, 11));
+    }
 
     // Another publication delivers one of them; the other stays, with its name.
-    let token = claim("third").await?;
+    let (third, before) = claim("third").await?;
+    ensure!(before == used(0), "{before:?}");
     let page = PublishedRange { after: i64::MIN, last: 20, published: 19, quarantined: vec![refused(7)] };
-    ensure!(database.advance_publication("third", token, &page).await?);
-    ensure!((counts("third").await?, counts("again").await?) == ((19, 1), (18, 2)));
+    ensure!(database.advance_publication("third", third, &page, &used(3)).await?);
+    ensure!((counts("third").await?, counts("again").await?) == ((19, 1, 3), (18, 2, 11)));
     let left = "SELECT count(*) FROM quarantined_records WHERE listing_id = 7 AND event_id = 'third'";
     ensure!((world.number(QUARANTINED).await?, world.number(left).await?) == (1, 1));
-    ensure!(database.complete_publication("third", &id, token).await?);
+    // An end that does not know what was used leaves it as it is.
+    database.release_publishers(std::slice::from_ref(&id), &[third], &[None], &[None]).await?;
+    ensure!(counts("third").await? == (19, 1, 3));
     Ok(())
 }

@@ -6,8 +6,9 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use local_stack::Behaviour;
+use local_stack::kafka::Order;
 use local_stack::partner::RequiredHeader;
+use local_stack::{Behaviour, Kafka};
 use serde_json::Value;
 
 use crate::harness::{LONG, Lane, SOON, Service, VISIBILITY, World, text, until};
@@ -517,7 +518,8 @@ async fn the_status_is_right_at_each_state() -> Result<()> {
         world.published(id, LONG).await?;
     }
     let table = shown(&world, &["status"])?;
-    let rows: Vec<&str> = table.lines().collect();
+    // Below it is what all of them have used.
+    let rows: Vec<&str> = table.lines().take_while(|line| !line.is_empty()).collect();
     ensure!(rows.len() == 5 && rows[0].starts_with("RUN") && rows[4].starts_with("night-0193"), "{table}");
     ensure!(rows[4].contains("…") && rows[4].contains(" complete ") && rows[4].contains(" 3,000 100%"), "{table}");
     let newest: Value = serde_json::from_str(&world.done(&["status", "--json", "--limit", "2"])?)?;
@@ -527,46 +529,51 @@ async fn the_status_is_right_at_each_state() -> Result<()> {
     world.finish(service).await
 }
 
-/// What a run's status says was used: bytes, and seconds waited for the partner.
-fn used(world: &World, id: &str) -> Result<(i64, f64)> {
-    let status = status(world, id)?;
-    let used = &status["used"];
-    let allocated = used["allocated_bytes"].as_i64().with_context(|| status.to_string())?;
+/// What a status says was used: bytes, and seconds waited for `reason`.
+fn used(used: &Value, reason: &str) -> Result<(i64, f64)> {
+    let allocated = used["allocated_bytes"].as_i64().with_context(|| used.to_string())?;
     let held = allocated - used["freed_bytes"].as_i64().unwrap_or(0);
     ensure!(used["held_bytes"] == held && used["busy_seconds"].as_f64() > Some(0.0), "{used}");
-    Ok((allocated, used["waited_seconds"]["partner"].as_f64().unwrap_or(0.0)))
+    Ok((allocated, used["waited_seconds"][reason].as_f64().unwrap_or(0.0)))
 }
 
-/// What the log line of the refresh that ended so says it allocated.
-fn allocated(service: &Service, outcome: &str) -> Result<i64> {
+/// What the log line of the event that ended so says it allocated.
+fn allocated(service: &Service, kind: &str, outcome: &str) -> Result<i64> {
     let log = service.log()?;
     let mut lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let line = lines.find(|line| line["kind"] == "valuations.refresh" && line["outcome"] == outcome);
+    let line = lines.find(|line| line["kind"] == kind && line["outcome"] == outcome);
     line.and_then(|line| line["allocated_bytes"].as_i64()).with_context(|| format!("none ended {outcome} in\n{log}"))
+}
+
+/// The status for people, whichever lines it is broken into.
+fn words(world: &World, arguments: &[&str]) -> Result<String> {
+    Ok(shown(world, arguments)?.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
 /// Killed, an attempt leaves what its last batch said; ended in order, all that it used. The next one adds its own.
 #[tokio::test]
 async fn the_status_sums_up_what_all_attempts_used() -> Result<()> {
+    const KIND: &str = "valuations.refresh";
     let world = slow_world(1, 100).await?;
     world.listings(4_000).await?;
     let killed = world.serve().await?;
     let id = world.refresh(&[])?;
+    let of_run = || used(&status(&world, &id)?["used"], "partner");
     world.run_until(&id, SOON, |run| run.valued >= 300).await?;
     killed.kill().await?;
-    let first = used(&world, &id)?;
+    let first = of_run()?;
     // Each call takes a tenth of a second.
     let called = async || anyhow::Ok(world.run(&id).await?.context("no run")?.valued as f64 / 10.0);
     let first_called = called().await?;
     ensure!(first.0 > 100_000 && first.1 >= first_called, "{first_called} {first:?}");
-    let page = || anyhow::Ok(shown(&world, &["status", &id])?.split_whitespace().collect::<Vec<_>>().join(" "));
+    let page = || words(&world, &["status", &id]);
     ensure!(page()?.contains("held, as of the last batch"), "{}", page()?);
 
     let stopped = world.serve().await?;
     world.run_until(&id, LONG, |run| run.valued >= 800).await?;
     stopped.signal(libc::SIGTERM);
     ensure!(stopped.exit(LONG).await?.success());
-    let (second, line) = (used(&world, &id)?, allocated(&stopped, "released")?);
+    let (second, line) = (of_run()?, allocated(&stopped, KIND, "released")?);
     // The line is written a moment later than the record.
     ensure!((line * 9 / 10..=line).contains(&(second.0 - first.0)), "{first:?}, {line} more, {second:?}");
     let second_called = called().await? - first_called;
@@ -575,12 +582,72 @@ async fn the_status_sums_up_what_all_attempts_used() -> Result<()> {
 
     let last = world.serve().await?;
     world.published(&id, LONG).await?;
-    let all = used(&world, &id)?;
+    let all = of_run()?;
     ensure!(page()?.contains("held at the end") && page()?.contains("waited partner"), "{}", page()?);
     world.quiet(LONG).await?;
-    let line = allocated(&last, "done")?;
+    let line = allocated(&last, KIND, "done")?;
     ensure!((line * 9 / 10..=line).contains(&(all.0 - second.0)), "{second:?}, {line} more, {all:?}");
     ensure!(all.1 >= called().await?, "{all:?}");
+    world.finish(last).await
+}
+
+/// The same of a publication, page by page; and of all that there are of a run, below the table.
+#[tokio::test]
+async fn the_status_sums_up_what_all_attempts_at_a_publication_used() -> Result<()> {
+    const KIND: &str = "valuations.publish";
+    const LISTINGS: i64 = 4_000;
+    const PAGE: i64 = 50;
+    let mut world = World::new(Behaviour::default()).await?;
+    let kafka = Kafka::separate().await?;
+    kafka.create_topic(&world.environment().names().topic, 12).await?;
+    world.set("kafka.brokers", kafka.bootstrap()).set("kafka.page_size", PAGE).set("partner.rate_per_second", 0);
+    world.listings(LISTINGS).await?;
+    let killed = world.serve().await?;
+    // A broker far away: a page takes a tenth of a second.
+    kafka.order(&Order::Delay { milliseconds: 100 }).await?;
+    let id = world.refresh(&[])?;
+    let of_publication = || used(&status(&world, &id)?["publication"]["used"], "kafka");
+    let published = async || world.number("SELECT coalesce(sum(published), 0)::bigint FROM publications").await;
+    let until_published =
+        async |records: i64| until("records", LONG, async || Ok((published().await? >= records).then_some(()))).await;
+    let sent = async || anyhow::Ok((published().await? / PAGE) as f64 / 10.0);
+    until_published(300).await?;
+    killed.kill().await?;
+    let (first, first_sent) = (of_publication()?, sent().await?);
+    ensure!(first.0 > 100_000 && first.1 >= first_sent, "{first_sent} {first:?}");
+    let page = || words(&world, &["status", &id]);
+    ensure!(page()?.contains("held at the end") && page()?.contains("held, as of the last page"), "{}", page()?);
+
+    let stopped = world.serve().await?;
+    until_published(1_000).await?;
+    stopped.signal(libc::SIGTERM);
+    ensure!(stopped.exit(LONG).await?.success());
+    let (second, line) = (of_publication()?, allocated(&stopped, KIND, "released")?);
+    ensure!((line * 9 / 10..=line).contains(&(second.0 - first.0)), "{first:?}, {line} more, {second:?}");
+    let second_sent = sent().await? - first_sent;
+    ensure!(second.1 >= first.1 + second_sent, "{first:?}, {second_sent} more, {second:?}");
+    stopped.check_log()?;
+
+    let last = world.serve().await?;
+    world.published(&id, LONG).await?;
+    let all = of_publication()?;
+    ensure!(page()?.contains("it used") && page()?.contains("it waited kafka"), "{}", page()?);
+    ensure!(!page()?.contains("as of the last"), "{}", page()?);
+    world.quiet(LONG).await?;
+    let line = allocated(&last, KIND, "done")?;
+    ensure!((line * 9 / 10..=line).contains(&(all.0 - second.0)), "{second:?}, {line} more, {all:?}");
+    ensure!(all.1 >= sent().await?, "{all:?}");
+
+    // The page has the newest publication; below the table is what all have used.
+    let polls = || anyhow::Ok(status(&world, &id)?["publication"]["used"]["polls"].as_i64().unwrap_or(0));
+    let before = polls()?;
+    world.done(&["send", "publish", &id])?;
+    world.publications(&id, 2, LONG).await?;
+    ensure!(of_publication()? != all, "{all:?}");
+    let table = words(&world, &["status"])?.replace(',', "");
+    let of_both = format!("{} polls", before + polls()?);
+    let below = table.split_once("used by valuations.refresh: ").and_then(|(_, below)| below.split_once("used by "));
+    ensure!(below.is_some_and(|(_, below)| below.starts_with(KIND) && below.contains(&of_both)), "{of_both}: {table}");
     world.finish(last).await
 }
 
@@ -600,10 +667,10 @@ async fn a_run_whose_use_cannot_be_read_goes_on_and_counts_from_zero() -> Result
     world.published(&id, LONG).await?;
     let complete = status(&world, &id)?;
     ensure!(complete["phase"] == "complete" && complete["attempts"] == 2, "{complete}");
-    let (allocated, _) = used(&world, &id)?;
+    let (allocated, _) = used(&complete["used"], "partner")?;
     ensure!((100_000..1 << 40).contains(&allocated), "{complete}");
     let log = service.log()?;
-    let mut told = log.lines().filter(|line| line.contains("what a run has used cannot be read"));
+    let mut told = log.lines().filter(|line| line.contains("what work on a run has used cannot be read"));
     ensure!(told.any(|line| line.contains(&id)), "no line names {id} in\n{log}");
     world.finish(service).await
 }

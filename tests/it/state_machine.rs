@@ -14,7 +14,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 use write_api::config::{Config, Section};
 use write_api::db::Database;
-use write_api::db::ledger::RunLedger;
+use write_api::db::ledger::WorkLedger;
 use write_api::db::operations::CancelClaim;
 use write_api::db::runs::{self, Completion, OwnedRun, RunClaim, RunRequest};
 use write_api::db::valuations::Answers;
@@ -236,7 +236,7 @@ impl Play {
         let owns = self.owns(worker);
         let done = self
             .database
-            .commit_answers(&self.run_id, run.token, &answers(listings), *cursor, &RunLedger::default())
+            .commit_answers(&self.run_id, run.token, &answers(listings), *cursor, &WorkLedger::default())
             .await?;
         let Some(progress) = done else {
             ensure!(!owns, "an owner's batch was refused");
@@ -295,7 +295,7 @@ impl Play {
         let was_complete = self.model.as_ref().is_some_and(|model| model.state == State::Complete);
         let owns = self.owns(worker);
         let done =
-            self.database.complete_run(&self.run_id, run.token, LANE, event, "{}", &RunLedger::default()).await?;
+            self.database.complete_run(&self.run_id, run.token, LANE, event, "{}", &WorkLedger::default()).await?;
         let model = self.model.as_mut().expect("it is whole");
         match done {
             Completion::Complete if was_complete => {}
@@ -313,7 +313,7 @@ impl Play {
     async fn close_cancelled(&mut self, worker: usize) -> Result<()> {
         let Some(run) = &self.workers[worker] else { return Ok(()) };
         let owns = self.owns(worker);
-        let closed = self.database.cancel_owned_run(&self.run_id, run.token, &RunLedger::default()).await?;
+        let closed = self.database.cancel_owned_run(&self.run_id, run.token, &WorkLedger::default()).await?;
         let Some(model) = &mut self.model else { return Ok(()) };
         // A cancelled run may have been closed by anyone: the answer is about the run.
         ensure!(closed == (owns && model.cancel_requested || model.state == State::Cancelled), "{closed}: {model:?}");

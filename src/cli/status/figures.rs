@@ -1,6 +1,10 @@
 //! What follows from a run's record. Nothing is guessed: where the record cannot tell, there is no figure.
 
+use std::ops::Add;
+
+use crate::db::ledger::WorkLedger;
 use crate::db::operations::RunStatus;
+use crate::task::Kind;
 
 /// A rate over less than this would say more about the size of a batch than about the run.
 const SHORTEST_RATE_SECONDS: f64 = 2.0;
@@ -56,8 +60,18 @@ pub(super) fn eta_seconds(run: &RunStatus) -> Option<f64> {
     Some(left(run) as f64 / rate)
 }
 
+/// What the work on runs, and on all their publications, has used together; without a kind of which no record has any.
+pub(super) fn used_by_kind(runs: &[RunStatus]) -> Vec<(Kind, WorkLedger)> {
+    let refreshes = runs.iter().filter_map(RunStatus::ledger).reduce(Add::add);
+    let publications = runs.iter().flat_map(RunStatus::publication_ledgers).reduce(Add::add);
+    let kinds = [(Kind::ValuationsRefresh, refreshes), (Kind::ValuationsPublish, publications)];
+    kinds.into_iter().filter_map(|(kind, used)| Some((kind, used?))).collect()
+}
+
 #[cfg(test)]
 pub(super) mod tests {
+    use serde_json::value::RawValue;
+    use sqlx::types::Json;
     use time::macros::datetime;
     use uuid::Uuid;
 
@@ -93,6 +107,8 @@ pub(super) mod tests {
             publication_error: None,
             publication_failed_at: None,
             publication_failed_seconds: None,
+            publication_used: None,
+            publications_used: None,
         }
     }
 
@@ -144,6 +160,27 @@ pub(super) mod tests {
         assert_eq!(none(|run| run.rate_rows = Some(0)), (Some(0.0), None), "at this rate it never ends");
         assert_eq!(none(|run| run.cancel_requested = true).1, None, "it will not get there");
         assert_eq!(rate(&complete()), None);
+    }
+
+    /// As a row keeps it.
+    pub(in crate::cli::status) fn kept(used: &WorkLedger) -> Json<Box<RawValue>> {
+        Json(serde_json::value::to_raw_value(used).unwrap())
+    }
+
+    #[test]
+    fn what_was_used_is_told_by_kind_with_every_publication() {
+        let polls = |polls| WorkLedger { polls, ..WorkLedger::default() };
+        assert_eq!(used_by_kind(&[at_work(), complete()]), []);
+        let run = RunStatus { used: Some(kept(&polls(1))), ..at_work() };
+        assert_eq!(used_by_kind(&[run.clone(), complete()]), [(Kind::ValuationsRefresh, polls(1))]);
+        let published = RunStatus {
+            used: Some(kept(&polls(10))),
+            publication_used: Some(kept(&polls(300))),
+            publications_used: Some(vec![kept(&polls(100)), kept(&polls(300))]),
+            ..complete()
+        };
+        let all = used_by_kind(&[run, published, complete()]);
+        assert_eq!(all, [(Kind::ValuationsRefresh, polls(11)), (Kind::ValuationsPublish, polls(400))]);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::figures::{done, eta_seconds, left, phase, rate};
+use crate::db::ledger::WorkLedger;
 use crate::db::operations::RunStatus;
 
 pub(super) fn documents(runs: &[RunStatus]) -> Value {
@@ -13,18 +14,7 @@ pub(super) fn documents(runs: &[RunStatus]) -> Value {
 
 pub(super) fn document(run: &RunStatus) -> Value {
     let time = |time: OffsetDateTime| time.format(&Rfc3339).ok();
-    let publication = run.publication_state.as_ref().map(|state| {
-        json!({
-            "state": state,
-            "published": run.published,
-            "quarantined": run.quarantined,
-            "cursor": run.publication_cursor.filter(|cursor| *cursor != i64::MIN),
-            "last_error": run.publication_error,
-            "failed_at": run.publication_failed_at.and_then(time),
-            "count": run.publications,
-        })
-    });
-    let used = run.ledger().map(|used| {
+    let used = |used: WorkLedger| {
         let seconds = |us: u64| us as f64 / 1e6;
         let waited: Map<String, Value> =
             used.waited_us.iter().map(|(reason, us)| (reason.clone(), seconds(*us).into())).collect();
@@ -35,6 +25,18 @@ pub(super) fn document(run: &RunStatus) -> Value {
             "busy_seconds": seconds(used.busy_us),
             "polls": used.polls,
             "waited_seconds": waited,
+        })
+    };
+    let publication = run.publication_state.as_ref().map(|state| {
+        json!({
+            "state": state,
+            "published": run.published,
+            "quarantined": run.quarantined,
+            "cursor": run.publication_cursor.filter(|cursor| *cursor != i64::MIN),
+            "last_error": run.publication_error,
+            "failed_at": run.publication_failed_at.and_then(time),
+            "used": run.publication_ledger().map(used),
+            "count": run.publications,
         })
     });
     json!({
@@ -60,7 +62,7 @@ pub(super) fn document(run: &RunStatus) -> Value {
         "opened_at": time(run.opened_at),
         "ended_at": run.ended_at.and_then(time),
         "age_seconds": run.age_seconds,
-        "used": used,
+        "used": run.ledger().map(used),
         "publication": publication,
     })
 }

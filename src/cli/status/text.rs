@@ -5,9 +5,9 @@ use std::fmt::Write;
 use time::OffsetDateTime;
 use time::macros::format_description;
 
-use super::figures::{done, eta_seconds, is_at_work, is_over, left, percent, phase, rate};
+use super::figures::{done, eta_seconds, is_at_work, is_over, left, percent, phase, rate, used_by_kind};
 use crate::cli::text::{span, thousands};
-use crate::db::ledger::RunLedger;
+use crate::db::ledger::WorkLedger;
 use crate::db::operations::RunStatus;
 
 const WIDTH: usize = 80;
@@ -18,7 +18,7 @@ const LABEL: usize = 13;
 /// Where there is no figure.
 const NONE: &str = "-";
 
-/// The runs, one a line.
+/// The runs, one a line, and what the work on all of them has used.
 pub(super) fn table(runs: &[RunStatus]) -> String {
     if runs.is_empty() {
         return "no run was opened yet\n".to_owned();
@@ -51,6 +51,11 @@ pub(super) fn table(runs: &[RunStatus]) -> String {
             let _ = write!(text, " {figure:>width$}");
         }
         text.push('\n');
+    }
+    for (kind, used) in used_by_kind(runs) {
+        text.push('\n');
+        text += &wrapped("used", &format!("by {}: {}", kind.name(), used_text(&used)));
+        text += &wrapped("waited", &waited_text(&used));
     }
     text
 }
@@ -102,12 +107,17 @@ pub(super) fn page(run: &RunStatus) -> String {
         entry("last error", error.clone());
     }
     if let Some(used) = run.ledger() {
-        entry("used", used_text(&used, is_over(run)));
+        entry("used", used_text(&used) + if is_over(run) { " at the end" } else { ", as of the last batch" });
         entry("waited", waited_text(&used));
     }
     entry("publication", publication(run));
     if let Some(error) = &run.publication_error {
         entry("its error", error.clone());
+    }
+    if let Some(used) = run.publication_ledger() {
+        let is_over = run.publication_state.as_deref() != Some("running");
+        entry("it used", used_text(&used) + if is_over { " at the end" } else { ", as of the last page" });
+        entry("it waited", waited_text(&used));
     }
     page
 }
@@ -145,21 +155,20 @@ fn state(run: &RunStatus) -> String {
     .to_owned()
 }
 
-/// What the run's work has used: to its end, or to its last batch.
-fn used_text(used: &RunLedger, is_over: bool) -> String {
+/// What work has used; where it is one run's or publication's, the moment that it is of follows.
+fn used_text(used: &WorkLedger) -> String {
     let mib = |bytes: f64| format!("{:.1} MiB", bytes / 1_048_576.0);
     format!(
-        "{} busy in {} polls, {} allocated, {} of it held{}",
+        "{} busy in {} polls, {} allocated, {} of it held",
         short(used.busy_us),
         thousands(used.polls as i64),
         mib(used.allocated_bytes as f64),
         mib(used.held_bytes() as f64),
-        if is_over { " at the end" } else { ", as of the last batch" }
     )
 }
 
 /// What it waited for, the longest first. A thousand calls at once wait a thousand seconds in one.
-fn waited_text(used: &RunLedger) -> String {
+fn waited_text(used: &WorkLedger) -> String {
     let mut waits: Vec<_> = used.waited_us.iter().collect();
     waits.sort_by_key(|(_, us)| std::cmp::Reverse(**us));
     let waits = waits.iter().map(|(reason, us)| format!("{reason} {}", short(**us)));
@@ -266,7 +275,7 @@ fn wrapped(name: &str, value: &str) -> String {
 mod tests {
     use time::macros::datetime;
 
-    use super::super::figures::tests::{at_work, complete};
+    use super::super::figures::tests::{at_work, complete, kept};
     use super::*;
 
     fn widest(text: &str) -> usize {
@@ -322,19 +331,18 @@ mod tests {
     #[test]
     fn a_page_tells_what_was_used_and_waited_for() {
         let waited_us = [("database", 2_500_000), ("partner", 8_500_000_000)].map(|(name, us)| (name.to_owned(), us));
-        let used = RunLedger {
+        let used = WorkLedger {
             allocated_bytes: 512 << 20,
             freed_bytes: 510 << 20,
             busy_us: 3_140_000,
             polls: 17_345,
             waited_us: waited_us.into(),
         };
-        let page_of = |run: RunStatus| {
-            let kept = serde_json::value::to_raw_value(&used).unwrap();
-            let page = page(&RunStatus { used: Some(sqlx::types::Json(kept)), ..run });
-            assert!(widest(&page) <= 80, "{page}");
-            page.split_whitespace().collect::<Vec<_>>().join(" ")
+        let words = |text: String| {
+            assert!(widest(&text) <= 80, "{text}");
+            text.split_whitespace().collect::<Vec<_>>().join(" ")
         };
+        let page_of = |run: RunStatus| words(page(&RunStatus { used: Some(kept(&used)), ..run }));
         for entry in [
             "used 3.1s busy in 17,345 polls, 512.0 MiB allocated, 2.0 MiB of it held at the end",
             "waited partner 2h21m, database 2.5s, all that wait at once added up",
@@ -344,6 +352,32 @@ mod tests {
         }
         assert!(page_of(at_work()).contains("held, as of the last batch"));
         assert!(!page(&complete()).contains("used"));
+
+        let published = RunStatus {
+            publication_used: Some(kept(&used)),
+            publications_used: Some(vec![kept(&used), kept(&used)]),
+            ..complete()
+        };
+        for entry in [
+            "it used 3.1s busy in 17,345 polls, 512.0 MiB allocated, 2.0 MiB of it held at the end",
+            "it waited partner 2h21m, database 2.5s, all that wait at once added up",
+        ] {
+            let page = words(page(&published));
+            assert!(page.contains(entry), "{entry:?} is not in\n{page}");
+        }
+        let publishing = RunStatus { publication_state: Some("running".to_owned()), ..published.clone() };
+        assert!(words(page(&publishing)).contains("held, as of the last page"));
+
+        // Below the table: of all runs, and of all their publications.
+        let all = words(table(&[RunStatus { used: Some(kept(&used)), ..at_work() }, published, complete()]));
+        for entry in [
+            "used by valuations.refresh: 3.1s busy in 17,345 polls, 512.0 MiB allocated, 2.0 MiB of it held waited",
+            "used by valuations.publish: 6.3s busy in 34,690 polls, 1024.0 MiB allocated, 4.0 MiB of it held waited \
+             partner 4h43m, database 5.0s, all that wait at once added up",
+        ] {
+            assert!(all.contains(entry), "{entry:?} is not in\n{all}");
+        }
+        assert!(!table(&[complete()]).contains("used"));
     }
 
     #[test]

@@ -18,6 +18,7 @@ use crate::db::listings::PageRow;
 use crate::db::runs::{self, OwnedRun};
 use crate::db::valuations::Answers;
 use crate::events::Events;
+use crate::events::attempts::used;
 use crate::events::gate::{PROBATION, Pass};
 use crate::fault;
 use crate::partner::{Permit, Request, RunKey, Verdict};
@@ -286,7 +287,7 @@ impl<'a> Work<'a> {
         in_stage(Stage::Write, async move {
             fault::point("run.before_commit", &run.set.run_id);
             let done =
-                events.database.commit_answers(&run.set.run_id, run.token, &answers, cursor, &super::used(run)).await;
+                events.database.commit_answers(&run.set.run_id, run.token, &answers, cursor, &used(&run.used)).await;
             fault::point("run.after_commit", &run.set.run_id);
             done
         })
