@@ -258,6 +258,8 @@ pub struct Kafka {
     pub delivery_timeout: Duration,
     /// Valuations a page.
     pub page_size: usize,
+    /// Pages of a publication whose records are out and whose cursor is not written.
+    pub pages_in_flight: usize,
     /// Encryption, `None` for plain text.
     pub tls: Option<KafkaTls>,
     /// Who the service says it is, `None` where brokers do not ask, or go by the client certificate.

@@ -104,6 +104,7 @@ impl Config {
                 compression: ["none", "lz4"][layers.choice("kafka.compression", &["none", "lz4"])],
                 delivery_timeout: layers.duration("kafka.delivery_timeout", ms(100)..=SECOND * 600),
                 page_size: layers.integer("kafka.page_size", 1..=10_000) as usize,
+                pages_in_flight: layers.integer("kafka.pages_in_flight", 1..=16) as usize,
                 tls: kafka_tls,
                 sasl: kafka_sasl,
             },

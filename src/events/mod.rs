@@ -98,6 +98,8 @@ pub struct Events {
     pub pages: Arc<Semaphore>,
     /// Valuations a page of post-processing.
     pub publish_page_size: usize,
+    /// Pages of a publication whose records are out and whose cursor is not written.
+    pub publish_pages_in_flight: usize,
     /// Wakes the relay after a commit.
     pub outbox: Arc<Notify>,
     /// Lets suspects work alone.

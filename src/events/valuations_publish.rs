@@ -23,10 +23,6 @@ use crate::queue::lease::{Role, StopReason};
 use crate::queue::{Delivery, Outcome, Refusal};
 use crate::task::{Stage, in_stage};
 
-/// The most pages whose records are out and whose cursor is not committed: while the last reports of one come in and its cursor
-/// is written, others are sent. A publisher that dies sends so many again, with the same `ce_id`s.
-const PAGES_UNDER_WAY: usize = 2;
-
 /// Kept of the time to stop for giving the run and the message back.
 const HANDOVER: Duration = Duration::from_secs(1);
 
@@ -138,7 +134,7 @@ struct Publishing<'a> {
     /// Read while those before it are on their way.
     ahead: Option<Page>,
     /// Pages whose records are out and whose cursor is not committed.
-    under_way: usize,
+    in_flight: usize,
     rows: u64,
     quarantined: u64,
 }
@@ -165,10 +161,10 @@ impl<'a> Publishing<'a> {
             }
             let goes_on = stop.is_none() && failure.is_none();
             if goes_on
-                && self.under_way < PAGES_UNDER_WAY
+                && self.in_flight < self.events.publish_pages_in_flight
                 && let Some(page) = self.ahead.take()
             {
-                self.under_way += 1;
+                self.in_flight += 1;
                 sending.push_back(self.send(page));
             }
             if goes_on && reading.is_none() && self.ahead.is_none() && !self.exhausted {
@@ -271,7 +267,7 @@ impl<'a> Publishing<'a> {
     }
 
     fn advanced(&mut self, range: &PublishedRange, pages: usize) {
-        self.under_way -= pages;
+        self.in_flight -= pages;
         self.rows += range.published as u64;
         self.quarantined += range.quarantined.len() as u64;
         // Let go with the first progress.
@@ -305,7 +301,7 @@ async fn publish(
         read_to: publication.cursor,
         exhausted: false,
         ahead: None,
-        under_way: 0,
+        in_flight: 0,
         rows: 0,
         quarantined: 0,
     };

@@ -148,6 +148,7 @@ async fn consumer_process() -> Result<()> {
             refresh: config.refresh.clone(),
             pages: Arc::new(Semaphore::new(config.refresh.pages_ahead)),
             publish_page_size: config.kafka.page_size,
+            publish_pages_in_flight: config.kafka.pages_in_flight,
             outbox: Arc::new(Notify::new()),
             gate: Arc::new(Gate::default()),
             ended: Ended::default(),

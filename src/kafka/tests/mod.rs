@@ -38,6 +38,7 @@ fn cluster() -> (Cluster, config::Kafka) {
         compression: "lz4",
         delivery_timeout: TIMEOUT,
         page_size: 1000,
+        pages_in_flight: 8,
         tls: None,
         sasl: None,
     };
