@@ -259,7 +259,8 @@ pub(crate) async fn statements(ground: &mut Ground) -> Result<Vec<Outcome>> {
     // Each page is read by one and written by another: a bar that has not seen them has seen nothing.
     ensure!(read >= pages, "{read} reads of listings were seen, for {pages} pages");
     ensure!(written >= pages, "{written} statements that write answers were seen, for {pages} pages");
-    ensure!(publishing >= 2.0 * pages, "{publishing} statements of publishing were seen, for {pages} pages");
+    // One cursor may stand for some pages.
+    ensure!(publishing > pages, "{publishing} statements of publishing were seen, for {pages} pages");
     Ok(vec![
         outcome
             .at_most("statements a page of 1,000, refresh", refreshing / pages, 4.0)
