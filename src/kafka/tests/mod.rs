@@ -38,7 +38,7 @@ fn cluster() -> (Cluster, config::Kafka) {
         compression: "lz4",
         delivery_timeout: TIMEOUT,
         page_size: 1000,
-        pages_in_flight: 8,
+        pages_in_flight: 2,
         tls: None,
         sasl: None,
     };
