@@ -276,7 +276,7 @@ impl Consumer {
     /// a batch would form at none of them.
     async fn whole_batch(&self) -> OwnedSemaphorePermit {
         loop {
-            if let Ok(permits) = self.permits.clone().try_acquire_many_owned(BATCH as u32) {
+            if let Ok(permits) = self.permits.clone().try_acquire_many_owned(self.batch() as u32) {
                 self.tell_of_room();
                 return permits;
             }
@@ -284,9 +284,14 @@ impl Consumer {
         }
     }
 
+    /// What a whole batch is: of a lane that has few permits, at most half of them, so that several polls can be in flight.
+    fn batch(&self) -> usize {
+        BATCH.min((self.parts.settings.in_flight / 2).max(1))
+    }
+
     /// Wakes a loop that waits for a whole batch, if there is one for it.
     fn tell_of_room(&self) {
-        if self.permits.available_permits() >= BATCH {
+        if self.permits.available_permits() >= self.batch() {
             self.room.notify_one();
         }
     }
