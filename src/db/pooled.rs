@@ -120,7 +120,7 @@ struct Lent {
 impl Lent {
     /// Without a runtime nothing can be asked, and sqlx panics for a connection of its pool that is dropped.
     fn close(self) {
-        drop(self.connection.leak());
+        drop(self.connection.detach());
     }
 
     /// Asks the connection, and gives it back if it answers. Whoever waits for `turn` gets it afterwards.

@@ -320,7 +320,7 @@ fn quarantine(published: &Published) -> Vec<Quarantined> {
     quarantined.collect()
 }
 
-/// Tells of records that were just quarantined; one line a page, for all of them may have the same fault.
+/// Tells of records that were just quarantined; one line for a cursor, for all of them may have the same fault.
 fn tell(events: &Events, event_id: &str, run_id: &str, quarantined: &[Quarantined]) {
     if let Some(Quarantined { listing_id, code, reason }) = quarantined.first() {
         let records = quarantined.len();
