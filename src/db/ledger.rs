@@ -52,7 +52,7 @@ impl WorkLedger {
 
     /// What was allocated and not freed by the work itself. Negative where it freed what others had allocated.
     pub fn held_bytes(&self) -> i64 {
-        self.allocated_bytes as i64 - self.freed_bytes as i64
+        self.allocated_bytes.wrapping_sub(self.freed_bytes) as i64
     }
 }
 
@@ -60,12 +60,14 @@ impl Add for WorkLedger {
     type Output = Self;
 
     fn add(mut self, other: Self) -> Self {
-        self.allocated_bytes += other.allocated_bytes;
-        self.freed_bytes += other.freed_bytes;
-        self.busy_us += other.busy_us;
-        self.polls += other.polls;
+        // What a row has can be any number.
+        let add = |sum: &mut u64, more: u64| *sum = sum.saturating_add(more);
+        add(&mut self.allocated_bytes, other.allocated_bytes);
+        add(&mut self.freed_bytes, other.freed_bytes);
+        add(&mut self.busy_us, other.busy_us);
+        add(&mut self.polls, other.polls);
         for (reason, us) in other.waited_us {
-            *self.waited_us.entry(reason).or_default() += us;
+            add(self.waited_us.entry(reason).or_default(), us);
         }
         self
     }
@@ -91,6 +93,20 @@ mod tests {
         {
             assert_eq!(read(other), WorkLedger::default(), "{other}");
         }
+    }
+
+    #[test]
+    fn figures_that_cannot_be_are_summed_up_as_well() {
+        let most = WorkLedger {
+            allocated_bytes: u64::MAX,
+            busy_us: u64::MAX,
+            polls: 1,
+            waited_us: [("kafka".to_owned(), u64::MAX)].into(),
+            ..WorkLedger::default()
+        };
+        let sum = most.clone() + most.clone();
+        assert_eq!(sum, WorkLedger { polls: 2, ..most });
+        assert_eq!(sum.held_bytes(), -1);
     }
 
     #[test]

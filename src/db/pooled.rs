@@ -45,14 +45,14 @@ struct Kept {
 }
 
 impl Kept {
-    fn give_back_all(&mut self) {
-        self.connections.drain(..).for_each(|(lent, _)| lent.give_back(None));
+    fn close_all(&mut self) {
+        self.connections.drain(..).for_each(|(lent, _)| lent.close(None));
     }
 }
 
 impl Drop for Kept {
     fn drop(&mut self) {
-        self.connections.drain(..).for_each(|(lent, _)| lent.close());
+        self.close_all();
     }
 }
 
@@ -95,7 +95,7 @@ impl Connections {
     pub fn close(&self) {
         let mut kept = self.kept();
         kept.is_closed = true;
-        kept.give_back_all();
+        kept.connections.drain(..).for_each(|(lent, _)| lent.give_back(None));
     }
 
     fn kept(&self) -> MutexGuard<'_, Kept> {
@@ -118,19 +118,28 @@ struct Lent {
 }
 
 impl Lent {
-    /// Without a runtime nothing can be asked, and sqlx panics for a connection of its pool that is dropped.
-    fn close(self) {
-        drop(self.connection.detach());
+    /// Closes the connection, which frees its slot. Whoever waits for `turn` gets it afterwards.
+    fn close(self, turn: Option<OwnedSemaphorePermit>) {
+        self.part(turn, |connection| connection.close());
     }
 
     /// Asks the connection, and gives it back if it answers. Whoever waits for `turn` gets it afterwards.
-    fn give_back(mut self, turn: Option<OwnedSemaphorePermit>) {
-        let Ok(runtime) = Handle::try_current() else { return self.close() };
-        let _runtime = runtime.enter();
+    fn give_back(self, turn: Option<OwnedSemaphorePermit>) {
+        self.part(turn, |mut connection| connection.return_to_pool());
+    }
+
+    fn part<F>(self, turn: Option<OwnedSemaphorePermit>, part: impl FnOnce(PoolConnection<Postgres>) -> F)
+    where
+        F: Future<Output: Send> + Send + 'static,
+    {
+        // Without a runtime nothing can be said to the server, and sqlx panics for a connection of its pool that is dropped.
+        if Handle::try_current().is_err() {
+            return drop(self.connection.detach());
+        }
         // Given up, it is dropped, which closes it and frees its slot.
-        let returned = timeout(GIVE_BACK, self.connection.return_to_pool());
-        task::spawn("return of a connection", async move {
-            let _ = returned.await;
+        let parted = timeout(GIVE_BACK, part(self.connection));
+        task::spawn("parting from a connection", async move {
+            let _ = parted.await;
             drop(turn);
         });
     }
@@ -147,7 +156,8 @@ enum End {
 }
 
 impl Pooled {
-    /// The connection is closed instead of going back. Its slot is free within [`GIVE_BACK`].
+    /// The connection is closed instead of going back, and so are those that are kept: what ended one may have ended all, or
+    /// they are of a server that lost its role, which answers as if nothing were wrong. Its slot is free within [`GIVE_BACK`].
     pub fn spoil(&mut self) {
         self.end = End::Spoilt;
     }
@@ -163,12 +173,11 @@ impl Pooled {
 
 impl Drop for Pooled {
     fn drop(&mut self) {
-        let Some((mut lent, turn)) = self.lent.take() else { return };
+        let Some((lent, turn)) = self.lent.take() else { return };
         match self.end {
             End::Spoilt => {
-                lent.connection.close_on_drop();
-                // What ended one may have ended all: work would find them out one after another.
-                self.connections.kept().give_back_all();
+                self.connections.kept().close_all();
+                lent.close(Some(turn));
             }
             End::Kept if lent.since.elapsed() < BUSY => {
                 let mut kept = self.connections.kept();

@@ -254,7 +254,8 @@ impl Database {
                 ), delivered AS (
                     DELETE FROM quarantined_records AS q USING owned
                     WHERE q.run_id = owned.run_id AND q.listing_id > $3 AND q.listing_id <= $4
-                      AND q.listing_id <> ALL ($6)
+                      -- Not `<> ALL ($6)`, which looks through all of them for each row.
+                      AND NOT EXISTS (SELECT FROM unnest($6::bigint[]) AS refused (id) WHERE refused.id = q.listing_id)
                 ), refused AS (
                     INSERT INTO quarantined_records AS q (run_id, listing_id, event_id, code, reason)
                     SELECT owned.run_id, record.listing_id, $1, record.code, record.reason

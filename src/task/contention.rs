@@ -77,9 +77,14 @@ fn weight(took: Duration, rate: Duration, luck: f64) -> Option<Contended> {
     (luck * rate < took).then(|| Contended { count: rate / took, nanoseconds: rate })
 }
 
+/// What a wait that has just ended stands for, if its stack is to be taken.
+pub(super) fn draw(reason: For, took: Duration) -> Option<Contended> {
+    weight(took, rate(reason), fastrand::f64())
+}
+
 /// Takes the stack of a wait that has just ended, or does not.
 pub(super) fn sample(reason: For, mark: Mark, took: Duration) {
-    let Some(weight) = weight(took, rate(reason), fastrand::f64()) else { return };
+    let Some(weight) = draw(reason, took) else { return };
     cost::timed(Part::WaitStacks, Duration::ZERO, || keep(reason, mark, weight));
 }
 

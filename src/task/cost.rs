@@ -89,7 +89,8 @@ pub fn cpu(part: Part) -> Duration {
         Part::Bookkeeping => {
             let sum = |each: Duration, count: u64| Duration::from_nanos((each.as_nanos() as u64).saturating_mul(count));
             let kept = usage::kept();
-            sum(BOOKS.poll, kept.polls) + sum(BOOKS.stage, kept.stages) + sum(BOOKS.wait, kept.waits)
+            let spans = sum(BOOKS.span, trace::noted());
+            sum(BOOKS.poll, kept.polls) + sum(BOOKS.stage, kept.stages) + sum(BOOKS.wait, kept.waits) + spans
         }
         _ => Duration::from_nanos(MEASURED[part as usize].load(Ordering::Relaxed)),
     }
@@ -151,16 +152,16 @@ pub fn heap_sample(work: impl FnOnce()) {
     add(Part::HeapSamples, Duration::from_nanos(took.as_nanos() as u64 * TIMED));
 }
 
-/// What the books cost: those of a poll of a task, of a stage in it, and of a wait.
+/// What the books cost: those of a poll of a task, of a stage in it, of a wait, and of a span of the trace.
 struct Books {
     poll: Duration,
     stage: Duration,
     wait: Duration,
+    span: Duration,
 }
 
 static BOOKS: LazyLock<Books> = LazyLock::new(|| {
     const POLLS: u32 = 200;
-    const TIMES: u32 = 20;
     const ROUNDS: usize = 9;
     // The median of some rounds: what comes between makes one slower.
     fn median(future: impl Future<Output = ()>) -> Duration {
@@ -179,15 +180,20 @@ static BOOKS: LazyLock<Books> = LazyLock::new(|| {
     }
     let tracked = |book: fn()| {
         let booked = poll_fn(move |_| {
-            (0..TIMES).for_each(|_| book());
+            book();
             Poll::<()>::Pending
         });
         median(Tracked::inherit("trial of a poll", Location::caller(), booked))
     };
     let (bare, poll) = (median(poll_fn(|_| Poll::<()>::Pending)), tracked(|| ()));
-    let each = |book| tracked(book).saturating_sub(poll) / TIMES;
-    let stage = each(|| mark::stage(Stage::Call, usage::stage));
-    Books { poll: poll.saturating_sub(bare), stage, wait: each(waits::trial) }
+    // One in a poll, and not the mean of many: what a thread has of a mark is settled once, at the end of the poll.
+    let one = |book| tracked(book).saturating_sub(poll);
+    Books {
+        poll: poll.saturating_sub(bare),
+        stage: one(|| mark::stage(Stage::Call, usage::stage)),
+        wait: one(waits::trial),
+        span: one(trace::trial),
+    }
 });
 
 /// Makes the trial of a poll, which takes a millisecond, unless it was made before.
@@ -261,11 +267,11 @@ mod tests {
     #[test]
     fn what_is_counted_inside_of_other_work_has_a_cost() {
         calibrate();
-        let Books { poll, stage, wait } = *BOOKS;
-        println!("the books of a poll cost {poll:?}, of a stage {stage:?}, of a wait {wait:?}");
+        let Books { poll, stage, wait, span } = *BOOKS;
+        println!("the books of a poll cost {poll:?}, of a stage {stage:?}, of a wait {wait:?}, of a span {span:?}");
         assert!(
-            [poll, stage, wait].iter().all(|each| *each < Duration::from_micros(50)),
-            "{poll:?} {stage:?} {wait:?}"
+            [poll, stage, wait, span].iter().all(|each| *each < Duration::from_micros(50)),
+            "{poll:?} {stage:?} {wait:?} {span:?}"
         );
         let (heap, books) = (cpu(Part::HeapSamples), cpu(Part::Bookkeeping));
         // Twice as many as are asked for: other tests have samples that are under way.

@@ -4,6 +4,7 @@
 //! is not in it.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,9 @@ pub const MOST_SPANS: usize = 16 * 1024;
 static START: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 static SPANS: Mutex<VecDeque<Packed>> = Mutex::new(VecDeque::new());
+
+/// Spans that were noted since the start of the process.
+static NOTED: AtomicU64 = AtomicU64::new(0);
 
 /// A stretch of work that has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,14 +67,32 @@ impl Drop for Open {
 
 /// Notes a span that ends now.
 pub(super) fn note(mark: Mark, task: u32, since: Instant) {
+    put(&SPANS, MOST_SPANS, mark, task, since);
+    NOTED.fetch_add(1, Ordering::Relaxed);
+}
+
+/// How many were noted since the start of the process.
+pub(super) fn noted() -> u64 {
+    NOTED.load(Ordering::Relaxed)
+}
+
+/// Does for a span that begins and ends now all that is done for one, for a trial of what it costs. Nobody sees it.
+pub(super) fn trial() {
+    static UNSEEN: Mutex<VecDeque<Packed>> = Mutex::new(VecDeque::new());
+    let open = Open::begin();
+    put(&UNSEEN, 1, open.mark, open.task, open.since);
+    std::mem::forget(open);
+}
+
+fn put(spans: &Mutex<VecDeque<Packed>>, most: usize, mark: Mark, task: u32, since: Instant) {
     let packed = Packed {
         begin_nanoseconds: since.saturating_duration_since(*START).as_nanos() as u64,
         took_microseconds: u32::try_from(since.elapsed().as_micros()).unwrap_or(u32::MAX),
         task,
         mark: mark.index() as u8,
     };
-    let mut spans = SPANS.lock().unwrap_or_else(PoisonError::into_inner);
-    if spans.len() == MOST_SPANS {
+    let mut spans = spans.lock().unwrap_or_else(PoisonError::into_inner);
+    if spans.len() == most {
         spans.pop_front();
     }
     spans.push_back(packed);

@@ -28,12 +28,19 @@ impl Counted {
     }
 }
 
-/// A wait that is over at once, for a trial of what one costs. Of the tables it leaves only its time, with that of the queue,
-/// where a tenth of a microsecond is nothing.
+/// Does for a wait that is over at once all that is done for one, for a trial of what it costs. Of the tables it leaves only its
+/// time, with that of the queue, where a tenth of a microsecond is nothing.
 pub(super) fn trial() {
+    const REASON: For = For::Queue;
     usage::wait();
-    let mark = mark::current();
-    drop(Counted { waiting: Waiting::nowhere(), reason: For::Queue, mark, since: Instant::now() });
+    let (place, mark, since) = (Location::caller(), mark::current(), Instant::now());
+    let waiting = Waiting::nowhere(place);
+    registry::waits_at(Some(place));
+    let took = since.elapsed();
+    waiting.ended(took);
+    usage::waited(mark, REASON, took);
+    let _ = std::hint::black_box(contention::draw(REASON, took));
+    registry::waits_at(None);
 }
 
 impl Drop for Counted {

@@ -206,12 +206,12 @@ async fn receive(endpoint: &str, queue: &str, count: u64) -> Result<Loop> {
     );
     let url = bench::event::queue_url(&client, queue).await?;
     let received = Arc::new(AtomicU64::new(0));
-    // The last delete ends it: whoever polls then still waits for a message that does not come.
-    let last = Arc::new(Mutex::new(None));
-    let clock = Arc::new(Clock::start()?);
+    // Begun when the first messages are gone, so that each poll has its connection or will have it soon. The last delete ends
+    // it: whoever polls then still waits for a message that does not come.
+    let counted: Arc<Mutex<Option<(Clock, u64, Loop)>>> = Arc::default();
     let polls = (0..POLLS).map(|_| {
         let (client, url, received) = (client.clone(), url.clone(), received.clone());
-        let (last, clock) = (last.clone(), clock.clone());
+        let counted = counted.clone();
         tokio::spawn(async move {
             while received.load(Ordering::Relaxed) < count {
                 let answer = client.receive_message().queue_url(&url).max_number_of_messages(10).wait_time_seconds(1);
@@ -231,8 +231,16 @@ async fn receive(endpoint: &str, queue: &str, count: u64) -> Result<Loop> {
                     );
                 }
                 delete.send().await?;
-                let done = clock.done(received.load(Ordering::Relaxed) as f64)?;
-                *last.lock().unwrap_or_else(PoisonError::into_inner) = Some(done);
+                let received = received.load(Ordering::Relaxed);
+                let mut counted = counted.lock().unwrap_or_else(PoisonError::into_inner);
+                match &mut *counted {
+                    Some((clock, before, done)) => *done = clock.done((received - *before) as f64)?,
+                    None => {
+                        let clock = Clock::start()?;
+                        let nothing = clock.done(0.0)?;
+                        *counted = Some((clock, received, nothing));
+                    }
+                }
             }
             anyhow::Ok(())
         })
@@ -240,8 +248,8 @@ async fn receive(endpoint: &str, queue: &str, count: u64) -> Result<Loop> {
     for poll in try_join_all(polls).await? {
         poll?;
     }
-    let last = last.lock().unwrap_or_else(PoisonError::into_inner).take();
-    last.context("no message was received")
+    let counted = counted.lock().unwrap_or_else(PoisonError::into_inner).take();
+    Ok(counted.context("no message was received")?.2)
 }
 
 /// Processor time of this process so far.

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use local_stack::{Exposition, Histogram};
 
 use crate::bare;
@@ -56,20 +56,24 @@ pub(crate) async fn fast_events(ground: &mut Ground) -> Result<Vec<Outcome>> {
     let calls = |ground: &Ground| ground.sqs_calls().values().sum::<u64>();
     let calls_before = calls(ground);
     let service = Service::start(environment).await?;
-    let (began, already) = (Instant::now(), exposition(&service).await?.fast_events_done());
-    // The last look before the end. Looks are seldom, for each costs the service as much as some events.
-    let mut last = (began, already);
+    // The rate is that between the first look that sees any done and the last one before the end. Looks are seldom, for each
+    // costs the service as much as some events.
+    let (mut first, mut last) = (None, None);
     until("the fast events", Duration::from_secs(300), async || {
         tokio::time::sleep(Duration::from_millis(500)).await;
         let done = exposition(&service).await?.fast_events_done();
-        if done < u64::from(SATURATED) {
-            last = (Instant::now(), done);
+        if done > 0 && done < u64::from(SATURATED) {
+            last = Some((Instant::now(), done));
+            first = first.or(last);
         }
         Ok(done >= u64::from(SATURATED))
     })
     .await?;
-    ensure!(last.1 > already, "all fast events were done between two looks: {already} of {SATURATED} at the first");
-    let rate = (last.1 - already) as f64 / (last.0 - began).as_secs_f64();
+    let (Some((began, already)), Some((ended, done))) = (first, last) else {
+        bail!("no look saw fast events under way")
+    };
+    ensure!(done > already, "one look alone saw fast events under way: {done} of {SATURATED} were done");
+    let rate = (done - already) as f64 / (ended - began).as_secs_f64();
     let calls_each = (calls(ground) - calls_before) as f64 / f64::from(SATURATED);
     let cpu_each = service.sampler.cpu_seconds()? / f64::from(SATURATED) * 1e3;
     let bare_cpu_each = bare.cpu_seconds / bare.count * 1e3;

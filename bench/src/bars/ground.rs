@@ -149,16 +149,19 @@ impl Service {
                 bail!("write-api serve ended ({status}); the end of its log:\n{}", self.process.log_tail());
             }
             looks.look()?;
-            let times: Option<(f64, f64, f64)> = sqlx::query_as(
+            let times: Option<(f64, f64, f64, i32)> = sqlx::query_as(
                 "SELECT extract(epoch FROM r.completed_at)::float8, extract(epoch FROM p.begun_at)::float8,
-                        extract(epoch FROM p.completed_at)::float8
+                        extract(epoch FROM p.completed_at)::float8, p.attempts
                  FROM runs r JOIN publications p USING (run_id)
                  WHERE run_id = $1 AND r.completed_at IS NOT NULL AND p.completed_at IS NOT NULL",
             )
             .bind(id)
             .fetch_optional(&mut self.database)
             .await?;
-            if let Some((complete, publishing, published)) = times {
+            if let Some((complete, publishing, published, attempts)) = times {
+                // What began was the last attempt, and the others had published before it.
+                ensure!(attempts == 1, "the event {id} was published in {attempts} attempts");
+                looks.look()?;
                 return Ok(Times { complete, publishing, published });
             }
             ensure!(began.elapsed() < PATIENCE, "the event {id} is not done after {PATIENCE:?}");

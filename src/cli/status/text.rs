@@ -115,8 +115,9 @@ pub(super) fn page(run: &RunStatus) -> String {
         entry("its error", error.clone());
     }
     if let Some(used) = run.publication_ledger() {
-        let is_over = run.publication_state.as_deref() != Some("running");
-        entry("it used", used_text(&used) + if is_over { " at the end" } else { ", as of the last page" });
+        // What attempts used that died is known as of their last page, also where there were too many of them.
+        let is_complete = run.publication_state.as_deref() == Some("complete");
+        entry("it used", used_text(&used) + if is_complete { " at the end" } else { ", as of the last page" });
         entry("it waited", waited_text(&used));
     }
     page
