@@ -106,8 +106,13 @@ pub(super) fn page(run: &RunStatus) -> String {
     if let Some(error) = &run.last_error {
         entry("last error", error.clone());
     }
+    // What attempts used that died is known as of the last of what they wrote, also where there were too many of them.
     if let Some(used) = run.ledger() {
-        entry("used", used_text(&used) + if is_over(run) { " at the end" } else { ", as of the last batch" });
+        entry(
+            "used",
+            used_text(&used)
+                + if is_over(run) && run.state != "failed" { " at the end" } else { ", as of the last batch" },
+        );
         entry("waited", waited_text(&used));
     }
     entry("publication", publication(run));
@@ -115,7 +120,6 @@ pub(super) fn page(run: &RunStatus) -> String {
         entry("its error", error.clone());
     }
     if let Some(used) = run.publication_ledger() {
-        // What attempts used that died is known as of their last page, also where there were too many of them.
         let is_complete = run.publication_state.as_deref() == Some("complete");
         entry("it used", used_text(&used) + if is_complete { " at the end" } else { ", as of the last page" });
         entry("it waited", waited_text(&used));
