@@ -106,13 +106,10 @@ pub(super) fn page(run: &RunStatus) -> String {
     if let Some(error) = &run.last_error {
         entry("last error", error.clone());
     }
-    // What attempts used that died is known as of the last of what they wrote, also where there were too many of them.
+    // What attempts used that died is known as of the last that they wrote, also where there were too many of them.
     if let Some(used) = run.ledger() {
-        entry(
-            "used",
-            used_text(&used)
-                + if is_over(run) && run.state != "failed" { " at the end" } else { ", as of the last batch" },
-        );
+        let is_whole = is_over(run) && run.state != "failed";
+        entry("used", used_text(&used) + if is_whole { " at the end" } else { ", as of the last batch" });
         entry("waited", waited_text(&used));
     }
     entry("publication", publication(run));
@@ -120,8 +117,8 @@ pub(super) fn page(run: &RunStatus) -> String {
         entry("its error", error.clone());
     }
     if let Some(used) = run.publication_ledger() {
-        let is_complete = run.publication_state.as_deref() == Some("complete");
-        entry("it used", used_text(&used) + if is_complete { " at the end" } else { ", as of the last page" });
+        let is_whole = run.publication_state.as_deref() == Some("complete");
+        entry("it used", used_text(&used) + if is_whole { " at the end" } else { ", as of the last page" });
         entry("it waited", waited_text(&used));
     }
     page
@@ -355,7 +352,20 @@ mod tests {
             let page = page_of(complete());
             assert!(page.contains(entry), "{entry:?} is not in\n{page}");
         }
-        assert!(page_of(at_work()).contains("held, as of the last batch"));
+        for died in [at_work(), RunStatus { state: "failed".to_owned(), ..complete() }] {
+            assert!(page_of(died).contains("held, as of the last batch"));
+        }
+        for (state, until) in
+            [("complete", " at the end"), ("running", ", as of the last page"), ("failed", ", as of the last page")]
+        {
+            let published = RunStatus {
+                publication_state: Some(state.to_owned()),
+                publication_used: Some(kept(&used)),
+                ..complete()
+            };
+            let page = words(page(&published));
+            assert!(page.contains(&format!("held{until} it waited")), "{page}");
+        }
         assert!(!page(&complete()).contains("used"));
 
         let published = RunStatus {
