@@ -648,6 +648,8 @@ async fn the_status_sums_up_what_all_attempts_at_a_publication_used() -> Result<
     let of_both = format!("{} polls", before + polls()?);
     let below = table.split_once("used by valuations.refresh: ").and_then(|(_, below)| below.split_once("used by "));
     ensure!(below.is_some_and(|(_, below)| below.starts_with(KIND) && below.contains(&of_both)), "{of_both}: {table}");
+    let all_used = &status(&world, &id)?["publication"]["all_used"];
+    ensure!(all_used["polls"] == before + polls()?, "{of_both}: {all_used}");
     world.finish(last).await
 }
 

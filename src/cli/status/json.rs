@@ -1,5 +1,7 @@
 //! A run's status for programs: every figure of the record, with its unit in its name.
 
+use std::ops::Add;
+
 use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -37,6 +39,7 @@ pub(super) fn document(run: &RunStatus) -> Value {
             "failed_at": run.publication_failed_at.and_then(time),
             "used": run.publication_ledger().map(used),
             "count": run.publications,
+            "all_used": run.publication_ledgers().reduce(Add::add).map(used),
         })
     });
     json!({
