@@ -550,44 +550,58 @@ fn words(world: &World, arguments: &[&str]) -> Result<String> {
     Ok(shown(world, arguments)?.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
+/// An attempt is killed, one is stopped and one ends: what the record says was used grows by what each of them tells in its log,
+/// and what was waited for by no less than was certainly `waited`, in seconds. Gives the last service, and what was used in all.
+async fn attempts_add_up(
+    world: &World,
+    killed: Service,
+    kind: &str,
+    id: &str,
+    used: impl Fn() -> Result<(i64, f64)>,
+    waited: impl AsyncFn() -> Result<f64>,
+    far_enough: impl AsyncFn() -> Result<()>,
+) -> Result<(Service, (i64, f64))> {
+    killed.kill().await?;
+    let (first, first_waited) = (used()?, waited().await?);
+    ensure!(first.0 > 100_000 && first.1 >= first_waited, "{first_waited} {first:?}");
+
+    let stopped = world.serve().await?;
+    far_enough().await?;
+    stopped.signal(libc::SIGTERM);
+    ensure!(stopped.exit(LONG).await?.success());
+    let (second, line) = (used()?, allocated(&stopped, kind, "released")?);
+    // The line is written a moment later than the record.
+    ensure!((line * 9 / 10..=line).contains(&(second.0 - first.0)), "{first:?}, {line} more, {second:?}");
+    let second_waited = waited().await? - first_waited;
+    ensure!(second.1 >= first.1 + second_waited, "{first:?}, {second_waited} more, {second:?}");
+    stopped.check_log()?;
+
+    let last = world.serve().await?;
+    world.published(id, LONG).await?;
+    let all = used()?;
+    world.quiet(LONG).await?;
+    let line = allocated(&last, kind, "done")?;
+    ensure!((line * 9 / 10..=line).contains(&(all.0 - second.0)), "{second:?}, {line} more, {all:?}");
+    ensure!(all.1 >= waited().await?, "{all:?}");
+    Ok((last, all))
+}
+
 /// Killed, an attempt leaves what its last batch said; ended in order, all that it used. The next one adds its own.
 #[tokio::test]
 async fn the_status_sums_up_what_all_attempts_used() -> Result<()> {
-    const KIND: &str = "valuations.refresh";
     let world = slow_world(1, 100).await?;
     world.listings(4_000).await?;
     let killed = world.serve().await?;
     let id = world.refresh(&[])?;
     let of_run = || used(&status(&world, &id)?["used"], "partner");
     world.run_until(&id, SOON, |run| run.valued >= 300).await?;
-    killed.kill().await?;
-    let first = of_run()?;
-    // Each call takes a tenth of a second.
-    let called = async || anyhow::Ok(world.run(&id).await?.context("no run")?.valued as f64 / 10.0);
-    let first_called = called().await?;
-    ensure!(first.0 > 100_000 && first.1 >= first_called, "{first_called} {first:?}");
     let page = || words(&world, &["status", &id]);
     ensure!(page()?.contains("held, as of the last batch"), "{}", page()?);
-
-    let stopped = world.serve().await?;
-    world.run_until(&id, LONG, |run| run.valued >= 800).await?;
-    stopped.signal(libc::SIGTERM);
-    ensure!(stopped.exit(LONG).await?.success());
-    let (second, line) = (of_run()?, allocated(&stopped, KIND, "released")?);
-    // The line is written a moment later than the record.
-    ensure!((line * 9 / 10..=line).contains(&(second.0 - first.0)), "{first:?}, {line} more, {second:?}");
-    let second_called = called().await? - first_called;
-    ensure!(second.1 >= first.1 + second_called, "{first:?}, {second_called} more, {second:?}");
-    stopped.check_log()?;
-
-    let last = world.serve().await?;
-    world.published(&id, LONG).await?;
-    let all = of_run()?;
+    // Each call takes a tenth of a second.
+    let called = async || anyhow::Ok(world.run(&id).await?.context("no run")?.valued as f64 / 10.0);
+    let far_enough = async || world.run_until(&id, LONG, |run| run.valued >= 800).await.map(drop);
+    let (last, _) = attempts_add_up(&world, killed, "valuations.refresh", &id, of_run, called, far_enough).await?;
     ensure!(page()?.contains("held at the end") && page()?.contains("waited partner"), "{}", page()?);
-    world.quiet(LONG).await?;
-    let line = allocated(&last, KIND, "done")?;
-    ensure!((line * 9 / 10..=line).contains(&(all.0 - second.0)), "{second:?}, {line} more, {all:?}");
-    ensure!(all.1 >= called().await?, "{all:?}");
     world.finish(last).await
 }
 
@@ -612,31 +626,12 @@ async fn the_status_sums_up_what_all_attempts_at_a_publication_used() -> Result<
         async |records: i64| until("records", LONG, async || Ok((published().await? >= records).then_some(()))).await;
     let sent = async || anyhow::Ok((published().await? / PAGE) as f64 / 10.0);
     until_published(300).await?;
-    killed.kill().await?;
-    let (first, first_sent) = (of_publication()?, sent().await?);
-    ensure!(first.0 > 100_000 && first.1 >= first_sent, "{first_sent} {first:?}");
     let page = || words(&world, &["status", &id]);
     ensure!(page()?.contains("held at the end") && page()?.contains("held, as of the last page"), "{}", page()?);
-
-    let stopped = world.serve().await?;
-    until_published(1_000).await?;
-    stopped.signal(libc::SIGTERM);
-    ensure!(stopped.exit(LONG).await?.success());
-    let (second, line) = (of_publication()?, allocated(&stopped, KIND, "released")?);
-    ensure!((line * 9 / 10..=line).contains(&(second.0 - first.0)), "{first:?}, {line} more, {second:?}");
-    let second_sent = sent().await? - first_sent;
-    ensure!(second.1 >= first.1 + second_sent, "{first:?}, {second_sent} more, {second:?}");
-    stopped.check_log()?;
-
-    let last = world.serve().await?;
-    world.published(&id, LONG).await?;
-    let all = of_publication()?;
+    let far_enough = async || until_published(1_000).await;
+    let (last, all) = attempts_add_up(&world, killed, KIND, &id, of_publication, sent, far_enough).await?;
     ensure!(page()?.contains("it used") && page()?.contains("it waited kafka"), "{}", page()?);
     ensure!(!page()?.contains("as of the last"), "{}", page()?);
-    world.quiet(LONG).await?;
-    let line = allocated(&last, KIND, "done")?;
-    ensure!((line * 9 / 10..=line).contains(&(all.0 - second.0)), "{second:?}, {line} more, {all:?}");
-    ensure!(all.1 >= sent().await?, "{all:?}");
 
     // The page has the newest publication; below the table is what all have used.
     let polls = || anyhow::Ok(status(&world, &id)?["publication"]["used"]["polls"].as_i64().unwrap_or(0));
