@@ -58,8 +58,8 @@ metrics! {
     sqs_calls: IntCounterVec("write_api_sqs_requests_total", &["action", "result"]),
     /// Messages whose visibility was extended, by result: ok, refused, error, late.
     extensions: IntCounterVec("write_api_visibility_extensions_total", &["result"]),
-    /// Tries of partner calls by status: the HTTP status, or connect, timeout, broken, stale (an idle connection that the
-    /// partner had closed; sent again at once).
+    /// Tries of partner calls by status: the HTTP status, or connect, timeout, broken, stale (a connection that was
+    /// kept had been closed by the partner; sent again on a new one).
     partner_calls: IntCounterVec("write_api_partner_requests_total", &["status"]),
     /// Time of one try of a partner call, from its write to its last byte.
     partner_seconds: Histogram("write_api_partner_request_duration_seconds", CALL_SECONDS),

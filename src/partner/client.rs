@@ -76,6 +76,7 @@ impl Counters {
             Outcome::Failed(Failure::Connect(_)) => self.connect.inc(),
             Outcome::Failed(Failure::Timeout(_)) => self.timeout.inc(),
             Outcome::Failed(Failure::Broken(_)) => self.broken.inc(),
+            Outcome::Stale => self.stale.inc(),
             Outcome::Withdrawn => {}
         }
     }
@@ -119,7 +120,15 @@ impl Client {
         Ok(())
     }
 
-    /// Makes one try, whose exchange may last `limit`.
+    /// From now on each call has a connection of its own for some time. To be called when too many repeats go to connections
+    /// that the partner had closed.
+    pub(super) fn keep_no_connections(&self) {
+        if self.pool.keep_none() {
+            tracing::warn!("the partner closes connections without a word; for a while each call opens one of its own");
+        }
+    }
+
+    /// Makes one try, whose exchange may last `limit`; where `is_after_stale`, on a connection that has carried none.
     pub(super) async fn attempt(
         &self,
         budget: &Budget,
@@ -128,8 +137,9 @@ impl Client {
         run: &RunKey,
         request: &Request,
         limit: Duration,
+        is_after_stale: bool,
     ) -> Attempt {
-        let mut only_fresh = false;
+        let mut only_fresh = is_after_stale;
         let mut closed_early = false;
         let (outcome, took) = loop {
             // Nothing is sent yet: none of these waits may hold up a run that is closed. Boxed, so that a call which is out
@@ -167,11 +177,7 @@ impl Client {
             drop(in_flight);
             let took = started.elapsed();
             if connection.used && closed_unanswered(&ended, &exchange) {
-                // The partner closed the connection while it was idle, as servers do, and this call crossed with that.
-                // The key makes it safe to send it again, and the listing has no part in it.
-                self.counters.stale.inc();
-                only_fresh = true;
-                continue;
+                break (Outcome::Stale, took);
             }
             fault_point("partner.after_answer", run, request);
             let outcome = outcome(&exchange, ended, limit, request.listing_id);
@@ -266,7 +272,7 @@ fn note_load(place: &Place<'_>, outcome: &Outcome, took: Duration) {
                 place.overloaded(overload, failure);
             }
         }
-        Outcome::Fault(_) | Outcome::Withdrawn => {}
+        Outcome::Fault(_) | Outcome::Stale | Outcome::Withdrawn => {}
     }
 }
 

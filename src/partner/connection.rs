@@ -23,6 +23,8 @@ use crate::task::{self, lock};
 const RESOLVE_EVERY: Duration = Duration::from_secs(5);
 /// How long a connection is kept without a call. After an event its memory is to go back within seconds.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long each call has a connection of its own when too many that were kept turned out to be closed.
+const NOT_KEPT_FOR: Duration = Duration::from_secs(10);
 /// How often idle connections are looked over, while there are any.
 const REAP_EVERY: Duration = Duration::from_secs(1);
 
@@ -173,6 +175,8 @@ struct Idle {
     connections: Vec<(Instant, Connection)>,
     /// Whether a task looks after them.
     reaping: bool,
+    /// None is kept before this.
+    not_before: Option<Instant>,
 }
 
 impl Pool {
@@ -189,10 +193,23 @@ impl Pool {
     /// Keeps a connection whose last exchange is complete.
     pub(super) fn put(self: &Arc<Self>, connection: Connection) {
         let mut idle = self.lock();
+        if idle.not_before.is_some_and(|not_before| Instant::now() < not_before) {
+            return;
+        }
         idle.connections.push((Instant::now(), connection));
         if !std::mem::replace(&mut idle.reaping, true) {
             task::spawn("idle connections", Pool::reap(Arc::downgrade(self)));
         }
+    }
+
+    /// Keeps none for [`NOT_KEPT_FOR`]: the partner closes them without a word, and each costs a repeat. Says whether that begins
+    /// now.
+    pub(super) fn keep_none(&self) -> bool {
+        let now = Instant::now();
+        let mut idle = self.lock();
+        idle.connections.clear();
+        let before = idle.not_before.replace(now + NOT_KEPT_FOR);
+        before.is_none_or(|before| before <= now)
     }
 
     /// Closes connections that have been idle for long. Ends with the last of them, so that an idle service has no
@@ -214,7 +231,7 @@ impl Pool {
     fn expired(&self) -> Option<Vec<(Instant, Connection)>> {
         let mut idle = self.lock();
         if idle.connections.is_empty() {
-            *idle = Idle::default();
+            *idle = Idle { not_before: idle.not_before, ..Idle::default() };
             return None;
         }
         let count = idle.connections.partition_point(|(since, _)| since.elapsed() >= IDLE_TIMEOUT);

@@ -116,6 +116,7 @@ impl Partner {
         let Shared { settings, budget, breaker, retry_budget, client } = &*self.shared;
         let mut patience = Patience::new(settings);
         let mut tried = false;
+        let mut is_after_stale = false;
         loop {
             let Some(mut pass) = run.while_open(wait(For::Partner, breaker.admit())).await else {
                 return Verdict::NotSent;
@@ -126,7 +127,8 @@ impl Partner {
             if repeat && Box::pin(run.while_open(retry_budget.spend())).await.is_none() {
                 return Verdict::NotSent;
             }
-            let attempt = client.attempt(budget, breaker, &mut pass, run, &request, patience.next_timeout()).await;
+            let limit = patience.next_timeout();
+            let attempt = client.attempt(budget, breaker, &mut pass, run, &request, limit, is_after_stale).await;
             match (repeat, &attempt.outcome) {
                 (true, Outcome::Withdrawn) => retry_budget.refund(),
                 (true, _) => retry_budget.made(),
@@ -134,6 +136,7 @@ impl Partner {
                 (false, _) => {}
             }
             tried |= !matches!(attempt.outcome, Outcome::Withdrawn);
+            is_after_stale = matches!(attempt.outcome, Outcome::Stale);
             let failure = match attempt.outcome {
                 Outcome::Valued(valuation) => {
                     breaker.record(&pass, Sign::Working, &"");
@@ -147,6 +150,13 @@ impl Partner {
                     return Verdict::Failed { reason: format!("partner answered {}", status.as_u16()) };
                 }
                 Outcome::Withdrawn => continue,
+                Outcome::Stale => {
+                    // As long as repeats are paid for, it is the price of keeping connections.
+                    if !retry_budget.has_credit() {
+                        client.keep_no_connections();
+                    }
+                    continue;
+                }
                 Outcome::Fault(status) => {
                     breaker.record(&pass, Sign::Fault, &FaultAdvice(status));
                     continue;

@@ -25,6 +25,9 @@ pub(super) enum Outcome {
     Failed(Failure),
     /// No listing's fault: whoever called would have been answered so.
     Fault(StatusCode),
+    /// The partner closed a connection that had carried calls, before the first byte of an answer: it was idle, as far as can
+    /// be known, and the call crossed with its end. The listing has no part in it, and the key makes it safe to send it again.
+    Stale,
     /// Not sent, because the breaker opened or the run was closed while the call waited for its connection or its turn.
     Withdrawn,
 }

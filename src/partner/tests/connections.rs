@@ -23,6 +23,29 @@ async fn a_connection_closed_while_idle_costs_no_try() {
 }
 
 #[tokio::test]
+async fn a_partner_that_closes_connections_without_a_word_gets_no_more_repeats_than_are_paid_for() {
+    const LISTINGS: i64 = 4_000;
+    // Each connection carries one call and ends when the second one is there.
+    let seen = std::sync::Mutex::new(std::collections::HashSet::new());
+    let stub = Stub::start(move |call| match seen.lock().unwrap().insert(call.connection) {
+        true => valued(call.listing_id),
+        false => vec![Step::Close],
+    })
+    .await;
+    let (partner, metrics) = partner(&config::Partner { max_attempts: 1, ..settings(stub.address) });
+    let begin = Instant::now();
+    assert_eq!(value_all(&partner, 0..LISTINGS).await, []);
+    let repeats = stub.calls().len() as f64 - LISTINGS as f64;
+    let paid_for = LISTINGS as f64 * 0.2 + 100.0 + begin.elapsed().as_secs_f64() * 10.0;
+    println!("{repeats} repeats of {paid_for} in {:?}", begin.elapsed());
+    assert!((50.0..=paid_for).contains(&repeats), "{repeats} repeats, {paid_for} are paid for");
+    assert_eq!(metrics.partner_repeats.get() as f64, repeats);
+    assert_eq!(metrics.partner_calls.with_label_values(&["stale"]).get() as f64, repeats);
+    // It is the partner's habit, and no reason to call it less.
+    assert!(begin.elapsed() < SECOND * 20, "{:?}", begin.elapsed());
+}
+
+#[tokio::test]
 async fn bytes_after_an_answer_are_not_the_next_answer() {
     let extra = br#"HTTP/1.1 200 OK
 content-length: 2
