@@ -94,6 +94,8 @@ pub struct PublicationBooks {
     pub published: i64,
     /// Records that Kafka will never take and that were put aside.
     pub quarantined: i64,
+    /// Whether a valuation is beyond its cursor.
+    pub is_behind: bool,
     /// Since it was opened, or, of a failed one, since it was given up.
     pub since_seconds: f64,
 }
@@ -350,10 +352,12 @@ impl Database {
                 PublicationBooks,
                 r#"
                 SELECT event_id, state, published, quarantined,
+                       EXISTS (SELECT FROM valuations AS v
+                               WHERE v.run_id = p.run_id AND v.listing_id > p.cursor AND v.failure IS NULL) AS "is_behind!",
                        extract(epoch FROM clock_timestamp()
                                - CASE state WHEN 'failed' THEN coalesce(failed_at, begun_at, opened_at) ELSE opened_at END
                        )::float8 AS "since_seconds!"
-                FROM publications WHERE run_id = $1
+                FROM publications AS p WHERE run_id = $1
                 ORDER BY opened_at, event_id
                 "#,
                 run_id,

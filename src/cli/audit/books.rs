@@ -210,7 +210,7 @@ async fn post_processing(
 }
 
 fn publication(account: &mut Account, publication: &PublicationBooks) {
-    let PublicationBooks { event_id, state, published, quarantined, since_seconds } = publication;
+    let PublicationBooks { event_id, state, published, quarantined, is_behind, since_seconds } = publication;
     let done = published + quarantined;
     let is_complete = state == "complete";
     if is_complete && done != account.valued || done > account.valued {
@@ -220,6 +220,11 @@ fn publication(account: &mut Account, publication: &PublicationBooks) {
             format!(
                 "{event_id} is {state} with {published} published and {quarantined} quarantined, {valued} are valued"
             ),
+        );
+    } else if is_complete && *is_behind {
+        account.is_wrong(
+            "publication_mismatch",
+            format!("{event_id} is complete and its cursor is before the last valuation"),
         );
     } else if !is_complete {
         let what = format!(

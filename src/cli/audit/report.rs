@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::account::{Account, Gap, listed};
 use super::{Found, Verdict, expected};
 use crate::cli::count;
-use crate::cli::text::thousands;
+use crate::cli::text::{printable, thousands};
 
 /// A line for each run, its gaps below it, and a last line for all.
 pub(super) fn text(found: &Found, verdict: Verdict) -> String {
@@ -73,7 +73,8 @@ pub(super) fn text(found: &Found, verdict: Verdict) -> String {
         let _ = write!(text, ", {} of runs that were pruned", topic.of_pruned_runs);
     }
     text.push('\n');
-    text
+    // Ids and what rows hold came from outside.
+    text.lines().flat_map(|line| [printable(line), "\n".to_owned()]).collect()
 }
 
 fn gaps(text: &mut String, gaps: &[Gap]) {

@@ -6,7 +6,7 @@ use time::OffsetDateTime;
 use time::macros::format_description;
 
 use super::figures::{done, eta_seconds, is_at_work, is_over, left, percent, phase, rate, used_by_kind};
-use crate::cli::text::{span, thousands};
+use crate::cli::text::{printable, span, thousands};
 use crate::db::ledger::WorkLedger;
 use crate::db::operations::RunStatus;
 
@@ -26,7 +26,7 @@ pub(super) fn table(runs: &[RunStatus]) -> String {
     let mut rows = vec![["RUN", "STATE", "ROWS", "DONE", "FAILED", "ROWS/S", "ETA"].map(str::to_owned)];
     rows.extend(runs.iter().map(|run| {
         [
-            run.run_id.clone(),
+            printable(&run.run_id),
             phase(run).to_owned(),
             thousands(run.selected),
             format!("{}%", percent(run)),
@@ -137,7 +137,7 @@ pub(super) fn line(run: &RunStatus) -> String {
         let _ = write!(figures, ", eta {}", span(eta));
     }
     let room = WIDTH.saturating_sub(figures.chars().count() + 1);
-    format!("{} {figures}", shortened(&run.run_id, room))
+    format!("{} {figures}", shortened(&printable(&run.run_id), room))
 }
 
 fn state(run: &RunStatus) -> String {
@@ -250,7 +250,7 @@ fn wrapped(name: &str, value: &str) -> String {
     let room = WIDTH - LABEL;
     let mut lines = vec![String::new()];
     for word in value.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty()) {
-        let mut word: Vec<char> = word.chars().collect();
+        let mut word: Vec<char> = printable(word).chars().collect();
         loop {
             let line = lines.last_mut().expect("there is always one");
             let used = line.chars().count();
@@ -327,6 +327,14 @@ mod tests {
             "publication  none before the run is complete\n",
         ] {
             assert!(page.contains(entry), "{entry:?} is not in\n{page}");
+        }
+    }
+
+    #[test]
+    fn an_id_does_not_turn_the_direction_of_writing() {
+        let run = RunStatus { run_id: "a\u{202e}b".to_owned(), ..at_work() };
+        for shown in [page(&run), table(&[run.clone()]), line(&run)] {
+            assert!(shown.contains("a\\u{202e}b"), "{shown}");
         }
     }
 
