@@ -21,6 +21,8 @@ use crate::schedule::Schedule;
 const ROUNDS_PER_STACK: u64 = 40;
 /// A round is played so often at most.
 const PLAYS: u32 = 3;
+/// Faults that the profile for every change must hit.
+const LEAST_HITS: u64 = 60;
 /// A planted mistake must be found out within this.
 const PLANTED_LIMIT: Duration = Duration::from_secs(300);
 
@@ -164,7 +166,11 @@ impl Campaign {
         if report.violations > 0 {
             println!("logs and fault logs: {}", self.artefacts.display());
         }
-        Ok(report.violations == 0 && never.is_empty())
+        let too_few = options.profile == Profile::Ci && options.faults.is_empty() && report.hits() < LEAST_HITS;
+        if too_few {
+            println!("too few faults hit: {} of {LEAST_HITS} at least", report.hits());
+        }
+        Ok(report.violations == 0 && never.is_empty() && !too_few)
     }
 
     fn tell(&self, spec: &Spec, outcome: &Outcome) {

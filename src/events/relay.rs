@@ -87,7 +87,7 @@ impl Relay {
             let without: Vec<String> = failed.keys().cloned().collect();
             let claim = self.settings.claim_timeout;
             let rows = self.database.claim_outbox(me, BATCH as i64, claim, &without).await?;
-            at(&rows, "relay.claimed");
+            fault_points("relay.claimed", &rows);
             let claimed = rows.len();
             let mut lanes: BTreeMap<&str, Vec<&OutboxRow>> = BTreeMap::new();
             for row in &rows {
@@ -113,12 +113,12 @@ impl Relay {
     /// Sends the claimed rows of a lane, and ends the claim of each.
     async fn send(&self, me: Uuid, lane: &str, rows: &[&OutboxRow]) -> anyhow::Result<()> {
         let bodies: Vec<&str> = rows.iter().map(|row| row.body.as_str()).collect();
-        at(rows.iter().copied(), "relay.before_send");
+        fault_points("relay.before_send", rows.iter().copied());
         let results = match self.lanes.queue(lane).await {
             Ok(queue) => self.send_bodies(queue, &bodies).await,
             Err(error) => vec![Sent::Failed(error.to_string()); bodies.len()],
         };
-        at(rows.iter().copied(), "relay.after_send");
+        fault_points("relay.after_send", rows.iter().copied());
         let (mut sent, mut refused, mut left, mut failure) = (Vec::new(), Vec::new(), Vec::new(), None);
         for (row, result) in rows.iter().zip(results) {
             match result {
@@ -136,7 +136,7 @@ impl Relay {
         }
         // One that fails does not keep the others from being tried.
         let marked = self.database.mark_sent(&sent).await;
-        at(rows.iter().copied(), "relay.after_mark");
+        fault_points("relay.after_mark", rows.iter().copied());
         if marked.is_ok() {
             self.metrics.outbox_sent.inc_by(sent.len() as u64);
         }
@@ -177,7 +177,7 @@ impl Relay {
 }
 
 /// The point `name` for each row.
-fn at<'a>(rows: impl IntoIterator<Item = &'a OutboxRow>, name: &str) {
+fn fault_points<'a>(name: &str, rows: impl IntoIterator<Item = &'a OutboxRow>) {
     if cfg!(feature = "fault-injection") {
         rows.into_iter().for_each(|row| fault::point(name, &row.event_id.to_string()));
     }

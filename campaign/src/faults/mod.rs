@@ -134,7 +134,8 @@ impl Kind {
     /// How many processes its rounds have.
     #[must_use]
     pub fn replicas(self) -> usize {
-        if self == Self::Stop { 2 } else { 1 }
+        // What a message delivered twice is about is its second owner.
+        if matches!(self, Self::Stop | Self::Sqs(SqsFault::DuplicateDelivery)) { 2 } else { 1 }
     }
 
     /// How often it is injected in one round.
