@@ -166,6 +166,11 @@ async fn each_break_in_the_database_is_named() -> Result<()> {
             &["publication_mismatch: 1: "],
         ),
         (
+            "ALTER TABLE publications ADD COLUMN kept bigint; UPDATE publications SET kept = cursor, cursor = 0",
+            "UPDATE publications SET cursor = kept; ALTER TABLE publications DROP COLUMN kept",
+            &["publication_mismatch: 1: "],
+        ),
+        (
             "CREATE TABLE kept AS SELECT * FROM listing_valuations WHERE listing_id = 4;
              DELETE FROM listing_valuations WHERE listing_id = 4",
             "INSERT INTO listing_valuations SELECT * FROM kept; DROP TABLE kept",
