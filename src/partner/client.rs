@@ -33,6 +33,14 @@ pub(super) struct Client {
     counters: Counters,
 }
 
+/// How a try is made.
+pub(super) struct Terms {
+    /// How long its exchange may last.
+    pub(super) limit: Duration,
+    /// Whether it must have a connection that has carried none before.
+    pub(super) only_fresh: bool,
+}
+
 /// One try and the time it took of its listing, waits for others apart.
 pub(super) struct Attempt {
     pub(super) outcome: Outcome,
@@ -120,15 +128,7 @@ impl Client {
         Ok(())
     }
 
-    /// From now on each call has a connection of its own for some time. To be called when too many repeats go to connections
-    /// that the partner had closed.
-    pub(super) fn keep_no_connections(&self) {
-        if self.pool.keep_none() {
-            tracing::warn!("the partner closes connections without a word; for a while each call opens one of its own");
-        }
-    }
-
-    /// Makes one try, whose exchange may last `limit`; where `is_after_stale`, on a connection that has carried none.
+    /// Makes one try.
     pub(super) async fn attempt(
         &self,
         budget: &Budget,
@@ -136,10 +136,8 @@ impl Client {
         pass: &mut Pass<'_>,
         run: &RunKey,
         request: &Request,
-        limit: Duration,
-        is_after_stale: bool,
+        Terms { limit, mut only_fresh }: Terms,
     ) -> Attempt {
-        let mut only_fresh = is_after_stale;
         let mut closed_early = false;
         let (outcome, took) = loop {
             // Nothing is sent yet: none of these waits may hold up a run that is closed. Boxed, so that a call which is out
@@ -177,6 +175,7 @@ impl Client {
             drop(in_flight);
             let took = started.elapsed();
             if connection.used && closed_unanswered(&ended, &exchange) {
+                self.pool.found_closed();
                 break (Outcome::Stale, took);
             }
             fault_point("partner.after_answer", run, request);
@@ -185,6 +184,9 @@ impl Client {
                 note_load(&place, &outcome, took);
             }
             if exchange.reusable() {
+                if connection.used {
+                    self.pool.served_again();
+                }
                 connection.used = true;
                 self.pool.put(connection);
             }

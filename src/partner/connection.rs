@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context as TaskContext, Poll};
 use std::time::Duration;
@@ -25,6 +26,11 @@ const RESOLVE_EVERY: Duration = Duration::from_secs(5);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long each call has a connection of its own when too many that were kept turned out to be closed.
 const NOT_KEPT_FOR: Duration = Duration::from_secs(10);
+/// What a kept connection that was closed costs of the trust in keeping them, in what one that served again earns: as many may
+/// be closed as the retry budget pays for where nothing else fails.
+const CLOSED_COSTS: i64 = 5;
+/// The most trust, and what there is at the start: a hundred kept ones may be closed at once, by a restart of the partner, say.
+const MOST_TRUST: i64 = 100 * CLOSED_COSTS;
 /// How often idle connections are looked over, while there are any.
 const REAP_EVERY: Duration = Duration::from_secs(1);
 
@@ -164,9 +170,16 @@ fn tls(roots: RootCertStore) -> anyhow::Result<TlsConnector> {
 }
 
 /// The idle connections. The last one returned is the first one taken, so that those at the bottom get old and go.
-#[derive(Default)]
 pub(super) struct Pool {
     idle: Mutex<Idle>,
+    /// Below zero none is kept for a while.
+    trust: AtomicI64,
+}
+
+impl Default for Pool {
+    fn default() -> Self {
+        Pool { idle: Mutex::default(), trust: AtomicI64::new(MOST_TRUST) }
+    }
 }
 
 #[derive(Default)]
@@ -202,14 +215,29 @@ impl Pool {
         }
     }
 
-    /// Keeps none for [`NOT_KEPT_FOR`]: the partner closes them without a word, and each costs a repeat. Says whether that begins
-    /// now.
-    pub(super) fn keep_none(&self) -> bool {
+    /// One that was kept has carried another exchange.
+    pub(super) fn served_again(&self) {
+        if self.trust.load(Ordering::Relaxed) < MOST_TRUST {
+            self.trust.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// One that was kept was closed by the partner without a word, and cost a repeat. Where too many are, none is kept for
+    /// [`NOT_KEPT_FOR`].
+    pub(super) fn found_closed(&self) {
+        if self.trust.fetch_sub(CLOSED_COSTS, Ordering::Relaxed) >= CLOSED_COSTS {
+            return;
+        }
+        self.trust.store(MOST_TRUST, Ordering::Relaxed);
         let now = Instant::now();
-        let mut idle = self.lock();
-        idle.connections.clear();
-        let before = idle.not_before.replace(now + NOT_KEPT_FOR);
-        before.is_none_or(|before| before <= now)
+        let (closed, before) = {
+            let mut idle = self.lock();
+            (std::mem::take(&mut idle.connections), idle.not_before.replace(now + NOT_KEPT_FOR))
+        };
+        drop(closed);
+        if before.is_none_or(|before| before <= now) {
+            tracing::warn!("the partner closes connections without a word; for a while each call opens one of its own");
+        }
     }
 
     /// Closes connections that have been idle for long. Ends with the last of them, so that an idle service has no

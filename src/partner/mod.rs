@@ -40,7 +40,7 @@ pub use wire::{Request, RunKey};
 
 use breaker::{Breaker, Sign};
 use budget::Budget;
-use client::Client;
+use client::{Client, Terms};
 use retry::{Failure, Outcome, Patience};
 use retry_budget::RetryBudget;
 
@@ -127,16 +127,20 @@ impl Partner {
             if repeat && Box::pin(run.while_open(retry_budget.spend())).await.is_none() {
                 return Verdict::NotSent;
             }
-            let limit = patience.next_timeout();
-            let attempt = client.attempt(budget, breaker, &mut pass, run, &request, limit, is_after_stale).await;
+            // What was kept through an outage says little of its end.
+            let only_fresh = is_after_stale || pass.is_probe();
+            let terms = Terms { limit: patience.next_timeout(), only_fresh };
+            let attempt = client.attempt(budget, breaker, &mut pass, run, &request, terms).await;
             match (repeat, &attempt.outcome) {
                 (true, Outcome::Withdrawn) => retry_budget.refund(),
                 (true, _) => retry_budget.made(),
                 (false, outcome) if !tried && outcome.was_sent() => retry_budget.earn(),
                 (false, _) => {}
             }
-            tried |= !matches!(attempt.outcome, Outcome::Withdrawn);
-            is_after_stale = matches!(attempt.outcome, Outcome::Stale);
+            if !matches!(attempt.outcome, Outcome::Withdrawn) {
+                tried = true;
+                is_after_stale = matches!(attempt.outcome, Outcome::Stale);
+            }
             let failure = match attempt.outcome {
                 Outcome::Valued(valuation) => {
                     breaker.record(&pass, Sign::Working, &"");
@@ -149,14 +153,8 @@ impl Partner {
                     breaker.record(&pass, Sign::Working, &"");
                     return Verdict::Failed { reason: format!("partner answered {}", status.as_u16()) };
                 }
-                Outcome::Withdrawn => continue,
-                Outcome::Stale => {
-                    // As long as repeats are paid for, it is the price of keeping connections.
-                    if !retry_budget.has_credit() {
-                        client.keep_no_connections();
-                    }
-                    continue;
-                }
+                // No listing's fault, and none of the partner's that a breaker would help against.
+                Outcome::Withdrawn | Outcome::Stale => continue,
                 Outcome::Fault(status) => {
                     breaker.record(&pass, Sign::Fault, &FaultAdvice(status));
                     continue;

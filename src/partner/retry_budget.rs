@@ -97,11 +97,6 @@ impl RetryBudget {
         }
     }
 
-    /// Whether a repeat would be paid for at once.
-    pub(super) fn has_credit(&self) -> bool {
-        self.lock().credit >= 1.0
-    }
-
     /// Takes note of a repeat that was made.
     pub(super) fn made(&self) {
         self.repeats.inc();

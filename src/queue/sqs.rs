@@ -541,9 +541,9 @@ fn received(message: aws_sdk_sqs::types::Message, received_at: Instant) -> Optio
     let redrives = message
         .message_attributes
         .as_ref()
-        .and_then(|all| all.get(REDRIVES_ATTRIBUTE)?.string_value())
-        // A count that cannot be read was there all the same: whoever must not go in circles goes no further.
-        .map_or(0, |count| count.parse().unwrap_or(u32::MAX));
+        .and_then(|all| all.get(REDRIVES_ATTRIBUTE))
+        // A count that cannot be read is there all the same: whoever must not go in circles goes no further.
+        .map_or(0, |count| count.string_value().and_then(|count| count.parse().ok()).unwrap_or(u32::MAX));
     Some(Message { id, body: message.body.unwrap_or_default(), receipt, receive_count, redrives, received_at })
 }
 

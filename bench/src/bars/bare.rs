@@ -231,8 +231,9 @@ async fn receive(endpoint: &str, queue: &str, count: u64) -> Result<Loop> {
                     );
                 }
                 delete.send().await?;
-                let received = received.load(Ordering::Relaxed);
                 let mut counted = counted.lock().unwrap_or_else(PoisonError::into_inner);
+                // Looked at in turn, so that it only grows.
+                let received = received.load(Ordering::Relaxed);
                 match &mut *counted {
                     Some((clock, before, done)) => *done = clock.done((received - *before) as f64)?,
                     None => {

@@ -333,7 +333,7 @@ mod tests {
     #[test]
     fn an_id_does_not_turn_the_direction_of_writing() {
         let run = RunStatus { run_id: "a\u{202e}b".to_owned(), ..at_work() };
-        for shown in [page(&run), table(&[run.clone()]), line(&run)] {
+        for shown in [page(&run), table(std::slice::from_ref(&run)), line(&run)] {
             assert!(shown.contains("a\\u{202e}b"), "{shown}");
         }
     }
