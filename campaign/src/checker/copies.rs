@@ -14,6 +14,9 @@ use super::Observed;
 /// before the call's way here.
 const LATE: Duration = Duration::from_secs(1);
 
+/// A process that was stopped so soon after an answer, or before it, may not have read it.
+const UNREAD: Duration = Duration::from_millis(100);
+
 /// A delivery to a process.
 #[derive(Debug)]
 struct Delivery<'a> {
@@ -38,6 +41,17 @@ pub(super) fn with_cause(observed: &Observed) -> BTreeMap<&str, u64> {
         sends.entry(&message.body).or_default().push(call.at);
         // Its sender sends it again, at once or when it is received the next time.
         if !in_time(call) {
+            *causes.entry(&message.body).or_default() += 1;
+        }
+    }
+    // One that was out when its process was stopped, and for the process took as long as the stop: sent again afterwards.
+    for (call, message) in messages(observed, Action::Send).filter(|(call, _)| in_time(call)) {
+        let answered = call.at + call.answered_after.unwrap_or_default();
+        let is_unread = |since: Instant| call.at <= since && answered + UNREAD >= since;
+        let is_again = |sends: &Vec<Instant>| sends.iter().any(|at| *at > call.at + LATE);
+        if observed.interruptions.iter().any(|(since, _)| is_unread(*since))
+            && sends.get(message.body.as_str()).is_some_and(is_again)
+        {
             *causes.entry(&message.body).or_default() += 1;
         }
     }

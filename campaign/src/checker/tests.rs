@@ -384,6 +384,11 @@ fn a_dead_letter_that_is_there_again_has_a_cause() {
     assert_eq!(lost.broken(), none, "a send whose answer was lost");
     let late = good().call(Action::Send, 5, Some(1_500), "", Done::Perhaps);
     assert_eq!(late.broken(), none, "a send whose answer was late");
+    let again = || Twice::new().refusal(0, "first", Some(Done::Yes)).call(Action::Send, 5_000, Some(1), "", Done::Yes);
+    assert_eq!(again().broken(), ["I5"], "sent again for no reason");
+    assert_eq!(again().interrupted(1_000).broken(), ["I5"], "a stop long after the answer");
+    assert_eq!(again().interrupted(3).broken(), none, "a stop before the answer of a send was read");
+    assert_eq!(good().interrupted(3).broken(), none, "the same, and the second send is another's");
     let refused = good().call(Action::Send, 5, None, "", Done::No);
     assert_eq!(refused.broken(), ["I5"], "a send that SQS never got");
     let repeated = good().call(Action::Receive, 6, Some(1), "first", Done::Yes);
