@@ -260,9 +260,10 @@ pub(crate) async fn statements(ground: &mut Ground) -> Result<Vec<Outcome>> {
             outcome = outcome.beside(&name, count);
         }
     }
-    // Each page is read by one and written by another: a bar that has not seen them has seen nothing.
+    // A bar that has not seen the statements of the pages has seen nothing.
     ensure!(read >= pages, "{read} reads of listings were seen, for {pages} pages");
-    ensure!(written >= pages, "{written} statements that write answers were seen, for {pages} pages");
+    // While a batch is committed, the next one takes the answers of all calls that are out: it may hold nearly two pages.
+    ensure!(2.0 * written > pages, "{written} statements that write answers were seen, for {pages} pages");
     // One cursor may stand for some pages.
     ensure!(publishing > pages, "{publishing} statements of publishing were seen, for {pages} pages");
     Ok(vec![
