@@ -105,8 +105,8 @@ async fn a_broker_fails_requests_with_the_codes_it_was_given() -> Result<()> {
     kafka.order(&Order::Fail { request: Request::Produce, codes: vec![10; 5] }).await?;
     kafka.order(&Order::Forgive { request: Request::Produce }).await?;
     send().await?;
-    assert!(kafka.order(&Order::Fail { request: Request::Metadata, codes: vec![-1] }).await.is_err());
-    assert!(kafka.order(&Order::Fail { request: Request::Metadata, codes: vec![30_000] }).await.is_err());
+    assert!(kafka.order(&Order::Fail { request: Request::InitProducerId, codes: vec![-1] }).await.is_err());
+    assert!(kafka.order(&Order::Fail { request: Request::InitProducerId, codes: vec![30_000] }).await.is_err());
     Ok(())
 }
 

@@ -5,20 +5,17 @@ use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use local_stack::Stack;
 use sqlx::AssertSqlSafe;
 
-use super::{Injection, Scene};
-use crate::replica::LOOK;
+use super::{Injection, Scene, postgres};
 use crate::world::World;
 
 /// Until there is work to be met.
 const BUSY_LIMIT: Duration = Duration::from_secs(60);
-/// Until a table wants to grow.
-const HIT_LIMIT: Duration = Duration::from_secs(20);
 /// Room for the tables of a small world.
 const MEGABYTES: u32 = 256;
 /// What the server says when a file cannot grow.
@@ -107,35 +104,13 @@ pub(super) async fn prepare(world: &mut World, stack: &Stack) -> Result<()> {
 pub(super) async fn full(scene: &mut Scene<'_>) -> Result<Injection> {
     scene.world.busy(BUSY_LIMIT).await?;
     scene.pause(0..500).await;
-    let time = Duration::from_millis(scene.rng.u64(2_000..6_000));
-    let log = scene.stack.directory().join("postgres.log");
-    let before = refused(&log)?;
+    let before = postgres::said(scene, REFUSAL)?;
     disk(scene)?.fill()?;
-    let begun = Instant::now();
-    let (mut hits, mut at_work) = (0, 0);
-    while begun.elapsed() < time || (hits == 0 && begun.elapsed() < HIT_LIMIT) {
-        scene.world.check_alive()?;
-        hits = refused(&log)? - before;
-        let work = scene.world.at_work().await?;
-        if work.runs + work.publishers > 0 {
-            at_work = hits;
-        }
-        if scene.world.idle().await? {
-            scene.world.more(1).await?;
-        }
-        tokio::time::sleep(LOOK).await;
-    }
+    let injection = postgres::until_said(scene, REFUSAL, before).await?;
     disk(scene)?.empty()?;
-    let proof = format!("the server said {hits} times in {:?} that there is no space", begun.elapsed());
-    let injection = Injection::new("the tables' disk");
-    Ok(Injection { hits, hits_at_work: at_work, proof, interruptions: hits, ..injection })
+    Ok(Injection { target: "the tables' disk".to_owned(), ..injection })
 }
 
 fn disk<'a>(scene: &'a Scene<'_>) -> Result<&'a SmallDisk> {
     scene.world.small_disk.as_ref().context("this world has no small disk")
-}
-
-fn refused(log: &Path) -> Result<u64> {
-    let text = fs::read(log).with_context(|| format!("cannot read {}", log.display()))?;
-    Ok(String::from_utf8_lossy(&text).matches(REFUSAL).count() as u64)
 }

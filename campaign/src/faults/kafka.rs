@@ -3,11 +3,14 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use local_stack::kafka::{Order, ProduceError};
+use local_stack::kafka::{Order, ProduceError, Request};
 
 use super::{Injection, Scene};
 use crate::replica::LOOK;
 
+/// Codes of Kafka's protocol that a produce request may be answered with and that say nothing against its records: some are
+/// tried again by the client, some fail the page, some are the end of the producer.
+const CODES: [i32; 21] = [3, 5, 6, 7, 8, 9, 13, 17, 19, 20, 21, 35, 43, 45, 47, 49, 56, 59, 74, 76, 90];
 /// Until somebody publishes.
 const BUSY_LIMIT: Duration = Duration::from_secs(60);
 
@@ -39,13 +42,18 @@ pub(super) async fn inject(scene: &mut Scene<'_>, trouble: Trouble) -> Result<In
 }
 
 async fn errors(scene: &mut Scene<'_>) -> Result<Injection> {
-    let all = [ProduceError::NotLeader, ProduceError::TimedOut, ProduceError::Disconnect];
-    let errors: Vec<ProduceError> = (0..scene.rng.usize(1..5)).filter_map(|_| scene.rng.choice(all)).collect();
-    let ordered = errors.len() as u64;
-    let proof = format!("{errors:?}, and a good report after them");
+    let number = scene.rng.usize(1..5);
+    let (order, proof) = if scene.rng.u8(..4) == 0 {
+        (Order::FailProduce { errors: vec![ProduceError::Disconnect; number] }, format!("{number} times no answer"))
+    } else {
+        let codes: Vec<i32> = (0..number).filter_map(|_| scene.rng.choice(CODES)).collect();
+        let proof = format!("the codes {codes:?}");
+        (Order::Fail { request: Request::Produce, codes }, proof)
+    };
+    let (ordered, proof) = (number as u64, format!("{proof}, and a good report after them"));
     let published = "SELECT coalesce(sum(published), 0)::bigint FROM publications";
     let before = scene.world.number(published).await?;
-    scene.stack.kafka().order(&Order::FailProduce { errors }).await?;
+    scene.stack.kafka().order(&order).await?;
     // The errors meet the next requests, one each; a record that gets through comes after them.
     let deadline = Instant::now() + BUSY_LIMIT;
     let mut hits = 0;

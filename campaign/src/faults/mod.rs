@@ -4,6 +4,7 @@
 //! middle of work: a run had an owner or a publisher, or calls were out.
 
 mod clock;
+mod descriptors;
 pub mod disk;
 mod early;
 mod kafka;
@@ -53,6 +54,8 @@ pub enum Kind {
     MemoryCap,
     /// The disk with the database's tables is full for some seconds.
     DiskFull,
+    /// A process that lost its connections to the database can open no file and no connection for some seconds.
+    Descriptors,
     /// The partner.
     Partner(partner::Schedule),
     /// The broker.
@@ -81,6 +84,7 @@ pub const KINDS: &[(&str, Kind)] = &[
     ("clock", Kind::Clock),
     ("memory-cap", Kind::MemoryCap),
     ("disk-full", Kind::DiskFull),
+    ("descriptors", Kind::Descriptors),
     ("partner-429", Kind::Partner(partner::Schedule::TooMany)),
     ("partner-retry-after", Kind::Partner(partner::Schedule::RetryAfter)),
     ("partner-5xx", Kind::Partner(partner::Schedule::Errors)),
@@ -101,6 +105,7 @@ pub const KINDS: &[(&str, Kind)] = &[
     ("postgres-swallow", Kind::Postgres(postgres::Trouble::Swallow)),
     ("postgres-delay", Kind::Postgres(postgres::Trouble::Delay)),
     ("postgres-throttle", Kind::Postgres(postgres::Trouble::Throttle)),
+    ("postgres-read-only", Kind::Postgres(postgres::Trouble::ReadOnly)),
     ("sqs-hung-receive", Kind::Sqs(SqsFault::HungReceive)),
     ("sqs-late-receive-answer", Kind::Sqs(LATE_RECEIVE_ANSWER)),
     ("sqs-duplicate-delivery", Kind::Sqs(SqsFault::DuplicateDelivery)),
@@ -153,6 +158,7 @@ impl Kind {
             | Self::Clock
             | Self::MemoryCap
             | Self::DiskFull
+            | Self::Descriptors
             | Self::Partner(_)
             | Self::Kafka(_)
             | Self::Sqs(_) => 2,
@@ -163,7 +169,7 @@ impl Kind {
     /// Whether its rounds need a proxy before Postgres.
     #[must_use]
     pub fn needs_postgres_proxy(self) -> bool {
-        matches!(self, Self::Sqs(_) | Self::Postgres(_))
+        matches!(self, Self::Sqs(_) | Self::Postgres(_) | Self::Descriptors)
     }
 
     /// Whether it needs points in the sources.
@@ -286,6 +292,7 @@ impl<'a> Scene<'a> {
             Kind::Clock => clock::shift(self).await?,
             Kind::MemoryCap => memory::cap(self).await?,
             Kind::DiskFull => disk::full(self).await?,
+            Kind::Descriptors => descriptors::run_out(self).await?,
             Kind::Partner(schedule) => partner::inject(self, schedule).await?,
             Kind::Kafka(trouble) => kafka::inject(self, trouble).await?,
             Kind::Postgres(trouble) => postgres::inject(self, trouble).await?,

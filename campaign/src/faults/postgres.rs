@@ -1,9 +1,11 @@
 //! The database at its worst: the server itself, and through a proxy.
 
+use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use local_stack::PgFault;
+use sqlx::AssertSqlSafe;
 
 use super::{Injection, Scene};
 use crate::replica::LOOK;
@@ -12,6 +14,8 @@ use crate::replica::LOOK;
 const BUSY_LIMIT: Duration = Duration::from_secs(60);
 /// Until the statements that a fault was ordered for have come.
 const HIT_LIMIT: Duration = Duration::from_secs(20);
+/// What the server says where nothing may be written.
+const NO_WRITES: &str = "in a read-only transaction";
 /// In the texts of the statements that commit something.
 const COMMITS: [&str; 5] =
     ["INSERT INTO valuations", "INSERT INTO outbox", "UPDATE publications", "INSERT INTO listings", "UPDATE runs"];
@@ -35,6 +39,8 @@ pub enum Trouble {
     Delay,
     /// 64 kB a second.
     Throttle,
+    /// The server takes no writes, from one moment to the next and on the connections that are there, for some seconds.
+    ReadOnly,
 }
 
 pub(super) async fn inject(scene: &mut Scene<'_>, trouble: Trouble) -> Result<Injection> {
@@ -64,7 +70,53 @@ pub(super) async fn inject(scene: &mut Scene<'_>, trouble: Trouble) -> Result<In
             held(scene, PgFault::Delay(milliseconds)).await
         }
         Trouble::Throttle => held(scene, PgFault::Throttle(64_000)).await,
+        Trouble::ReadOnly => read_only(scene).await,
     }
+}
+
+async fn read_only(scene: &mut Scene<'_>) -> Result<Injection> {
+    let before = said(scene, NO_WRITES)?;
+    set_read_only(scene, "SET default_transaction_read_only = on").await?;
+    let injection = until_said(scene, NO_WRITES, before).await?;
+    set_read_only(scene, "RESET default_transaction_read_only").await?;
+    Ok(Injection { target: "the server".to_owned(), ..injection })
+}
+
+async fn set_read_only(scene: &Scene<'_>, change: &str) -> Result<()> {
+    for statement in [format!("ALTER SYSTEM {change}"), "SELECT pg_reload_conf()".to_owned()] {
+        let done = sqlx::raw_sql(AssertSqlSafe(statement.clone())).execute(&scene.world.database).await;
+        done.with_context(|| format!("cannot {statement}"))?;
+    }
+    Ok(())
+}
+
+/// Lets a fault last some seconds, and until the server has said `refusal`, which it had said `before` times. The service is
+/// not restarted.
+pub(super) async fn until_said(scene: &mut Scene<'_>, refusal: &str, before: u64) -> Result<Injection> {
+    let time = Duration::from_millis(scene.rng.u64(2_000..6_000));
+    let begun = Instant::now();
+    let (mut hits, mut hits_at_work) = (0, 0);
+    while begun.elapsed() < time || (hits == 0 && begun.elapsed() < HIT_LIMIT) {
+        scene.world.check_alive()?;
+        hits = said(scene, refusal)? - before;
+        let work = scene.world.at_work().await?;
+        if work.runs + work.publishers > 0 {
+            hits_at_work = hits;
+        }
+        if scene.world.idle().await? {
+            scene.world.more(1).await?;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    let proof = format!("the server said {hits} times in {:?}: {refusal}", begun.elapsed());
+    Ok(Injection { hits, hits_at_work, proof, interruptions: hits, ..Injection::new("") })
+}
+
+/// How often the server's log has a text.
+pub(super) fn said(scene: &Scene<'_>, text: &str) -> Result<u64> {
+    let log = scene.stack.directory().join("postgres.log");
+    let log = fs::read(&log).with_context(|| format!("cannot read {}", log.display()))?;
+    Ok(String::from_utf8_lossy(&log).matches(text).count() as u64)
 }
 
 async fn restart(scene: &mut Scene<'_>) -> Result<Injection> {
@@ -146,7 +198,7 @@ async fn watched(
     Ok(Injection { hits, hits_at_work: at_work, proof, interruptions: hits, ..Injection::new(format!("{fault:?}")) })
 }
 
-fn proxy<'a>(scene: &'a Scene<'_>) -> Result<&'a local_stack::PostgresProxy> {
+pub(super) fn proxy<'a>(scene: &'a Scene<'_>) -> Result<&'a local_stack::PostgresProxy> {
     scene.world.postgres_proxy.as_ref().context("this world has no proxy before Postgres")
 }
 

@@ -93,7 +93,6 @@ async fn obey(cluster: &Cluster, request: Request<Incoming>) -> Result<()> {
 fn api_key(request: super::Request) -> RDKafkaApiKey {
     match request {
         super::Request::Produce => RDKafkaApiKey::Produce,
-        super::Request::Metadata => RDKafkaApiKey::Metadata,
         super::Request::InitProducerId => RDKafkaApiKey::InitProducerId,
     }
 }

@@ -87,14 +87,12 @@ pub enum Order {
     },
 }
 
-/// A kind of request.
+/// A kind of request. The mock cluster has no errors for requests for metadata: [`Order::FailTopic`] is theirs.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
     /// Records.
     Produce,
-    /// Which broker leads which partition.
-    Metadata,
     /// The id of an idempotent producer.
     InitProducerId,
 }

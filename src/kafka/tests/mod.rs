@@ -1,5 +1,6 @@
 //! The publisher against librdkafka's mock cluster: real sockets, real protocol, failures on demand.
 
+mod codes;
 mod pages;
 mod refusals;
 mod topics;
