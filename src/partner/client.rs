@@ -124,7 +124,7 @@ impl Client {
             Some(connection) => connection,
             None => self.connector.connect().await?,
         };
-        self.pool.put(connection);
+        self.pool.put_back(connection);
         Ok(())
     }
 
@@ -149,7 +149,7 @@ impl Client {
                 Err((outcome, took)) => break (outcome, took),
             };
             if run.is_closed() || !breaker.honours(pass) {
-                self.pool.put(connection);
+                self.pool.put_back(connection);
                 break (Outcome::Withdrawn, Duration::ZERO);
             }
             // The wait may have been long: what a partner closed meanwhile is opened anew. But one that closes two new
@@ -184,10 +184,6 @@ impl Client {
                 note_load(&place, &outcome, took);
             }
             if exchange.reusable() {
-                if connection.used {
-                    self.pool.served_again();
-                }
-                connection.used = true;
                 self.pool.put(connection);
             }
             self.counters.seconds.observe(took.as_secs_f64());

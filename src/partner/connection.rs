@@ -2,8 +2,7 @@
 
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::task::{Context as TaskContext, Poll};
 use std::time::Duration;
 
@@ -170,26 +169,26 @@ fn tls(roots: RootCertStore) -> anyhow::Result<TlsConnector> {
 }
 
 /// The idle connections. The last one returned is the first one taken, so that those at the bottom get old and go.
+#[derive(Default)]
 pub(super) struct Pool {
     idle: Mutex<Idle>,
-    /// Below zero none is kept for a while.
-    trust: AtomicI64,
 }
 
-impl Default for Pool {
-    fn default() -> Self {
-        Pool { idle: Mutex::default(), trust: AtomicI64::new(MOST_TRUST) }
-    }
-}
-
-#[derive(Default)]
 struct Idle {
     /// Oldest first.
     connections: Vec<(Instant, Connection)>,
     /// Whether a task looks after them.
     reaping: bool,
+    /// Below zero none is kept for a while.
+    trust: i64,
     /// None is kept before this.
     not_before: Option<Instant>,
+}
+
+impl Default for Idle {
+    fn default() -> Self {
+        Idle { connections: Vec::new(), reaping: false, trust: MOST_TRUST, not_before: None }
+    }
 }
 
 impl Pool {
@@ -203,9 +202,21 @@ impl Pool {
         }
     }
 
-    /// Keeps a connection whose last exchange is complete.
-    pub(super) fn put(self: &Arc<Self>, connection: Connection) {
+    /// Keeps a connection whose exchange is complete.
+    pub(super) fn put(self: &Arc<Self>, mut connection: Connection) {
         let mut idle = self.lock();
+        if std::mem::replace(&mut connection.used, true) {
+            idle.trust = MOST_TRUST.min(idle.trust + 1);
+        }
+        self.keep(idle, connection);
+    }
+
+    /// Keeps a connection that carried no exchange since it was opened or taken.
+    pub(super) fn put_back(self: &Arc<Self>, connection: Connection) {
+        self.keep(self.lock(), connection);
+    }
+
+    fn keep(self: &Arc<Self>, mut idle: MutexGuard<'_, Idle>, connection: Connection) {
         if idle.not_before.is_some_and(|not_before| Instant::now() < not_before) {
             return;
         }
@@ -215,23 +226,17 @@ impl Pool {
         }
     }
 
-    /// One that was kept has carried another exchange.
-    pub(super) fn served_again(&self) {
-        if self.trust.load(Ordering::Relaxed) < MOST_TRUST {
-            self.trust.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
     /// One that was kept was closed by the partner without a word, and cost a repeat. Where too many are, none is kept for
     /// [`NOT_KEPT_FOR`].
     pub(super) fn found_closed(&self) {
-        if self.trust.fetch_sub(CLOSED_COSTS, Ordering::Relaxed) >= CLOSED_COSTS {
-            return;
-        }
-        self.trust.store(MOST_TRUST, Ordering::Relaxed);
         let now = Instant::now();
         let (closed, before) = {
             let mut idle = self.lock();
+            idle.trust -= CLOSED_COSTS;
+            if idle.trust >= 0 {
+                return;
+            }
+            idle.trust = MOST_TRUST;
             (std::mem::take(&mut idle.connections), idle.not_before.replace(now + NOT_KEPT_FOR))
         };
         drop(closed);
@@ -259,14 +264,15 @@ impl Pool {
     fn expired(&self) -> Option<Vec<(Instant, Connection)>> {
         let mut idle = self.lock();
         if idle.connections.is_empty() {
-            *idle = Idle { not_before: idle.not_before, ..Idle::default() };
+            idle.connections = Vec::new();
+            idle.reaping = false;
             return None;
         }
         let count = idle.connections.partition_point(|(since, _)| since.elapsed() >= IDLE_TIMEOUT);
         Some(idle.connections.drain(..count).collect())
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Idle> {
+    fn lock(&self) -> MutexGuard<'_, Idle> {
         lock(&self.idle)
     }
 }

@@ -1,5 +1,7 @@
 //! How connections are kept, and given up.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::*;
 
 #[tokio::test]
@@ -43,6 +45,50 @@ async fn a_partner_that_closes_connections_without_a_word_gets_no_more_repeats_t
     assert_eq!(metrics.partner_calls.with_label_values(&["stale"]).get() as f64, repeats);
     // It is the partner's habit, and no reason to call it less.
     assert!(begin.elapsed() < SECOND * 20, "{:?}", begin.elapsed());
+}
+
+/// Failed calls cost the retry budget, and the trust in kept connections has an account of its own.
+#[tokio::test]
+async fn failures_of_another_kind_leave_connections_kept() {
+    const LISTINGS: i64 = 600;
+    // Of five calls the partner fails one, and keeps its connection.
+    let stub = Stub::start(|call| match (call.listing_id % 5, call.attempt) {
+        (0, 1) => status(503),
+        _ => valued(call.listing_id),
+    })
+    .await;
+    let (partner, metrics) = partner(&settings(stub.address));
+    assert_eq!(value_all(&partner, 0..LISTINGS).await, []);
+    assert_eq!(metrics.partner_calls.with_label_values(&["503"]).get() as i64, LISTINGS / 5);
+    let used: std::collections::HashSet<usize> = stub.calls().iter().map(|call| call.connection).collect();
+    assert!(used.len() <= 100, "{} connections for a hundred calls at once", used.len());
+}
+
+/// A probe that met a closed connection would say nothing of the partner.
+#[tokio::test]
+async fn a_probe_has_a_connection_of_its_own() {
+    let away = Arc::new(AtomicBool::new(false));
+    let stub = Stub::start({
+        let away = Arc::clone(&away);
+        move |call| if away.load(Ordering::SeqCst) { status(500) } else { valued(call.listing_id) }
+    })
+    .await;
+    let (partner, _) = partner(&settings(stub.address));
+    assert_eq!(value_all(&partner, 0..50).await, []);
+    away.store(true, Ordering::SeqCst);
+    let one = tokio::spawn({
+        let partner = partner.clone();
+        async move { value(&partner, 50).await }
+    });
+    while !matches!(partner.breaker_state(), BreakerState::Open { .. }) {
+        tokio::time::sleep(MS).await;
+    }
+    away.store(false, Ordering::SeqCst);
+    let before = stub.calls();
+    assert_eq!(timeout(SECOND * 5, one).await.expect("it recovers").expect("no panic"), worth(50));
+    assert!(stub.open() > 10, "{} are open: none was there to be taken", stub.open());
+    let probe = &stub.calls()[before.len()];
+    assert!(before.iter().all(|call| call.connection != probe.connection), "the probe was made on a kept connection");
 }
 
 #[tokio::test]
