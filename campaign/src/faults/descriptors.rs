@@ -48,7 +48,8 @@ pub(super) async fn run_out(scene: &mut Scene<'_>) -> Result<Injection> {
         scene.violation("F3", format!("{name} took {share:.2} of a processor while it could open nothing"));
     }
     let injection = Injection { interruptions: 1, ..Injection::new(name) };
-    let proof = format!("in {time:?} it opened no connection in the middle of {work:?}, and took {share:.2} of a processor");
+    let proof =
+        format!("in {time:?} it opened no connection in the middle of {work:?}, and took {share:.2} of a processor");
     Ok(if opened == 0 { injection.hit(work.runs + work.publishers > 0, proof) } else { injection })
 }
 

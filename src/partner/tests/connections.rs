@@ -76,16 +76,19 @@ async fn a_probe_has_a_connection_of_its_own() {
     let (partner, _) = partner(&settings(stub.address));
     assert_eq!(value_all(&partner, 0..50).await, []);
     away.store(true, Ordering::SeqCst);
-    let one = tokio::spawn({
+    let some = tokio::spawn({
         let partner = partner.clone();
-        async move { value(&partner, 50).await }
+        async move { value_all(&partner, 50..60).await }
     });
-    while !matches!(partner.breaker_state(), BreakerState::Open { .. }) {
-        tokio::time::sleep(MS).await;
-    }
+    let open = async {
+        while !matches!(partner.breaker_state(), BreakerState::Open { .. }) {
+            tokio::time::sleep(MS).await;
+        }
+    };
+    timeout(SECOND * 2, open).await.expect("the breaker opens");
     away.store(false, Ordering::SeqCst);
     let before = stub.calls();
-    assert_eq!(timeout(SECOND * 5, one).await.expect("it recovers").expect("no panic"), worth(50));
+    assert_eq!(timeout(SECOND * 5, some).await.expect("it recovers").expect("no panic"), []);
     assert!(stub.open() > 10, "{} are open: none was there to be taken", stub.open());
     let probe = &stub.calls()[before.len()];
     assert!(before.iter().all(|call| call.connection != probe.connection), "the probe was made on a kept connection");
