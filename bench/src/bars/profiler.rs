@@ -10,6 +10,8 @@ use crate::outcome::Outcome;
 
 /// Listings of an event, whose calls are answered at once.
 const LISTINGS: u32 = 60_000;
+/// What the profiler's account tells apart, where nobody asks for a profile.
+const PARTS: [&str; 4] = ["bookkeeping", "heap_samples", "snapshots", "wait_stacks"];
 
 pub(crate) async fn profiler_on(ground: &mut Ground, pairs: u32) -> Result<Vec<Outcome>> {
     ground.seed(LISTINGS).await?;
@@ -17,6 +19,7 @@ pub(crate) async fn profiler_on(ground: &mut Ground, pairs: u32) -> Result<Vec<O
     let (mut ratios, mut memory_on, mut memory_off) = (Vec::new(), 0.0_f64, 0.0_f64);
     // By the profiler's own account, of one core and of all that the service took.
     let (mut of_core, mut of_service) = (0.0_f64, 0.0_f64);
+    let mut of_parts = PARTS.map(|part| (part, 0.0_f64));
     for pair in 0..pairs {
         let mut cpu = [0.0; 2];
         // Who is first changes, so that what the first one warms up for the second is nobody's advantage.
@@ -31,11 +34,16 @@ pub(crate) async fn profiler_on(ground: &mut Ground, pairs: u32) -> Result<Vec<O
             let done = service.refresh(ground, LISTINGS).await?;
             if enabled {
                 let after = exposition(&service).await?;
-                let account = accounted(&after) - accounted(&before);
+                let seconds = done.published - done.sent;
+                let account = accounted(&after, &[]) - accounted(&before, &[]);
                 ensure!(account > 0.0, "the profiler is on, and its own account has not grown: {account} s");
                 let written = after.sum("write_api_snapshots_total", &[r#"result="written""#]);
                 ensure!(written > 0.0, "the profiler is on, and has written no snapshot into {directory}");
-                of_core = of_core.max(account / (done.published - done.sent));
+                of_core = of_core.max(account / seconds);
+                for (part, most) in &mut of_parts {
+                    let label = format!(r#"part="{part}""#);
+                    *most = most.max((accounted(&after, &[&label]) - accounted(&before, &[&label])) / seconds);
+                }
                 of_service = of_service.max(account / done.cpu_seconds);
             }
             cpu[usize::from(enabled)] = done.cpu_seconds;
@@ -48,13 +56,16 @@ pub(crate) async fn profiler_on(ground: &mut Ground, pairs: u32) -> Result<Vec<O
     let mean = ratios.iter().sum::<f64>() / n;
     let deviation = (ratios.iter().map(|ratio| (ratio - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt();
     let upper = mean + students_t(ratios.len()) * deviation / n.sqrt();
-    let outcome = Outcome::new(11, "profiler on")
+    let mut outcome = Outcome::new(11, "profiler on")
         .at_most("CPU on (samples, snapshots each 5 s) / off, 95 % bound", upper, 1.03)
         .at_most("by its own account, of one core at most", of_core, 0.01)
         .at_most("peak RSS on, MiB", memory_on, memory_off * 1.03 + 10.0)
         .beside("CPU on / off, mean", mean)
         .beside("by its own account, of the service's CPU at most", of_service)
         .beside("peak RSS off, MiB", memory_off);
+    for (part, most) in of_parts {
+        outcome = outcome.beside(&format!("of one core at most: {part}"), most);
+    }
     Ok(vec![if pairs < 30 { outcome.not_measured(format!("{} of 30 pairs (--full)", 30 - pairs)) } else { outcome }])
 }
 
@@ -62,9 +73,9 @@ async fn exposition(service: &Service) -> Result<Exposition> {
     Exposition::read(&service.program.environment().admin_url()).await
 }
 
-/// CPU seconds of the profiler so far, as it counts them itself.
-fn accounted(page: &Exposition) -> f64 {
-    page.sum("write_api_profiler_cpu_seconds_total", &[])
+/// CPU seconds of the profiler so far, as it counts them itself; of the parts that have all of `labels`.
+fn accounted(page: &Exposition, labels: &[&str]) -> f64 {
+    page.sum("write_api_profiler_cpu_seconds_total", labels)
 }
 
 /// Student's t of the two-sided 95 % interval of a mean of `n` values.
