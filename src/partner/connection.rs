@@ -289,15 +289,17 @@ mod tests {
 
     /// Self-signed for localhost, valid for a hundred years.
     const CERTIFICATE: &[u8] = include_bytes!("fixtures/localhost.cert.der");
+    /// The same with the same key, valid for the first day of 2020.
+    const EXPIRED: &[u8] = include_bytes!("fixtures/expired.cert.der");
     const KEY: &[u8] = include_bytes!("fixtures/localhost.key.der");
 
     /// A TLS server that sends every byte back.
-    async fn echo() -> SocketAddr {
+    async fn echo(certificate: &'static [u8]) -> SocketAddr {
         let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(KEY));
         let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_safe_default_protocol_versions()
             .and_then(|config| {
-                config.with_no_client_auth().with_single_cert(vec![CertificateDer::from(CERTIFICATE)], key)
+                config.with_no_client_auth().with_single_cert(vec![CertificateDer::from(certificate)], key)
             })
             .expect("the fixtures are good");
         let acceptor = TlsAcceptor::from(Arc::new(config));
@@ -322,7 +324,7 @@ mod tests {
 
     #[tokio::test]
     async fn tls_is_spoken_and_a_quiet_connection_is_known() {
-        let address = echo().await;
+        let address = echo(CERTIFICATE).await;
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from(CERTIFICATE)).expect("good");
         let mut connection = connector(address, roots).connect().await.expect("connected");
@@ -337,10 +339,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_certificate_that_is_not_trusted_is_refused() {
-        let error = connector(echo().await, RootCertStore::empty()).connect().await.err().expect("refused");
-        let message = format!("{error:#}");
-        assert!(message.contains("localhost") && message.contains("UnknownIssuer"), "{message}");
+    async fn a_certificate_that_is_not_trusted_or_not_valid_any_more_is_refused() {
+        for (certificate, trusted, why) in [(CERTIFICATE, None, "UnknownIssuer"), (EXPIRED, Some(EXPIRED), "xpired")] {
+            let mut roots = RootCertStore::empty();
+            roots.add_parsable_certificates(trusted.map(CertificateDer::from));
+            let error = connector(echo(certificate).await, roots).connect().await.err().expect("refused");
+            let message = format!("{error:#}");
+            assert!(message.contains("localhost") && message.contains(why), "{message}");
+        }
     }
 
     #[tokio::test]
