@@ -55,7 +55,7 @@ const ADMIN_PAGE: Duration = Duration::from_secs(10);
 /// The longest that a profile may take, with the reading of it.
 const PROFILE: Duration = Duration::from_secs(120);
 
-/// The keeper passes at least once a second when all is well; its calls are bounded by fractions of the visibility.
+/// How long the keeper may be silent beside its calls to SQS; to Postgres they take 15 s at most.
 const KEEPER_SILENCE: Duration = Duration::from_secs(60);
 
 /// The service, built and not yet running.
@@ -100,7 +100,7 @@ impl App {
                 },
             },
             metrics: metrics.clone(),
-            message_beat: health.beat("keeper of messages", KEEPER_SILENCE),
+            message_beat: health.beat("keeper of messages", KEEPER_SILENCE + config.queue.request_timeout * 2),
             run_beat: health.beat("keeper of runs", KEEPER_SILENCE),
         })?;
         let publisher = Publisher::new(&config.kafka, metrics.clone())?;
@@ -154,7 +154,7 @@ impl App {
         let cancels = cancels::watch(
             self.database.clone(),
             self.keeper.clone(),
-            self.health.beat("cancels", cancels::SILENCE),
+            self.health.beat("cancels", cancels::silence_limit(&self.database)),
             draining.clone(),
         );
         task::spawn_in(&mut watchers, "cancels", cancels);
@@ -165,7 +165,7 @@ impl App {
             task::spawn_in(&mut watchers, "retention", async move {
                 // Not before the schema is known to be whole, however long that takes.
                 let _ = begin.wait_for(|begun| *begun).await;
-                let beat = health.beat("retention", retention::SILENCE);
+                let beat = health.beat("retention", retention::silence_limit(&database));
                 Retention { database, age, metrics, beat, stop }.run().await;
             });
         }
@@ -283,7 +283,7 @@ impl App {
             wake: self.events.outbox.clone(),
             settings: self.config.outbox.clone(),
             metrics: self.metrics.clone(),
-            beat: self.health.beat("outbox relay", relay::silence_limit(&self.config.outbox)),
+            beat: self.health.beat("outbox relay", relay::silence_limit(&self.config.outbox, &self.database)),
             stop,
         }
     }

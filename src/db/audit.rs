@@ -70,17 +70,17 @@ pub struct Listings {
     pub first: Vec<i64>,
 }
 
-/// What the outbox has of a run.
+/// A row of the outbox.
 #[derive(Debug, Clone)]
-pub struct OutboxBooks {
-    /// Rows that announce the run's post-processing.
-    pub announcing: i64,
-    /// Of these, the one with the id that follows from the run's.
-    pub derived: i64,
-    /// Whether that one's document says what it should.
-    pub derived_is_right: bool,
-    /// Whether that one was sent.
-    pub derived_sent: bool,
+pub struct OutboxRow {
+    /// Its id, which is the event's.
+    pub event_id: Uuid,
+    /// The lane that it is for.
+    pub lane: String,
+    /// The event, as it is sent.
+    pub body: String,
+    /// Whether it was sent.
+    pub is_sent: bool,
 }
 
 /// A publication, as recorded.
@@ -317,30 +317,20 @@ impl Database {
         })
     }
 
-    /// The outbox's rows about the post-processing of a run, whose event should have the id `derived`.
-    pub async fn outbox_books(&self, run_id: &str, derived: Uuid) -> Result<OutboxBooks, DbError> {
+    /// Rows of the outbox with an id, and all for the lane of post-processing whose body has a text.
+    pub async fn outbox_rows(&self, id: Uuid, text: &str) -> Result<Vec<OutboxRow>, DbError> {
         run!(self, "the outbox of a run", connection => {
             sqlx::query_as!(
-                OutboxBooks,
+                OutboxRow,
                 r#"
-                SELECT count(*) AS "announcing!",
-                       count(*) FILTER (WHERE event_id = $2) AS "derived!",
-                       coalesce(bool_and(
-                           lane = 'post_processing' AND document ->> 'id' = $2::uuid::text
-                           AND document ->> 'type' = 'writeapi.valuations.publish.v1'
-                           AND document #>> '{data,run_id}' = $1) FILTER (WHERE event_id = $2), false)
-                           AS "derived_is_right!",
-                       coalesce(bool_or(sent_at IS NOT NULL) FILTER (WHERE event_id = $2), false) AS "derived_sent!"
-                FROM (
-                    SELECT event_id, lane, sent_at, body::jsonb AS document FROM outbox
-                    WHERE event_id = $2 OR lane = 'post_processing'
-                ) AS announced
-                WHERE event_id = $2 OR document #>> '{data,run_id}' = $1
+                SELECT event_id, lane, body, sent_at IS NOT NULL AS "is_sent!" FROM outbox
+                WHERE event_id = $1 OR (lane = 'post_processing' AND strpos(body, $2) > 0)
+                ORDER BY event_id
                 "#,
-                run_id,
-                derived,
+                id,
+                text,
             )
-            .fetch_one(connection)
+            .fetch_all(connection)
             .await
         })
     }

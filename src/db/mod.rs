@@ -188,6 +188,11 @@ impl Database {
         wait(For::Database, Arc::clone(&self.connections).acquire())
     }
 
+    /// The longest that one piece of work takes, with all its tries.
+    pub fn longest(&self) -> Duration {
+        RETRY_FOR + RETRY.cap + self.acquire_timeout + self.bound
+    }
+
     /// The client-side bound on a statement.
     #[track_caller]
     fn bounded<T>(&self, work: impl Future<Output = sqlx::Result<T>>) -> impl Future<Output = sqlx::Result<T>> {

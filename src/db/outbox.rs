@@ -68,6 +68,9 @@ impl Database {
 
     /// Marks rows as sent. A row that another relay sent meanwhile stays as that one marked it.
     pub async fn mark_sent(&self, event_ids: &[Uuid]) -> Result<(), DbError> {
+        if event_ids.is_empty() {
+            return Ok(());
+        }
         run!(self, "the marking of sent outbox rows", connection => {
             sqlx::query!(
                 "UPDATE outbox SET sent_at = clock_timestamp() WHERE event_id = ANY ($1) AND sent_at IS NULL",
@@ -81,6 +84,9 @@ impl Database {
 
     /// Gives claimed rows back, because sending them failed. Nobody may claim them before `wait` is over.
     pub async fn return_outbox(&self, relay: Uuid, event_ids: &[Uuid], wait: Duration) -> Result<(), DbError> {
+        if event_ids.is_empty() {
+            return Ok(());
+        }
         run!(self, "the return of outbox rows", connection => {
             sqlx::query!(
                 "UPDATE outbox SET claimed_by = NULL, claimed_until = clock_timestamp() + make_interval(secs => $3)

@@ -17,8 +17,10 @@ use crate::queue::keeper::Keeper;
 /// Between two looks: a cancel reaches the work within this.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long the loop may be silent: it waits for Postgres, as long as a statement may take with all its tries.
-pub const SILENCE: Duration = Duration::from_secs(120);
+/// How long the loop may be silent: as long as one look at Postgres may take with all its tries, and a minute.
+pub fn silence_limit(database: &Database) -> Duration {
+    database.longest() + Duration::from_secs(60)
+}
 
 /// Looks for requests until the service stops, which ends all work by itself.
 pub async fn watch(database: Database, keeper: Arc<Keeper>, beat: Beat, stop: Stop) {

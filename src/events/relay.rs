@@ -136,11 +136,13 @@ impl Relay {
         }
         // One that fails does not keep the others from being tried.
         let marked = self.database.mark_sent(&sent).await;
+        self.beat.touch();
         fault_points("relay.after_mark", rows.iter().copied());
         if marked.is_ok() {
             self.metrics.outbox_sent.inc_by(sent.len() as u64);
         }
         let put_off = self.database.return_outbox(me, &refused, REFUSED_WAIT).await;
+        self.beat.touch();
         let returned = self.database.return_outbox(me, &left, Duration::ZERO).await;
         marked.and(put_off).and(returned)?;
         match failure {
@@ -183,7 +185,7 @@ fn fault_points<'a>(name: &str, rows: impl IntoIterator<Item = &'a OutboxRow>) {
     }
 }
 
-/// How long the relay may be silent: a poll interval and a round of everything it does at its bounds.
-pub fn silence_limit(settings: &config::Outbox) -> Duration {
-    settings.poll_interval + Duration::from_secs(120)
+/// How long the relay may be silent: a poll interval between two looks at Postgres with all their tries, and a minute.
+pub fn silence_limit(settings: &config::Outbox, database: &Database) -> Duration {
+    settings.poll_interval + database.longest() * 2 + Duration::from_secs(60)
 }

@@ -27,8 +27,10 @@ const RUNS: i64 = 10;
 /// Between two rounds. What is removed has been kept for weeks, so a few minutes more do not matter.
 const INTERVAL: Duration = Duration::from_secs(600);
 
-/// How long the loop may be silent: the wait between two rounds, and one statement with all its tries.
-pub const SILENCE: Duration = Duration::from_secs(600 + 120);
+/// How long the loop may be silent: the wait between two rounds, a statement with all its tries at each end of it, and a minute.
+pub fn silence_limit(database: &Database) -> Duration {
+    INTERVAL + database.longest() * 2 + Duration::from_secs(60)
+}
 
 /// What a round works with.
 pub struct Retention {

@@ -97,9 +97,10 @@ impl Failure {
         match code {
             // A batch that is too large may be of records that are not.
             MessageSizeTooLarge | MessageBatchTooLarge | InvalidMessage | InvalidMessageSize | InvalidRecord
-            | InvalidTimestamp | PolicyViolation => Failure::Record,
+            | PolicyViolation => Failure::Record,
             TopicAuthorizationFailed | ClusterAuthorizationFailed => Failure::Rights,
-            // A topic that is missing is among these: `setup` or the operator creates it, and the page goes out.
+            // A topic that is missing is among these: `setup` or the operator creates it, and the page goes out. So is a
+            // timestamp, which is that of the sending: a clock that is wrong now is right later.
             _ => Failure::Passing,
         }
     }

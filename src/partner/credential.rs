@@ -6,13 +6,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, bail};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use crate::config::{self, Secret};
 use crate::task;
 
 /// How often the file is looked at, while calls are made.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
+
+/// How long a call waits for that. Reading may block, on a network file system for long; it goes on beside the calls then.
+const READ_WAIT: Duration = Duration::from_secs(1);
 
 /// A header whose value follows its file.
 pub(super) struct Credential {
@@ -24,6 +27,8 @@ struct Current {
     value: Secret,
     version: Option<Version>,
     checked: Instant,
+    /// Whether somebody looks at the file now.
+    is_read: bool,
 }
 
 /// Enough of a file's metadata to notice a new content: a secret mounted by Kubernetes is replaced by a rename, one
@@ -45,7 +50,7 @@ impl Credential {
     /// Reads the file.
     pub(super) fn load(file: &config::Credential) -> anyhow::Result<Arc<Self>> {
         let (version, value) = read(file)?;
-        let current = Current { value, version: Some(version), checked: Instant::now() };
+        let current = Current { value, version: Some(version), checked: Instant::now(), is_read: false };
         Ok(Arc::new(Credential { file: file.clone(), current: Mutex::new(current) }))
     }
 
@@ -61,18 +66,29 @@ impl Credential {
     /// [`refresh`](Credential::refresh).
     pub(super) fn is_due(&self) -> bool {
         let mut current = self.lock();
-        let due = current.checked.elapsed() >= CHECK_EVERY;
+        let due = !current.is_read && current.checked.elapsed() >= CHECK_EVERY;
         if due {
             current.checked = Instant::now();
+            current.is_read = true;
         }
         due
     }
 
     /// Reads the file again if it changed. The value in use stays while the file cannot be used.
     pub(super) async fn refresh(self: Arc<Self>) {
-        // Reading may block, on a network file system for long.
-        let read = task::spawn_blocking(move || self.reload());
-        read.await.unwrap_or_else(|error| tracing::error!(%error, "reading the partner's credential panicked"));
+        let credential = Arc::clone(&self);
+        let reading = task::spawn_blocking(move || {
+            let _reading = Reading(&credential);
+            credential.reload();
+        });
+        match timeout(READ_WAIT, reading).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!(%error, "reading the partner's credential panicked"),
+            Err(_) => tracing::warn!(
+                file = %self.file.file.display(),
+                "reading the partner's credential takes long; calls go on with the old one"
+            ),
+        }
     }
 
     fn reload(&self) {
@@ -99,6 +115,15 @@ impl Credential {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Current> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Somebody looks at the file until this is dropped.
+struct Reading<'a>(&'a Credential);
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        self.0.lock().is_read = false;
     }
 }
 

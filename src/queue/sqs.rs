@@ -36,6 +36,9 @@ pub const MOST_DELAY: Duration = Duration::from_secs(900);
 /// travels with the event, so that one that is refused each time can be told.
 pub const REDRIVES_ATTRIBUTE: &str = "redrives";
 
+/// A count of redrives that is there and cannot be read: whoever must not go in circles goes no further.
+pub const REDRIVES_UNREADABLE: u32 = u32::MAX;
+
 /// Why a call to SQS failed.
 #[derive(Debug, thiserror::Error)]
 #[error("SQS {action} on {queue} failed: {message}")]
@@ -538,12 +541,10 @@ fn received(message: aws_sdk_sqs::types::Message, received_at: Instant) -> Optio
         .and_then(|all| all.get(&MessageSystemAttributeName::ApproximateReceiveCount))
         .and_then(|count| count.parse().ok())
         .unwrap_or(1);
-    let redrives = message
-        .message_attributes
-        .as_ref()
-        .and_then(|all| all.get(REDRIVES_ATTRIBUTE))
-        // A count that cannot be read is there all the same: whoever must not go in circles goes no further.
-        .map_or(0, |count| count.string_value().and_then(|count| count.parse().ok()).unwrap_or(u32::MAX));
+    let redrives =
+        message.message_attributes.as_ref().and_then(|all| all.get(REDRIVES_ATTRIBUTE)).map_or(0, |count| {
+            count.string_value().and_then(|count| count.parse().ok()).unwrap_or(REDRIVES_UNREADABLE)
+        });
     Some(Message { id, body: message.body.unwrap_or_default(), receipt, receive_count, redrives, received_at })
 }
 

@@ -156,6 +156,12 @@ async fn each_break_in_the_database_is_named() -> Result<()> {
             &["outbox_wrong: 1: 2 rows announce its post-processing, 1 of them"],
         ),
         (
+            "INSERT INTO outbox (event_id, lane, body, sent_at)
+             SELECT gen_random_uuid(), lane, 'no JSON ' || body, now() FROM outbox",
+            "DELETE FROM outbox WHERE body LIKE 'no JSON%'",
+            &["outbox_wrong: 1: row "],
+        ),
+        (
             "UPDATE outbox SET lane = 'valuations'",
             "UPDATE outbox SET lane = 'post_processing'",
             &["outbox_wrong: 1: row "],

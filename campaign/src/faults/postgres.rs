@@ -109,7 +109,8 @@ pub(super) async fn until_said(scene: &mut Scene<'_>, refusal: &str, before: u64
         tokio::time::sleep(LOOK).await;
     }
     let proof = format!("the server said {hits} times in {:?}: {refusal}", begun.elapsed());
-    Ok(Injection { hits, hits_at_work, proof, interruptions: hits, ..Injection::new("") })
+    // A refusal costs no call: its statement is tried again, and whoever gives up shows as another attempt.
+    Ok(Injection { hits, hits_at_work, proof, interruptions: 1, ..Injection::new("") })
 }
 
 /// How often the server's log has a text.

@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use serde_json::Value;
+use uuid::Uuid;
+
 use super::account::{Account, Gap, add_gap};
 use super::expected::publish_event_id;
 use crate::cli::count;
@@ -151,6 +154,51 @@ fn shown(listings: &Listings) -> String {
     format!("{}{}", ids.join(", "), if listings.count > SHOWN { ", …" } else { "" })
 }
 
+/// What the outbox has of a run.
+#[derive(Default)]
+struct Outbox {
+    /// Rows that announce the run's post-processing.
+    announcing: u64,
+    /// Of these, those with the id that follows from the run's: one or none.
+    derived: u64,
+    /// Whether that one's document says what it should.
+    derived_is_right: bool,
+    /// Whether that one was sent.
+    derived_sent: bool,
+}
+
+async fn outbox(database: &Database, account: &mut Account, derived: Uuid) -> Result<Outbox, DbError> {
+    let run_id = account.run_id.clone();
+    // As it is written inside of a document.
+    let text = Value::from(run_id.as_str()).to_string();
+    let mut outbox = Outbox::default();
+    for row in database.outbox_rows(derived, &text).await? {
+        let is_derived = row.event_id == derived;
+        let document: Value = match serde_json::from_str(&row.body) {
+            Ok(document) => document,
+            Err(error) if !is_derived => {
+                account.is_wrong("outbox_wrong", format!("row {} is no JSON: {error}", row.event_id));
+                continue;
+            }
+            // Told as one that does not say what it should.
+            Err(_) => Value::Null,
+        };
+        if !is_derived && document["data"]["run_id"] != run_id.as_str() {
+            continue;
+        }
+        outbox.announcing += 1;
+        if is_derived {
+            outbox.derived += 1;
+            outbox.derived_sent = row.is_sent;
+            outbox.derived_is_right = row.lane == "post_processing"
+                && document["id"] == derived.to_string()
+                && document["type"] == "writeapi.valuations.publish.v1"
+                && document["data"]["run_id"] == run_id.as_str();
+        }
+    }
+    Ok(outbox)
+}
+
 /// Post-processing exists if and only if the run is complete.
 async fn post_processing(
     database: &Database,
@@ -159,11 +207,11 @@ async fn post_processing(
     completed_seconds: Option<f64>,
 ) -> Result<(), DbError> {
     let derived = publish_event_id(&account.run_id);
-    let outbox = database.outbox_books(&account.run_id, derived).await?;
+    let outbox = outbox(database, account, derived).await?;
     let publications = database.publication_books(&account.run_id).await?;
     account.publications = publications.len();
     if !is_complete {
-        account.gap("outbox_without_completion", outbox.announcing.unsigned_abs(), [derived]);
+        account.gap("outbox_without_completion", outbox.announcing, [derived]);
         let events = publications.iter().map(|publication| &publication.event_id);
         account.gap("publication_without_completion", publications.len() as u64, events);
         return Ok(());

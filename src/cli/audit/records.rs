@@ -31,6 +31,8 @@ pub(super) struct Topic {
     pub(super) extents: BTreeMap<i32, Extent>,
     /// When the oldest record of each partition was sent, in milliseconds since 1970.
     begins_at_ms: BTreeMap<i32, i64>,
+    /// How many were read of each partition.
+    read: BTreeMap<i32, i64>,
 }
 
 impl Topic {
@@ -38,17 +40,24 @@ impl Topic {
     /// record of their partition, if that was sent before the run was complete.
     fn proves(&self, completed_at_ms: Option<f64>) -> bool {
         self.extents.iter().all(|(partition, extent)| {
-            extent.low == 0
-                || match (self.begins_at_ms.get(partition), completed_at_ms) {
-                    (Some(begins_at), Some(completed_at)) => *begins_at as f64 + CLOCK_SLACK_MS <= completed_at,
-                    _ => false,
-                }
+            !self.has_holes(*partition, extent)
+                && (extent.low == 0
+                    || match (self.begins_at_ms.get(partition), completed_at_ms) {
+                        (Some(begins_at), Some(completed_at)) => *begins_at as f64 + CLOCK_SLACK_MS <= completed_at,
+                        _ => false,
+                    })
         })
     }
 
-    /// Partitions whose oldest records were removed.
+    /// Whether records between the oldest and the newest are gone, as compaction removes them: of any age.
+    fn has_holes(&self, partition: i32, extent: &Extent) -> bool {
+        self.read.get(&partition).copied().unwrap_or(0) < extent.high - extent.low
+    }
+
+    /// Partitions of which records were removed.
     pub(super) fn cut_partitions(&self) -> usize {
-        self.extents.values().filter(|extent| extent.low > 0).count()
+        let is_cut = |(partition, extent): &(&i32, &Extent)| extent.low > 0 || self.has_holes(**partition, extent);
+        self.extents.iter().filter(is_cut).count()
     }
 }
 
@@ -97,6 +106,7 @@ impl Checking<'_> {
         let mut by_run: BTreeMap<String, Vec<(i64, StoredRecord)>> = BTreeMap::new();
         for record in batch {
             topic.records += 1;
+            *topic.read.entry(record.partition).or_default() += 1;
             if let Some(timestamp) = record.timestamp_ms {
                 topic.begins_at_ms.entry(record.partition).or_insert(timestamp);
             }
@@ -214,12 +224,17 @@ mod tests {
     #[test]
     fn a_cut_topic_proves_what_is_younger_than_its_oldest_records() {
         let extent = |low| Extent { low, high: 9 };
-        let mut topic = Topic { extents: [(0, extent(0)), (1, extent(5))].into(), ..Topic::default() };
+        let read = [(0, 9), (1, 4)].into();
+        let mut topic = Topic { extents: [(0, extent(0)), (1, extent(5))].into(), read, ..Topic::default() };
         assert!(!topic.proves(Some(1e12)), "all of partition 1 was removed");
         topic.begins_at_ms = [(0, 2_000_000), (1, 1_000_000)].into();
         assert!(topic.proves(Some(1_060_000.0)) && topic.proves(Some(2e9)));
         assert!(!topic.proves(Some(1_059_999.0)) && !topic.proves(Some(0.0)) && !topic.proves(None));
+        assert_eq!(topic.cut_partitions(), 1);
         topic.extents.insert(1, extent(0));
-        assert!(topic.proves(Some(0.0)), "nothing was removed");
+        topic.read.insert(1, 9);
+        assert!(topic.proves(Some(0.0)) && topic.cut_partitions() == 0, "nothing was removed");
+        topic.read.insert(0, 8);
+        assert!(!topic.proves(Some(2e9)) && topic.cut_partitions() == 1, "a compacted topic proves nothing");
     }
 }

@@ -34,7 +34,7 @@ pub(super) fn text(found: &Found, verdict: Verdict) -> String {
         if account.truncated > 0 {
             let _ = writeln!(
                 text,
-                "            topic truncated: {} cannot be proven, their time is before the oldest records kept",
+                "            topic truncated: {} cannot be proven, the topic does not keep all of their time",
                 count(account.truncated, "record")
             );
         }
@@ -67,7 +67,7 @@ pub(super) fn text(found: &Found, verdict: Verdict) -> String {
         count(topic.extents.len() as u64, "partition"),
     );
     if topic.cut_partitions() > 0 {
-        let _ = write!(text, ", {} without their oldest records", topic.cut_partitions());
+        let _ = write!(text, ", {} of which records were removed", topic.cut_partitions());
     }
     if topic.of_pruned_runs > 0 {
         let _ = write!(text, ", {} of runs that were pruned", topic.of_pruned_runs);

@@ -10,7 +10,7 @@ use super::filter::LaneName;
 use crate::cli::text::{printable, span};
 use crate::events::envelope::Event;
 use crate::events::request;
-use crate::queue::sqs::DeadLetter;
+use crate::queue::sqs::{DeadLetter, REDRIVES_UNREADABLE};
 
 /// Code where SQS itself moved the message.
 const RECEIVED_TOO_OFTEN: &str = "received_too_often";
@@ -121,6 +121,10 @@ impl Letter {
         self.event_id.as_deref().unwrap_or(&self.message_id)
     }
 
+    fn redrives(&self) -> String {
+        if self.redrives == REDRIVES_UNREADABLE { "?".to_owned() } else { self.redrives.to_string() }
+    }
+
     /// One line of columns.
     pub(super) fn line(&self) -> String {
         let age =
@@ -130,7 +134,7 @@ impl Letter {
             self.lane.as_str(),
             self.kind,
             printable(&self.code),
-            self.redrives,
+            self.redrives(),
             printable(self.name())
         )
     }
@@ -153,7 +157,7 @@ impl Letter {
             ("message", self.message_id.clone()),
             ("first message", or(self.origin_id.as_deref())),
             ("receives", self.receives.map_or("-".to_owned(), |receives| receives.to_string())),
-            ("redrives", self.redrives.to_string()),
+            ("redrives", self.redrives()),
             ("bytes", self.body.len().to_string()),
         ];
         let mut page: String = rows.iter().map(|(name, value)| format!("{name:<13}  {}\n", printable(value))).collect();

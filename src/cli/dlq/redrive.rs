@@ -21,7 +21,7 @@ use crate::config::Config;
 use crate::db::Database;
 use crate::fault;
 use crate::queue::dead_letters::{Hold, LAST_ANSWER, Reader};
-use crate::queue::sqs::{Queue, Sqs, SqsError};
+use crate::queue::sqs::{Queue, REDRIVES_UNREADABLE, Sqs, SqsError};
 
 /// After so many redrives a letter is left unless it is forced: whatever refuses it has not been mended.
 const MOST_REDRIVES: u32 = 3;
@@ -179,7 +179,11 @@ impl Redrive<'_> {
             return left(others, "its event was sent a moment ago: it was refused again, or it is a copy of it", sums);
         }
         if letter.redrives >= MOST_REDRIVES && !self.options.force {
-            let why = "it was redriven 3 times and came back each time; mend what refuses it, or --force";
+            let why = if letter.redrives == REDRIVES_UNREADABLE {
+                "how often it was redriven cannot be read; mend what refuses it, or --force"
+            } else {
+                "it was redriven 3 times or more and came back each time; mend what refuses it, or --force"
+            };
             return left(&copies, why, sums);
         }
         if self.options.meant.dry_run {

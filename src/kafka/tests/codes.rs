@@ -31,7 +31,7 @@ const OF_PRODUCE: [(i32, Option<Verdict>); 29] = [
     (21, Some(Verdict::Retry)),
     (29, Some(Verdict::NotAuthorized)),
     (31, Some(Verdict::NotAuthorized)),
-    (32, None),
+    (32, Some(Verdict::Retry)),
     (35, Some(Verdict::Retry)),
     (43, Some(Verdict::Retry)),
     (44, None),

@@ -119,7 +119,6 @@ fn every_code_of_a_delivery_report_has_its_class() {
                 InvalidMessage,
                 InvalidMessageSize,
                 InvalidRecord,
-                InvalidTimestamp,
                 PolicyViolation,
             ][..],
             Record,
@@ -147,10 +146,11 @@ fn every_code_of_a_delivery_report_has_its_class() {
             ],
             Passing,
         ),
-        // The topic or a setting is at fault, whatever the record: an operator mends it, and the page goes out.
+        // The topic, a setting or a clock is at fault, whatever the record: an operator mends it, and the page goes out.
         (
             &[
                 InvalidTopic,
+                InvalidTimestamp,
                 InvalidRequiredAcks,
                 UnsupportedVersion,
                 UnsupportedForMessageFormat,

@@ -71,6 +71,50 @@ async fn the_credential_is_sent_and_follows_its_file() {
     assert_eq!(partner.breaker_state(), BreakerState::Closed);
 }
 
+/// As on a network file system that is away: a pipe that nobody writes to.
+#[tokio::test]
+async fn a_credential_that_cannot_be_read_in_time_holds_up_no_call() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("credential");
+    std::fs::write(&file, "old\n").expect("written");
+    let stub = Stub::start(|call| valued(call.listing_id)).await;
+    let mut settings = settings(stub.address);
+    let credential = config::Credential { header: http::HeaderName::from_static("x-key"), file: file.clone() };
+    settings.credential = Some(credential);
+    let (partner, _) = partner(&settings);
+    std::fs::remove_file(&file).expect("removed");
+    let made = std::process::Command::new("mkfifo").arg(&file).status().expect("mkfifo runs");
+    assert!(made.success());
+    let mut slowest = Duration::ZERO;
+    let begin = Instant::now();
+    for listing in 0.. {
+        let called = Instant::now();
+        assert_eq!(timeout(SECOND * 3, value(&partner, listing)).await.expect("in time"), worth(listing));
+        slowest = slowest.max(called.elapsed());
+        tokio::time::sleep(MS * 50).await;
+        if begin.elapsed() > SECOND * 4 {
+            break;
+        }
+    }
+    assert!(slowest > MS * 900, "nobody has read the pipe");
+    let calls = stub.calls();
+    assert!(calls.len() > 30, "{} calls: more than one waited", calls.len());
+    assert!(calls.iter().all(|call| call.header("x-key") == Some("old")));
+    // What comes at last is used.
+    let written = tokio::task::spawn_blocking(move || std::fs::write(&file, "new\n"));
+    written.await.expect("no panic").expect("written");
+    let renewed = async {
+        for listing in 1_000.. {
+            value(&partner, listing).await;
+            if stub.calls().last().is_some_and(|call| call.header("x-key") == Some("new")) {
+                break;
+            }
+            tokio::time::sleep(MS * 10).await;
+        }
+    };
+    timeout(SECOND, renewed).await.expect("the new one is sent");
+}
+
 #[tokio::test]
 async fn a_credential_that_cannot_be_used_is_refused_at_the_start() {
     let directory = tempfile::tempdir().expect("a directory");

@@ -62,7 +62,7 @@ impl Consumer {
             Outcome::Lost => line!(warn, "event lost to another worker"),
             Outcome::Refuse(refusal) => {
                 let (code, reason) = (refusal.code, refusal.reason.as_str());
-                line!(warn, "event refused, sent to the dead-letter queue", code, reason)
+                line!(warn, "event refused, it goes to the dead-letter queue", code, reason)
             }
         }
     }
