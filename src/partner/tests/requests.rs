@@ -71,7 +71,7 @@ async fn the_credential_is_sent_and_follows_its_file() {
     assert_eq!(partner.breaker_state(), BreakerState::Closed);
 }
 
-/// As on a network file system that is away: a pipe that nobody writes to.
+/// As on a network file system that is away: a pipe that is open for writing, and nobody writes.
 #[tokio::test]
 async fn a_credential_that_cannot_be_read_in_time_holds_up_no_call() {
     let directory = tempfile::tempdir().expect("a directory");
@@ -85,6 +85,8 @@ async fn a_credential_that_cannot_be_read_in_time_holds_up_no_call() {
     std::fs::remove_file(&file).expect("removed");
     let made = std::process::Command::new("mkfifo").arg(&file).status().expect("mkfifo runs");
     assert!(made.success());
+    // Closed by a panic too: whoever reads it would keep the runtime.
+    let mut pipe = std::fs::File::options().read(true).write(true).open(&file).expect("a pipe for both");
     let mut slowest = Duration::ZERO;
     let begin = Instant::now();
     for listing in 0.. {
@@ -100,9 +102,11 @@ async fn a_credential_that_cannot_be_read_in_time_holds_up_no_call() {
     let calls = stub.calls();
     assert!(calls.len() > 30, "{} calls: more than one waited", calls.len());
     assert!(calls.iter().all(|call| call.header("x-key") == Some("old")));
-    // What comes at last is used.
-    let written = tokio::task::spawn_blocking(move || std::fs::write(&file, "new\n"));
-    written.await.expect("no panic").expect("written");
+    // What comes at last is used. It is a file by then, or the next look at it would hang again.
+    std::io::Write::write_all(&mut pipe, b"new\n").expect("written");
+    std::fs::write(directory.path().join("file"), "new\n").expect("written");
+    std::fs::rename(directory.path().join("file"), &file).expect("replaced");
+    drop(pipe);
     let renewed = async {
         for listing in 1_000.. {
             value(&partner, listing).await;
