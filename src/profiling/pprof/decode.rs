@@ -150,9 +150,11 @@ impl Texts<'_> {
     }
 
     fn label(&self, label: &wire::Label) -> Result<Label, DecodeError> {
-        let value = match label.text {
-            0 => LabelValue::Number(label.number, self.get(label.unit)?),
-            text => LabelValue::Text(self.get(text)?),
+        // By the text and not by its index: an empty one stands for a number wherever it is in the table.
+        let text = self.get(label.text)?;
+        let value = match text.is_empty() {
+            true => LabelValue::Number(label.number, self.get(label.unit)?),
+            false => LabelValue::Text(text),
         };
         Ok(Label { key: self.get(label.key)?, value })
     }

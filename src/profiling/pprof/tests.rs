@@ -219,6 +219,19 @@ fn what_grew_is_found_wherever_the_files_were_mapped() {
     assert!(combine(&[]).is_err());
 }
 
+/// Found by fuzzing.
+#[test]
+fn an_empty_text_of_a_label_is_none_wherever_it_is_in_the_table() {
+    use prost::Message as _;
+    let mut message = wire::Profile::decode(small().encode_plain().as_slice()).unwrap();
+    message.string_table.push(String::new());
+    let empty = message.string_table.len() as i64 - 1;
+    message.sample[0].label = vec![wire::Label { text: empty, number: 7, ..Default::default() }];
+    let read = Profile::decode(&message.encode_to_vec()).unwrap();
+    assert_eq!(read.samples[0].labels[0].value, LabelValue::Number(7, String::new()));
+    assert_eq!(Profile::decode(&read.encode()).unwrap(), read);
+}
+
 #[test]
 fn what_is_no_profile_is_refused_with_a_reason() {
     let refused = |change: fn(&mut wire::Profile)| {
