@@ -154,22 +154,22 @@ impl Events {
         }
         let kind = request::kind(&event)?;
         delivery.identify(kind, &event.id);
-        task::identify(Kind::named(kind), &event.id);
+        let request = Request::decode(&event);
+        let elsewhere = request.as_ref().ok().and_then(Request::own_lane).filter(|lane| *lane != delivery.lane);
+        match elsewhere {
+            // The work on it does not begin here.
+            Some(_) => task::label(Kind::named(kind)),
+            None => task::identify(Kind::named(kind), &event.id),
+        }
         fault::point("events.begin", &event.id);
-        match Request::decode(&event)? {
+        let request = request?;
+        if let Some(lane) = elsewhere {
+            return Ok(self.forward(delivery, lane).await);
+        }
+        match request {
             Request::Upsert(listing) => listing_upsert::handle(&self.database, &event, &listing).await,
-            Request::Refresh(data) => {
-                if delivery.lane != lane::VALUATIONS {
-                    return Ok(self.forward(delivery, lane::VALUATIONS).await);
-                }
-                valuations_refresh::handle(self, &event, &data, delivery, pass).await
-            }
-            Request::Publish(data) => {
-                if delivery.lane != lane::POST_PROCESSING {
-                    return Ok(self.forward(delivery, lane::POST_PROCESSING).await);
-                }
-                valuations_publish::handle(self, &event, &data, delivery, pass).await
-            }
+            Request::Refresh(data) => valuations_refresh::handle(self, &event, &data, delivery, pass).await,
+            Request::Publish(data) => valuations_publish::handle(self, &event, &data, delivery, pass).await,
         }
     }
 

@@ -4,7 +4,7 @@
 use super::envelope::{
     Event, KIND_PUBLISH, KIND_REFRESH, KIND_UPSERT, LISTING_UPSERT, VALUATIONS_PUBLISH, VALUATIONS_REFRESH,
 };
-use super::{listing_upsert, valuations_publish, valuations_refresh};
+use super::{lane, listing_upsert, valuations_publish, valuations_refresh};
 use crate::db::listings::Listing;
 use crate::queue::Refusal;
 
@@ -35,6 +35,15 @@ pub fn kind(event: &Event<'_>) -> Result<&'static str, Refusal> {
 }
 
 impl Request {
+    /// The lane that slow work is done on; what is fast is done where it arrives.
+    pub fn own_lane(&self) -> Option<&'static str> {
+        match self {
+            Request::Upsert(_) => None,
+            Request::Refresh(_) => Some(lane::VALUATIONS),
+            Request::Publish(_) => Some(lane::POST_PROCESSING),
+        }
+    }
+
     /// Reads and checks the data of an event, by its kind.
     pub fn decode(event: &Event<'_>) -> Result<Request, Refusal> {
         Ok(match kind(event)? {

@@ -1,9 +1,10 @@
 //! Who may take a profile.
 //!
 //! A profile shows names, sizes and load, and costs time. Without a token the listener is on loopback, where the only
-//! stranger is a web page in a browser on the same machine: its requests carry its own name in `Host`, whatever address
-//! that name was made to resolve to (DNS rebinding), and are refused. With a token every request has to bring it, also
-//! on loopback.
+//! stranger is a web page in a browser on the same machine. A page whose own name was made to resolve to this address (DNS
+//! rebinding) sends that name in `Host`, and is refused. One that asks for this address cannot read the answer, but would have
+//! the work done: browsers say where such a request comes from (`Sec-Fetch-Site`, `Origin`), and it is refused too. With a
+//! token every request has to bring it, also on loopback.
 
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -28,6 +29,7 @@ pub(super) enum Refusal {
     Method,
     Token,
     Host,
+    Site,
 }
 
 impl Access {
@@ -48,7 +50,8 @@ impl Access {
             Method::POST => request.uri().path() == "/debug/pprof/symbol",
             _ => false,
         };
-        allowed.and(if is_read { Ok(()) } else { Err(Refusal::Method) })
+        let own = if is_of_another_site(headers) { Err(Refusal::Site) } else { Ok(()) };
+        allowed.and(own).and(if is_read { Ok(()) } else { Err(Refusal::Method) })
     }
 }
 
@@ -63,6 +66,9 @@ impl IntoResponse for Refusal {
                 let text = "the token of profiling.token is needed: `Authorization: Bearer TOKEN`, or http://x:TOKEN@HOST:PORT/...";
                 let ask = [(header::WWW_AUTHENTICATE, "Basic realm=\"profiling\", charset=\"UTF-8\"")];
                 (ask, failure(StatusCode::UNAUTHORIZED, text)).into_response()
+            }
+            Refusal::Site => {
+                failure(StatusCode::FORBIDDEN, "a web page of another site asks for this; open the address itself")
             }
             Refusal::Host => failure(
                 StatusCode::FORBIDDEN,
@@ -96,6 +102,17 @@ fn brings(headers: &HeaderMap, token: &Secret) -> bool {
     brought.ct_eq(token.reveal().as_bytes()).into()
 }
 
+/// Whether a browser says that a page of another site asks. Programs send neither header.
+fn is_of_another_site(headers: &HeaderMap) -> bool {
+    let own = |origin: &[u8]| {
+        let host = headers.get(header::HOST).map(|host| host.as_bytes()).unwrap_or_default();
+        origin.strip_prefix(b"http://").or(origin.strip_prefix(b"https://")) == Some(host)
+    };
+    let site = headers.get("sec-fetch-site").map(|site| site.as_bytes());
+    site.is_some_and(|site| site != b"same-origin" && site != b"none")
+        || headers.get(header::ORIGIN).is_some_and(|origin| !own(origin.as_bytes()))
+}
+
 /// Whether `Host` is a name that only this machine has for itself; the port does not matter.
 fn names_this_machine(headers: &HeaderMap) -> bool {
     let mut hosts = headers.get_all(header::HOST).iter();
@@ -110,4 +127,48 @@ fn names_this_machine(headers: &HeaderMap) -> bool {
         return address.parse::<Ipv6Addr>().is_ok_and(|address| address.is_loopback());
     }
     name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+
+    use super::*;
+
+    fn decided(headers: &[(&str, &str)]) -> Result<(), Refusal> {
+        let mut request = Request::builder().uri("/debug/pprof/heap");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        Access { token: None }.decide(&request.body(Body::empty()).expect("a request"))
+    }
+
+    #[test]
+    fn programs_and_this_machines_own_pages_are_let_in() {
+        for host in ["localhost:6060", "127.0.0.1:6060", "127.9.9.9", "[::1]:6060", "LOCALHOST"] {
+            assert_eq!(decided(&[("host", host)]), Ok(()), "{host}");
+        }
+        let host = ("host", "localhost:6060");
+        // Typed into the browser, and a link of the index page.
+        assert_eq!(decided(&[host, ("sec-fetch-site", "none")]), Ok(()));
+        assert_eq!(decided(&[host, ("sec-fetch-site", "same-origin"), ("origin", "http://localhost:6060")]), Ok(()));
+    }
+
+    #[test]
+    fn pages_of_others_are_refused() {
+        for host in
+            ["evil.example", "evil.example:6060", "127.0.0.1.evil.example", "localhost.evil.example", "", "10.0.0.1"]
+        {
+            assert_eq!(decided(&[("host", host)]), Err(Refusal::Host), "{host}");
+        }
+        assert_eq!(decided(&[]), Err(Refusal::Host));
+        assert_eq!(decided(&[("host", "localhost"), ("host", "evil.example")]), Err(Refusal::Host));
+        let host = ("host", "127.0.0.1:6060");
+        for site in ["cross-site", "same-site"] {
+            assert_eq!(decided(&[host, ("sec-fetch-site", site)]), Err(Refusal::Site), "{site}");
+        }
+        for origin in ["https://evil.example", "null", "http://127.0.0.1:8080", "http://127.0.0.1:6060.evil.example"] {
+            assert_eq!(decided(&[host, ("origin", origin)]), Err(Refusal::Site), "{origin}");
+        }
+    }
 }

@@ -112,12 +112,13 @@ pub(super) fn give_back() -> anyhow::Result<()> {
 
 /// A thread whose allocations are not sampled: what taking a profile needs belongs to no profile, and the allocator would
 /// keep the stacks of a thread that ends for ever.
-struct Unsampled {
+pub(super) struct Unsampled {
     former: Option<bool>,
 }
 
 impl Unsampled {
-    fn this_thread() -> Self {
+    /// This thread, until it is dropped.
+    pub fn this_thread() -> Self {
         // SAFETY: a bool, by the allocator's manual.
         Unsampled { former: unsafe { raw::update(b"thread.prof.active\0", false) }.ok() }
     }

@@ -58,7 +58,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use axum::Router;
 use axum::body::HttpBody;
-use axum::extract::{ConnectInfo, Query, RawQuery, Request, State};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Query, RawQuery, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -94,7 +94,10 @@ pub fn router(profiling: &config::Profiling) -> Router {
         .route("/debug/pprof/profile", get(cpu_profile))
         .route("/debug/pprof/trace", get(last_spans))
         .route("/debug/pprof/cmdline", get(command_line))
-        .route("/debug/pprof/symbol", get(symbols_asked).post(symbols_posted));
+        .route(
+            "/debug/pprof/symbol",
+            get(symbols_asked).post(symbols_posted).layer(DefaultBodyLimit::max(MOST_ADDRESSES * ADDRESS_BYTES)),
+        );
     for mode in Mode::ALL {
         let answer = async move |slot: Slot, peer: Peer, query: Pairs| lookup(mode, slot, peer, query).await;
         router = router.route(&format!("/debug/pprof/{}", mode.name()), get(answer));
@@ -111,6 +114,12 @@ pub fn router(profiling: &config::Profiling) -> Router {
         })
         .layer(middleware::from_fn_with_state(gate, guard))
 }
+
+/// Addresses that are named in one request. Each may have a name of some kilobytes.
+const MOST_ADDRESSES: usize = 4_096;
+
+/// An address as text, with what is between two of them.
+const ADDRESS_BYTES: usize = 24;
 
 type Slot = State<Arc<OneAtATime>>;
 type Peer = ConnectInfo<SocketAddr>;
@@ -248,7 +257,7 @@ async fn answered(
     Query(pairs): Pairs,
     work: impl FnOnce(Options, &Interrupt) -> anyhow::Result<Answer> + Send + 'static,
 ) -> Response {
-    let options = match Options::read(&pairs) {
+    let options = match Options::read(what, &pairs) {
         Ok(options) => options,
         Err(reason) => return request::refused(&reason),
     };
@@ -278,23 +287,26 @@ async fn command_line() -> Response {
     }
 }
 
-async fn symbols_asked(RawQuery(query): RawQuery) -> Response {
-    named(query.unwrap_or_default()).await
+async fn symbols_asked(slot: Slot, peer: Peer, RawQuery(query): RawQuery) -> Response {
+    named(slot, peer, query.unwrap_or_default()).await
 }
 
-async fn symbols_posted(addresses: String) -> Response {
-    named(addresses).await
+async fn symbols_posted(slot: Slot, peer: Peer, addresses: String) -> Response {
+    named(slot, peer, addresses).await
 }
 
-/// The functions at `addresses` (`0x10+0x20`) of the program, as its profiles have them. Without addresses it says that it could.
-async fn named(addresses: String) -> Response {
-    let text = crate::task::spawn_blocking(move || {
-        let _clock = ThreadClock::begin(Part::Requests);
-        symbols::at(addresses.split('+').filter(|text| !text.is_empty()))
-    });
-    match text.await {
-        Ok(text) => ([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], text).into_response(),
-        Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+/// The functions at `addresses` (`0x10+0x20`) of the program, as its profiles have them, each address once. Without addresses it
+/// says that it could.
+async fn named(State(slot): Slot, ConnectInfo(peer): Peer, addresses: String) -> Response {
+    let number = addresses.split('+').filter(|text| !text.is_empty()).count();
+    if number > MOST_ADDRESSES {
+        return request::refused(&format!("{number} addresses: ask for {MOST_ADDRESSES} at a time"));
+    }
+    let work = move |_: &Interrupt| Ok(symbols::at(addresses.split('+')));
+    match slot.run(Asked { what: "symbol", peer, force: false }, work).await {
+        Ok(Ok(text)) => ([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], text).into_response(),
+        Ok(Err(error)) => failure(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error:#}")),
+        Err(busy) => failure(StatusCode::CONFLICT, &busy.to_string()),
     }
 }
 

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use tokio::sync::{Notify, oneshot};
 
+use super::heap::Unsampled;
 use crate::task::cost::{Part, ThreadClock};
 
 /// How long a request that pre-empts waits for the place. What runs looks at its interrupt ten times a second and more;
@@ -92,7 +93,7 @@ impl Interrupt {
 impl OneAtATime {
     /// Runs `work` if nothing else is running. It holds the place until it is done, also when nobody waits for it any more,
     /// of which its interrupt tells. Its thread is its own and ends with it, so that what the allocator keeps for a thread
-    /// goes too.
+    /// goes too; what is sampled of a thread it would keep for ever, so nothing is.
     pub async fn run<T: Send + 'static>(
         self: &Arc<Self>,
         asked: Asked,
@@ -104,9 +105,9 @@ impl OneAtATime {
         let _gone = Gone(Arc::clone(&interrupt));
         let (sender, result) = oneshot::channel();
         let thread = std::thread::Builder::new().name(format!("profile {what}")).spawn(move || {
-            let clock = ThreadClock::begin(Part::Requests);
+            let (clock, unsampled) = (ThreadClock::begin(Part::Requests), Unsampled::this_thread());
             let result = work(&interrupt);
-            drop(clock);
+            drop((clock, unsampled));
             // Before the answer, after which the next request may come at once.
             drop(place);
             // Without a receiver nobody wants it.

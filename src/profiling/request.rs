@@ -45,7 +45,7 @@ pub(super) enum Format {
 
 impl Options {
     /// Reads the pairs of a query. As in Go, what is unknown does no harm, and of a name that is there twice the first counts.
-    pub fn read(pairs: &[(String, String)]) -> Result<Self, String> {
+    pub fn read(what: &str, pairs: &[(String, String)]) -> Result<Self, String> {
         let value = |name: &str| pairs.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str());
         let level = |name: &str| match value(name) {
             None | Some("") => Ok(0),
@@ -65,7 +65,9 @@ impl Options {
                 Some(other) => return Err(format!("format={other}: there are pprof, collapsed and svg")),
             },
         };
-        if options.debug > 0 && options.seconds.is_some() {
+        // For these the seconds are those of the profile itself.
+        let is_difference = !matches!(what, "profile" | "trace");
+        if is_difference && options.debug > 0 && options.seconds.is_some() {
             return Err("seconds and debug do not go together: a difference has no text form".to_owned());
         }
         if options.dump && !cfg!(feature = "task-dump") {
@@ -186,7 +188,7 @@ mod tests {
 
     fn read(query: &[(&str, &str)]) -> Result<Options, String> {
         let pairs: Vec<_> = query.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
-        Options::read(&pairs)
+        Options::read("heap", &pairs)
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! `/proc/self/exe`, which leads to it also when an upgrade has replaced it.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::c_void;
 use std::fs::File;
 use std::io;
@@ -60,12 +60,14 @@ pub(super) fn resolve(profile: &mut Profile) {
     }
 }
 
-/// The functions at addresses of the program, a line each, in the form of Go's `symbol`.
+/// The functions at addresses of the program, a line for each that is different, in the form of Go's `symbol`.
 pub(super) fn at<'a>(addresses: impl Iterator<Item = &'a str>) -> String {
     let mut builder = Builder::new(Profile::default());
     let program = Objects::of_this_process().program_first(&mut builder);
     let parsed = addresses.filter_map(|text| u64::from_str_radix(text.trim().trim_start_matches("0x"), 16).ok());
-    let parsed: Vec<(u64, usize)> = parsed.map(|address| (address, builder.location(program, address))).collect();
+    let parsed: BTreeSet<u64> = parsed.collect();
+    let parsed: Vec<(u64, usize)> =
+        parsed.into_iter().map(|address| (address, builder.location(program, address))).collect();
     let mut profile = builder.finish();
     resolve(&mut profile);
     // The number says only that there are any.

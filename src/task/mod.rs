@@ -19,7 +19,7 @@ use tokio::task::{AbortHandle, JoinHandle, JoinSet};
 
 pub use mark::{Kind, Mark, Stage, in_stage, stage};
 pub use places::For;
-pub use registry::{identify, ledger};
+pub use registry::{identify, label, ledger};
 pub use waits::{lock, wait};
 
 use registry::Tracked;

@@ -148,6 +148,14 @@ pub fn identify(kind: Kind, about: &str) {
     });
 }
 
+/// Charges what this task does from now on to `kind`, without beginning an event of it. Outside of a task it does nothing.
+pub fn label(kind: Kind) {
+    with_current(|task| {
+        task.kind.store(kind as u8, Ordering::Relaxed);
+        mark::set_kind(kind);
+    });
+}
+
 /// What the event that this task works for has used until now; nothing outside of a task.
 pub fn ledger() -> Option<Arc<Ledger>> {
     usage::settle();

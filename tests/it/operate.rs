@@ -601,7 +601,7 @@ async fn the_status_sums_up_what_all_attempts_used() -> Result<()> {
     let called = async || anyhow::Ok(world.run(&id).await?.context("no run")?.valued as f64 / 10.0);
     let far_enough = async || world.run_until(&id, LONG, |run| run.valued >= 800).await.map(drop);
     let (last, _) = attempts_add_up(&world, killed, "valuations.refresh", &id, of_run, called, far_enough).await?;
-    ensure!(page()?.contains("held at the end") && page()?.contains("waited partner"), "{}", page()?);
+    ensure!(page()?.contains("not freed by itself at the end") && page()?.contains("waited partner"), "{}", page()?);
     world.finish(last).await
 }
 
@@ -627,7 +627,12 @@ async fn the_status_sums_up_what_all_attempts_at_a_publication_used() -> Result<
     let sent = async || anyhow::Ok((published().await? / PAGE) as f64 / 10.0);
     until_published(300).await?;
     let page = || words(&world, &["status", &id]);
-    ensure!(page()?.contains("held at the end") && page()?.contains("held, as of the last page"), "{}", page()?);
+    ensure!(
+        page()?.contains("not freed by itself at the end")
+            && page()?.contains("not freed by itself, as of the last page"),
+        "{}",
+        page()?
+    );
     let far_enough = async || until_published(1_000).await;
     let (last, all) = attempts_add_up(&world, killed, KIND, &id, of_publication, sent, far_enough).await?;
     ensure!(page()?.contains("it used") && page()?.contains("it waited kafka"), "{}", page()?);

@@ -63,7 +63,8 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
     let values = [&before, &after].map(|found| own_by_place(found, index));
     let functions = rank(&values);
     let kinds = rank(&[&before, &after].map(|found| by_kind(&found.profile, index)));
-    let totals = [&before, &after].map(|found| by_kind(&found.profile, index).values().sum::<i64>());
+    let totals =
+        [&before, &after].map(|found| by_kind(&found.profile, index).values().copied().fold(0, i64::saturating_add));
     let grew = totals[1].saturating_sub(totals[0]);
 
     let title = format!("{} {} at {} UTC", of.kind, change(grew, &of.unit), moment(taken_ms(&after)));

@@ -45,7 +45,7 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
     let found = source.read(&options.chosen, "heap", None).await?;
     let index = options.counted.index(&found.profile)?;
     let kind = &found.profile.sample_types[index];
-    let total: i64 = found.profile.samples.iter().map(|sample| sample.values[index]).sum();
+    let total: i64 = found.profile.samples.iter().map(|sample| sample.values[index]).fold(0, i64::saturating_add);
     let what = format!("{} {} at {} UTC", kind.kind, amount(total, &kind.unit), moment(taken_ms(&found)));
     save(&options.output, flame_graph(&found.profile, index, &[EVENT_KIND, STAGE], &what).svg().as_bytes())?;
     print(format!("{what}, {}: {}\n", found.name, options.output.display()))

@@ -102,17 +102,24 @@ struct Growth<'a> {
 }
 
 impl Growth<'_> {
-    /// The kind that grew most, and the function of that kind that did.
-    fn first(&self) -> Option<(&Grown<String>, &Grown<Place>)> {
+    /// The kind that grew most, and the function of that kind that did; none where its memory goes from one to another.
+    fn first(&self) -> Option<(&Grown<String>, Option<&Grown<Place>>)> {
         let kind = self.kinds.first().filter(|kind| kind.grew > 0)?;
-        Some((kind, self.places.iter().find(|place| place.key.kind == kind.key && place.grew > 0)?))
+        Some((kind, self.places.iter().find(|place| place.key.kind == kind.key && place.grew > 0)))
     }
 
     fn text(&self, limit: usize) -> anyhow::Result<String> {
         let (from, to) = self.times();
         let over = span(to.saturating_sub(from) as f64 / 1e3);
         let head = match self.first() {
-            Some((kind, place)) => format!(
+            Some((kind, None)) => {
+                format!(
+                    "{} grew most, by {} in {over}; no function of it by itself",
+                    kind.key,
+                    amount(kind.grew, self.unit)
+                )
+            }
+            Some((kind, Some(place))) => format!(
                 "{} grew most, by {} in {over}; of that {} in\n  {}",
                 kind.key,
                 amount(kind.grew, self.unit),

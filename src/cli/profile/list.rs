@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use clap::Args;
 use serde_json::json;
 
-use super::source::{Chosen, chosen_of};
+use super::source::{Chosen, chosen_of, readable};
 use super::text::{amount, moment, table};
 use crate::cli::{count, print};
 use crate::config::Config;
@@ -56,7 +56,8 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
     let all = chosen_of(&store, &options.chosen).await?;
     let (number, bytes) = (all.len(), all.iter().map(|stored| stored.bytes).sum::<u64>());
     let newest = &all[number.saturating_sub(options.limit as usize)..];
-    let shown: Vec<_> = newest.iter().zip(store.records(newest).await?).collect();
+    let records = newest.iter().zip(store.records(newest).await);
+    let shown = readable(records.map(|(stored, record)| Ok((stored, record?))))?;
     if options.json {
         let documents = shown.iter().map(|(stored, record)| document(&store, stored, record));
         return print(format!("{}\n", serde_json::Value::from_iter(documents)));

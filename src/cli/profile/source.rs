@@ -120,10 +120,11 @@ impl Source {
             Source::File(_) => Ok(vec![self.read(chosen, "heap", None).await?]),
             Source::Stored { store, .. } => {
                 let stored = thinned(of_process(store, chosen).await?, most);
-                let (records, profiles) = (store.records(&stored).await?, store.profiles(&stored).await?);
+                let (records, profiles) = (store.records(&stored).await, store.profiles(&stored).await);
                 let all = stored.iter().zip(records).zip(profiles);
-                all.map(|((stored, record), bytes)| found(store.place(&stored.name.profile()), bytes, Some(record)))
-                    .collect()
+                let read = all
+                    .map(|((stored, record), bytes)| found(store.place(&stored.name.profile()), bytes?, Some(record?)));
+                readable(read)
             }
             Source::Live(_) => {
                 let mut all = Vec::new();
@@ -165,13 +166,31 @@ impl Select {
                 Ok((found.context(gone)?, None))
             }
             Select::Peak => {
-                let records = store.records(&all).await?;
-                let peak = all.into_iter().zip(records).max_by_key(|(_, record)| record.rss_bytes);
+                let records = store.records(&all).await;
+                let read = all.into_iter().zip(records).map(|(stored, record)| Ok((stored, record?)));
+                let peak = readable(read)?.into_iter().max_by_key(|(_, record)| record.rss_bytes);
                 let (stored, record) = peak.expect("never empty");
                 Ok((stored, Some(record)))
             }
         }
     }
+}
+
+/// What could be read; a line on standard error names each that could not: one that is damaged, or that was removed meanwhile,
+/// is no reason to show none. An error if nothing is left.
+pub(super) fn readable<T>(all: impl IntoIterator<Item = anyhow::Result<T>>) -> anyhow::Result<Vec<T>> {
+    let (mut read, mut failed) = (Vec::new(), Vec::new());
+    all.into_iter().for_each(|one| match one {
+        Ok(one) => read.push(one),
+        Err(error) => failed.push(error),
+    });
+    if read.is_empty()
+        && let Some(error) = failed.pop()
+    {
+        return Err(error);
+    }
+    failed.iter().for_each(|error| eprintln!("write-api: left out: {error:#}"));
+    Ok(read)
 }
 
 /// The snapshots that are chosen, whatever process they are of.

@@ -49,7 +49,7 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
     let mut places: Vec<_> = by_place(&found.profile, index, PROGRAM).into_iter().collect();
     places.retain(|(_, amount)| amount.own != 0 || amount.with_callees != 0);
     places.sort_by_key(|(_, amount)| Reverse((amount.own, amount.with_callees)));
-    let total: i64 = kinds.iter().map(|(_, value)| value).sum();
+    let total: i64 = kinds.iter().map(|(_, value)| *value).fold(0, i64::saturating_add);
     if options.shown.json {
         let kinds: Vec<_> = kinds.iter().map(|(kind, value)| json!({"kind": kind, "value": value})).collect();
         let functions = places.iter().take(options.shown.limit as usize).map(|(place, amount)| {

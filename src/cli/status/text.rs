@@ -161,7 +161,7 @@ fn state(run: &RunStatus) -> String {
 fn used_text(used: &WorkLedger) -> String {
     let mib = |bytes: f64| format!("{:.1} MiB", bytes / 1_048_576.0);
     format!(
-        "{} busy in {} polls, {} allocated, {} of it held",
+        "{} busy in {} polls, {} allocated, {} of it not freed by itself",
         short(used.busy_us),
         thousands(used.polls as i64),
         mib(used.allocated_bytes as f64),
@@ -354,7 +354,7 @@ mod tests {
         };
         let page_of = |run: RunStatus| words(page(&RunStatus { used: Some(kept(&used)), ..run }));
         for entry in [
-            "used 3.1s busy in 17,345 polls, 512.0 MiB allocated, 2.0 MiB of it held at the end",
+            "used 3.1s busy in 17,345 polls, 512.0 MiB allocated, 2.0 MiB of it not freed by itself at the end",
             "waited partner 2h21m, database 2.5s, all that wait at once added up",
         ] {
             let page = page_of(complete());
@@ -382,7 +382,7 @@ mod tests {
             ..complete()
         };
         for entry in [
-            "it used 3.1s busy in 17,345 polls, 512.0 MiB allocated, 2.0 MiB of it held at the end",
+            "it used 3.1s busy in 17,345 polls, 512.0 MiB allocated, 2.0 MiB of it not freed by itself at the end",
             "it waited partner 2h21m, database 2.5s, all that wait at once added up",
         ] {
             let page = words(page(&published));
@@ -394,8 +394,8 @@ mod tests {
         // Below the table: of all runs, and of all their publications.
         let all = words(table(&[RunStatus { used: Some(kept(&used)), ..at_work() }, published, complete()]));
         for entry in [
-            "used by valuations.refresh: 3.1s busy in 17,345 polls, 512.0 MiB allocated, 2.0 MiB of it held waited",
-            "used by valuations.publish: 6.3s busy in 34,690 polls, 1024.0 MiB allocated, 4.0 MiB of it held waited \
+            "used by valuations.refresh: 3.1s busy in 17,345 polls, 512.0 MiB allocated, 2.0 MiB of it not freed by itself waited",
+            "used by valuations.publish: 6.3s busy in 34,690 polls, 1024.0 MiB allocated, 4.0 MiB of it not freed by itself waited \
              partner 4h43m, database 5.0s, all that wait at once added up",
         ] {
             assert!(all.contains(entry), "{entry:?} is not in\n{all}");

@@ -224,6 +224,7 @@ impl Writer {
             self.tidied = true;
         }
         let time_ms = now_ms();
+        let _unsampled = heap::Unsampled::this_thread();
         let profile = heap::profile(heap::View::Heap)?;
         self.sequence += 1;
         let record = Record {

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
-use futures::stream::{self, StreamExt as _, TryStreamExt as _};
+use futures::stream::{self, StreamExt as _};
 
 use super::bucket::Bucket;
 use super::name::Name;
@@ -68,13 +68,13 @@ impl Store {
     }
 
     /// The records of several, in their order.
-    pub async fn records(&self, stored: &[Stored]) -> anyhow::Result<Vec<Record>> {
-        stream::iter(stored).map(|one| self.record(&one.name)).buffered(AT_ONCE).try_collect().await
+    pub async fn records(&self, stored: &[Stored]) -> Vec<anyhow::Result<Record>> {
+        stream::iter(stored).map(|one| self.record(&one.name)).buffered(AT_ONCE).collect().await
     }
 
     /// The profiles of several, in their order.
-    pub async fn profiles(&self, stored: &[Stored]) -> anyhow::Result<Vec<Vec<u8>>> {
-        stream::iter(stored).map(|one| self.profile(&one.name)).buffered(AT_ONCE).try_collect().await
+    pub async fn profiles(&self, stored: &[Stored]) -> Vec<anyhow::Result<Vec<u8>>> {
+        stream::iter(stored).map(|one| self.profile(&one.name)).buffered(AT_ONCE).collect().await
     }
 
     /// Where a file is, for people.
