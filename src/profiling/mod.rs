@@ -65,7 +65,6 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 
 use crate::config;
-use crate::task::cost::{Part, ThreadClock};
 
 pub use allocator::{MALLOC_CONF, sample_allocations};
 pub use budget::keep as keep_to_budget;

@@ -86,6 +86,8 @@ async fn run(Arguments { minutes, program }: Arguments) -> Result<Promises> {
     environment
         .set("profiling.snapshots.directory", &snapshots.display().to_string())
         .set("profiling.snapshots.interval", "10s")
+        // An event of 17 s is extended twice or three times, so that there are extensions to be late.
+        .set("queue.visibility_timeout", "12s")
         // So many requests cost more than the default allows, and what is looked for is harm, not thrift.
         .set("profiling.cpu_budget", "1s")
         .set_variable("WRITE_API_FAULTS", &panics.join(","));
