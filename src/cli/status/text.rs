@@ -361,7 +361,7 @@ mod tests {
             assert!(page.contains(entry), "{entry:?} is not in\n{page}");
         }
         for died in [at_work(), RunStatus { state: "failed".to_owned(), ..complete() }] {
-            assert!(page_of(died).contains("held, as of the last batch"));
+            assert!(page_of(died).contains("not freed by itself, as of the last batch"));
         }
         for (state, until) in
             [("complete", " at the end"), ("running", ", as of the last page"), ("failed", ", as of the last page")]
@@ -372,7 +372,7 @@ mod tests {
                 ..complete()
             };
             let page = words(page(&published));
-            assert!(page.contains(&format!("held{until} it waited")), "{page}");
+            assert!(page.contains(&format!("not freed by itself{until} it waited")), "{page}");
         }
         assert!(!page(&complete()).contains("used"));
 
@@ -389,7 +389,7 @@ mod tests {
             assert!(page.contains(entry), "{entry:?} is not in\n{page}");
         }
         let publishing = RunStatus { publication_state: Some("running".to_owned()), ..published.clone() };
-        assert!(words(page(&publishing)).contains("held, as of the last page"));
+        assert!(words(page(&publishing)).contains("not freed by itself, as of the last page"));
 
         // Below the table: of all runs, and of all their publications.
         let all = words(table(&[RunStatus { used: Some(kept(&used)), ..at_work() }, published, complete()]));
