@@ -596,7 +596,7 @@ async fn the_status_sums_up_what_all_attempts_used() -> Result<()> {
     let of_run = || used(&status(&world, &id)?["used"], "partner");
     world.run_until(&id, SOON, |run| run.valued >= 300).await?;
     let page = || words(&world, &["status", &id]);
-    ensure!(page()?.contains("held, as of the last batch"), "{}", page()?);
+    ensure!(page()?.contains("not freed by itself, as of the last batch"), "{}", page()?);
     // Each call takes a tenth of a second.
     let called = async || anyhow::Ok(world.run(&id).await?.context("no run")?.valued as f64 / 10.0);
     let far_enough = async || world.run_until(&id, LONG, |run| run.valued >= 800).await.map(drop);
