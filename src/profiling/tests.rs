@@ -457,3 +457,16 @@ async fn a_second_profile_at_the_same_time_is_refused() {
     let text = second.into_body().collect().await.unwrap().to_bytes();
     assert!(String::from_utf8_lossy(&text).contains("heap for 127.0.0.1:5000 has been running for"), "{text:?}");
 }
+
+#[tokio::test]
+async fn each_address_is_named_once_and_no_more_than_some_at_a_time() {
+    let here = format!("{:#x}", each_address_is_named_once_and_no_more_than_some_at_a_time as fn() as usize);
+    let (status, body, _) =
+        ask(None, "GET", &format!("/debug/pprof/symbol?{here}+{here}+{here}"), &[("host", "localhost")]).await;
+    let text = String::from_utf8(body).unwrap();
+    assert!(status == 200 && text.lines().count() <= 2, "{status}: {text}");
+    let many = vec!["0x1"; MOST_ADDRESSES + 1].join("+");
+    let (status, body, _) = ask(None, "GET", &format!("/debug/pprof/symbol?{many}"), &[("host", "localhost")]).await;
+    let text = String::from_utf8(body).unwrap();
+    assert!(status == 400 && text.contains("4097 addresses"), "{status}: {text}");
+}
