@@ -145,9 +145,6 @@ mod tests {
 
     #[test]
     fn programs_and_this_machines_own_pages_are_let_in() {
-        for host in ["localhost:6060", "127.0.0.1:6060", "127.9.9.9", "[::1]:6060", "LOCALHOST"] {
-            assert_eq!(decided(&[("host", host)]), Ok(()), "{host}");
-        }
         let host = ("host", "localhost:6060");
         // Typed into the browser, and a link of the index page.
         assert_eq!(decided(&[host, ("sec-fetch-site", "none")]), Ok(()));
@@ -156,13 +153,6 @@ mod tests {
 
     #[test]
     fn pages_of_others_are_refused() {
-        for host in
-            ["evil.example", "evil.example:6060", "127.0.0.1.evil.example", "localhost.evil.example", "", "10.0.0.1"]
-        {
-            assert_eq!(decided(&[("host", host)]), Err(Refusal::Host), "{host}");
-        }
-        assert_eq!(decided(&[]), Err(Refusal::Host));
-        assert_eq!(decided(&[("host", "localhost"), ("host", "evil.example")]), Err(Refusal::Host));
         let host = ("host", "127.0.0.1:6060");
         for site in ["cross-site", "same-site"] {
             assert_eq!(decided(&[host, ("sec-fetch-site", site)]), Err(Refusal::Site), "{site}");

@@ -295,8 +295,12 @@ impl Reader {
         }
     }
 
-    /// Deletes a message that was read; `false`: SQS did not do it, and the message is still there.
+    /// Deletes a message that was read and is still ours; `false`: it is not, or SQS did not do it, and the message is still
+    /// there or somebody else's.
     pub async fn delete(&mut self, id: &str) -> Result<bool, SqsError> {
+        if !matches!(self.hold_of(id).await, Hold::Ours) {
+            return Ok(false);
+        }
         let Some(at) = self.held.iter().position(|held| held.id == id) else { return Ok(false) };
         if self.before_deletes.is_none() {
             self.before_deletes = Some(self.sqs.depth(&self.dead).await?);

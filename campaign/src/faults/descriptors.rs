@@ -28,7 +28,7 @@ pub(super) async fn run_out(scene: &mut Scene<'_>) -> Result<Injection> {
     prlimit(id, &[&format!("--nofile={NONE}:")])?;
     postgres::proxy(scene)?.cut();
     let gone = Instant::now() + GONE;
-    while connections(scene).await? > 0 {
+    while scene.world.connections().await? > 0 {
         scene.world.check_alive()?;
         ensure!(Instant::now() < gone, "connections that were cut are still there after {GONE:?}");
         tokio::time::sleep(LOOK).await;
@@ -39,7 +39,7 @@ pub(super) async fn run_out(scene: &mut Scene<'_>) -> Result<Injection> {
     let mut opened = 0;
     while begun.elapsed() < time {
         scene.world.check_alive()?;
-        opened = opened.max(connections(scene).await?);
+        opened = opened.max(scene.world.connections().await?);
         tokio::time::sleep(LOOK).await;
     }
     let share = (sampler.cpu_seconds()? - cpu) / begun.elapsed().as_secs_f64();
@@ -51,14 +51,6 @@ pub(super) async fn run_out(scene: &mut Scene<'_>) -> Result<Injection> {
     let proof =
         format!("in {time:?} it opened no connection in the middle of {work:?}, and took {share:.2} of a processor");
     Ok(if opened == 0 { injection.hit(work.runs + work.publishers > 0, proof) } else { injection })
-}
-
-/// Connections of the service that the database knows.
-async fn connections(scene: &Scene<'_>) -> Result<i64> {
-    let statement = "SELECT count(*) FROM pg_stat_activity
-                     WHERE datname = current_database() AND backend_type = 'client backend'
-                       AND application_name <> 'campaign' AND pid <> pg_backend_pid()";
-    scene.world.number(statement).await
 }
 
 fn prlimit(id: u32, arguments: &[&str]) -> Result<String> {

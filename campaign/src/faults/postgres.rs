@@ -77,9 +77,10 @@ pub(super) async fn inject(scene: &mut Scene<'_>, trouble: Trouble) -> Result<In
 async fn read_only(scene: &mut Scene<'_>) -> Result<Injection> {
     let before = said(scene, NO_WRITES)?;
     set_read_only(scene, "SET default_transaction_read_only = on").await?;
-    let injection = until_said(scene, NO_WRITES, before).await?;
+    let injection = until_said(scene, NO_WRITES, before).await;
+    // Whatever came of it: the next rounds have the same server.
     set_read_only(scene, "RESET default_transaction_read_only").await?;
-    Ok(Injection { target: "the server".to_owned(), ..injection })
+    Ok(Injection { target: "the server".to_owned(), ..injection? })
 }
 
 async fn set_read_only(scene: &Scene<'_>, change: &str) -> Result<()> {

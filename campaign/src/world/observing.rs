@@ -64,15 +64,18 @@ impl World {
             partner: self.partner.stats(),
             strangers: owners::strangers(database).await?,
             replicas,
-            connections: self
-                .number(
-                    // The server's own workers, such as autovacuum's, are of a database too.
-                    "SELECT count(*) FROM pg_stat_activity
-                     WHERE datname = current_database() AND backend_type = 'client backend'
-                       AND application_name <> 'campaign' AND pid <> pg_backend_pid()",
-                )
-                .await?,
+            connections: self.connections().await?,
         })
+    }
+
+    /// Connections of the service that the database knows. The server's own workers, such as autovacuum's, are of a database too.
+    pub async fn connections(&self) -> Result<i64> {
+        self.number(
+            "SELECT count(*) FROM pg_stat_activity
+             WHERE datname = current_database() AND backend_type = 'client backend'
+               AND application_name <> 'campaign' AND pid <> pg_backend_pid()",
+        )
+        .await
     }
 
     /// The topic's records, once `distinct` different ones are there or no more come. Where the broker was away, the reader

@@ -6,8 +6,8 @@ use clap::Args;
 use super::{Meant, Stop, dead_lanes, interrupted, next_letters, partial, tell, unless_stopped};
 use crate::cli::count;
 use crate::config::Config;
-use crate::queue::dead_letters::{Hold, LAST_ANSWER, Reader};
-use crate::queue::sqs::{Sqs, SqsError};
+use crate::queue::dead_letters::{LAST_ANSWER, Reader};
+use crate::queue::sqs::Sqs;
 
 pub(super) const HELP: &str = "\
 Needs: of SQS the permissions sqs:GetQueueUrl, GetQueueAttributes, ReceiveMessage, ChangeMessageVisibility and DeleteMessage \
@@ -68,28 +68,15 @@ pub(super) async fn run(config: &Config, sqs: &Sqs, stop: &Stop, options: &Optio
                         "would discard"
                     } else {
                         let id = &letter.message_id;
-                        let discarded = async {
-                            match reader.hold_of(id).await {
-                                Hold::Ours => {
-                                    Ok(if reader.delete(id).await? { Ok(()) } else { Err("not deleted by SQS") })
-                                }
-                                Hold::Lost => Ok(Err("left, somebody else has it")),
-                                Hold::Unknown(_) => Ok(Err("left, SQS did not say whether somebody else has it")),
-                            }
-                        };
-                        let discarded: Result<_, SqsError> =
-                            unless_stopped(stop, LAST_ANSWER, discarded).await.with_context(|| {
-                                format!("interrupted; whether SQS has deleted message {id} is not known")
-                            })?;
-                        match discarded? {
-                            Ok(()) => {
-                                done += 1;
-                                "discarded"
-                            }
-                            Err(what) => {
-                                kept += 1;
-                                what
-                            }
+                        let deleted = unless_stopped(stop, LAST_ANSWER, reader.delete(id)).await;
+                        if deleted.with_context(|| {
+                            format!("interrupted; whether SQS has deleted message {id} is not known")
+                        })?? {
+                            done += 1;
+                            "discarded"
+                        } else {
+                            kept += 1;
+                            "not deleted, somebody else may have it"
                         }
                     };
                     tell(what, &letter, "")?;

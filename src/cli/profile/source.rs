@@ -260,4 +260,11 @@ mod tests {
         let error = format!("{:#}", Select::parse("big").unwrap_err());
         assert!(error.contains("first, last, peak"), "{error}");
     }
+
+    #[test]
+    fn what_cannot_be_read_leaves_the_others() {
+        let read = |all: Vec<anyhow::Result<u8>>| readable(all);
+        assert_eq!(read(vec![Ok(1), Err(anyhow::anyhow!("damaged")), Ok(3)]).unwrap(), [1, 3]);
+        assert_eq!(read(vec![Err(anyhow::anyhow!("damaged"))]).unwrap_err().to_string(), "damaged");
+    }
 }
