@@ -164,7 +164,7 @@ impl App {
             let (mut begin, stop) = (begin.clone(), draining.clone());
             task::spawn_in(&mut watchers, "retention", async move {
                 // Not before the schema is known to be whole, however long that takes.
-                let _ = begin.wait_for(|begun| *begun).await;
+                let _ = task::park(begin.wait_for(|begun| *begun)).await;
                 let beat = health.beat("retention", retention::silence_limit(&database));
                 Retention { database, age, metrics, beat, stop }.run().await;
             });
@@ -300,7 +300,7 @@ impl App {
                     Ok(_) => dependency.up(),
                     Err(error) => dependency.down(error.to_string()),
                 }
-                sleep(LOOK).await;
+                task::park(sleep(LOOK)).await;
             }
         });
         let (partner, dependency) = (self.events.partner.clone(), self.health.dependency("partner"));
@@ -394,7 +394,7 @@ async fn watch_database(database: Database, dependency: Dependency, begin: watch
             }
             Err(error) => dependency.down(error.to_string()),
         }
-        sleep(LOOK).await;
+        task::park(sleep(LOOK)).await;
     }
 }
 
@@ -415,7 +415,7 @@ async fn watch_partner(partner: Partner, dependency: Dependency, look: Duration,
                 }
             }
         }
-        sleep(look).await;
+        task::park(sleep(look)).await;
     }
 }
 

@@ -57,7 +57,7 @@ pub async fn serve(listener: TcpListener, router: Router, longest: Duration, sto
     loop {
         let accepted = tokio::select! {
             () = &mut stop => break,
-            accepted = listener.accept() => accepted,
+            accepted = task::park(listener.accept()) => accepted,
         };
         match accepted {
             Ok((stream, peer)) => {
@@ -70,7 +70,7 @@ pub async fn serve(listener: TcpListener, router: Router, longest: Duration, sto
                 }
                 open.push_back(task::spawn_in(&mut connections, "connection", async move {
                     // An error here is a client that went away, was too slow or spoke no HTTP: its own affair.
-                    let _ = tokio::time::timeout(longest, answer(stream, peer, router)).await;
+                    let _ = task::park(tokio::time::timeout(longest, answer(stream, peer, router))).await;
                 }));
             }
             Err(error) => {

@@ -54,7 +54,7 @@ pub(super) fn run(config: Config, options: Options) -> anyhow::Result<()> {
             let first = name().await;
             tracing::info!(signal = first, "stopping; a second signal exits at once");
             crate::task::spawn("second signal", async move {
-                let second = name().await;
+                let second = crate::task::park(name()).await;
                 tracing::warn!(signal = second, "exiting at once; unfinished messages come again by themselves");
                 std::process::exit(1);
             });

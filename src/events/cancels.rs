@@ -13,6 +13,7 @@ use crate::db::Database;
 use crate::health::Beat;
 use crate::lifecycle::Stop;
 use crate::queue::keeper::Keeper;
+use crate::task::park;
 
 /// Between two looks: a cancel reaches the work within this.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -28,7 +29,7 @@ pub async fn watch(database: Database, keeper: Arc<Keeper>, beat: Beat, stop: St
         tokio::select! {
             () = stop.draining() => break,
             () = async {
-                sleep(INTERVAL).await;
+                park(sleep(INTERVAL)).await;
                 look(&database, &keeper).await;
             } => beat.touch(),
         }

@@ -14,6 +14,7 @@ use uuid::Uuid;
 use super::Events;
 use crate::db::ledger::WorkLedger;
 use crate::db::{Database, DbError};
+use crate::task::park;
 
 /// Between two looks at what is kept.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -165,7 +166,7 @@ async fn write_together(database: &Database, of: Of, ends: &[End]) -> Result<(),
 /// may have nothing to do any more.
 pub async fn keep_writing(events: Arc<Events>) {
     loop {
-        sleep(INTERVAL).await;
+        park(sleep(INTERVAL)).await;
         events.ended.write_all(&events.database, Duration::MAX).await;
     }
 }

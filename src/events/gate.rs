@@ -11,6 +11,8 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
+use crate::task::{For, wait};
+
 /// How long a suspect waits to be alone, and others because of that.
 const WAIT: Duration = Duration::from_secs(2);
 
@@ -63,7 +65,7 @@ impl Gate {
         loop {
             let closed_until = changes.borrow_and_update().closed_until();
             if let Some(until) = closed_until {
-                let _ = timeout_at(until, changes.changed()).await;
+                let _ = wait(For::Permit, timeout_at(until, changes.changed())).await;
             }
             if let Some(pass) = self.try_enter() {
                 return pass;

@@ -20,6 +20,7 @@ use crate::lifecycle::Stop;
 use crate::metrics::Metrics;
 use crate::queue::batch::{BATCH, batch_length};
 use crate::queue::sqs::{Queue, Sent, Sqs};
+use crate::task::park;
 
 /// How long a row waits that SQS refuses. It will hardly ever be accepted, but it must not be forgotten either.
 const REFUSED_WAIT: Duration = Duration::from_secs(3600);
@@ -60,7 +61,7 @@ impl Relay {
             }
             tokio::select! {
                 () = self.wake.notified() => {}
-                () = tokio::time::sleep(self.settings.poll_interval) => {}
+                () = park(tokio::time::sleep(self.settings.poll_interval)) => {}
                 () = self.stop.draining() => {}
             }
         }

@@ -14,6 +14,7 @@ use crate::fault;
 use crate::health::Beat;
 use crate::lifecycle::Stop;
 use crate::metrics::Metrics;
+use crate::task::park;
 
 /// Rows a statement: a few milliseconds of work and of locks.
 const BATCH: i64 = 1_000;
@@ -74,7 +75,7 @@ impl Retention {
                 tracing::warn!(%error, "old rows could not be removed; trying again in the next round");
             }
             self.beat.touch();
-            sleep(INTERVAL).await;
+            park(sleep(INTERVAL)).await;
         }
     }
 
@@ -117,7 +118,7 @@ impl Retention {
         if rows > 0 {
             *removed.entry(table).or_default() += rows;
             self.metrics.pruned.with_label_values(&[table]).inc_by(rows);
-            sleep(PAUSE).await;
+            park(sleep(PAUSE)).await;
         }
         Ok(rows)
     }

@@ -249,7 +249,7 @@ impl Pool {
     /// timer here.
     async fn reap(pool: Weak<Pool>) {
         loop {
-            tokio::time::sleep(REAP_EVERY).await;
+            task::park(tokio::time::sleep(REAP_EVERY)).await;
             let Some(pool) = pool.upgrade() else { return };
             let Some(expired) = pool.expired() else { return };
             for connection in expired {

@@ -13,9 +13,8 @@ use std::time::{Duration, Instant};
 
 use super::cpu;
 use crate::config;
-use crate::task::For;
-use crate::task::contention;
 use crate::task::cost::{self, PARTS, Part};
+use crate::task::{self, For, contention};
 
 /// Between two looks.
 const LOOK: Duration = Duration::from_secs(1);
@@ -157,7 +156,7 @@ pub async fn keep(profiling: config::Profiling) {
             ),
             None => {}
         }
-        tokio::time::sleep(LOOK).await;
+        task::park(tokio::time::sleep(LOOK)).await;
     }
 }
 

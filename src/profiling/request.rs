@@ -201,6 +201,10 @@ mod tests {
             all,
             Ok(Options { seconds, hz: Some(99), gc: true, force: true, format: Format::Svg, ..Options::default() })
         );
+        // The seconds of a CPU profile are its own, and no difference of two.
+        let pairs = [("seconds", "30"), ("debug", "1")].map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let own = Options::read("profile", &pairs);
+        assert_eq!(own, Ok(Options { seconds, debug: 1, ..Options::default() }));
         assert_eq!(read(&[("debug", "1"), ("gc", "0")]), Ok(Options { debug: 1, ..Options::default() }));
     }
 

@@ -37,7 +37,7 @@ pub(super) fn profile(tasks: &[Snapshot]) -> Profile {
         if row.waited.now > 0 {
             let name = format!("waits for {}", row.reason.name());
             let place = builder.place(&name, row.place.map_or("", Location::file), line_of(row.place));
-            builder.add(&[place], &[0, row.waited.now], &[Label::text(EVENT_KIND, row.kind.name())]);
+            builder.add(&[place], &[0, row.waited.now as i64], &[Label::text(EVENT_KIND, row.kind.name())]);
         }
     }
     builder.finish()

@@ -115,11 +115,11 @@ pub async fn consume(parts: ConsumerParts, company: Company) {
     for number in 0..polls {
         task::spawn_in(&mut loops, "poll", consumer.clone().poll_loop(number));
     }
-    stop.draining().await;
+    task::park(stop.draining()).await;
     // All permits back: every task has ended its message. Tasks hear of the end of draining themselves.
-    let _ = consumer.permits.acquire_many(limit as u32).await;
+    let _ = task::park(consumer.permits.acquire_many(limit as u32)).await;
     tokio::select! {
-        () = company.done() => {}
+        () = task::park(company.done()) => {}
         () = stop.ended() => {}
     }
     stop_loops(loops, consumer).await;
@@ -164,7 +164,7 @@ async fn find_queues(parts: &ConsumerParts) -> Option<(Queue, Queue)> {
         parts.beat.touch();
         tokio::select! {
             () = parts.stop.draining() => return None,
-            () = tokio::time::sleep(POLL_RETRY.ceiling(attempt)) => attempt += 1,
+            () = task::park(tokio::time::sleep(POLL_RETRY.ceiling(attempt))) => attempt += 1,
         }
     }
 }
@@ -176,7 +176,7 @@ async fn may_begin(parts: &ConsumerParts) -> bool {
         tokio::select! {
             biased;
             () = parts.stop.draining() => return false,
-            begun = timeout(SIGN_OF_LIFE, begin.wait_for(|begin| *begin)) => match begun {
+            begun = task::park(timeout(SIGN_OF_LIFE, begin.wait_for(|begin| *begin))) => match begun {
                 Ok(begun) => return begun.is_ok(),
                 Err(_) => parts.beat.touch(),
             }
@@ -193,7 +193,7 @@ impl Consumer {
             tokio::select! {
                 biased;
                 () = stop.draining() => return,
-                _ = wanted.wait_for(|loops| number < *loops) => {}
+                _ = task::park(wanted.wait_for(|loops| number < *loops)) => {}
             }
             let Some(permits) = self.take_permits(number).await else { return };
             let wait = self.wait_time(number);
@@ -217,7 +217,7 @@ impl Consumer {
                     failures += 1;
                     tokio::select! {
                         () = stop.draining() => return,
-                        () = tokio::time::sleep(POLL_RETRY.ceiling(failures)) => {}
+                        () = task::park(tokio::time::sleep(POLL_RETRY.ceiling(failures))) => {}
                     }
                 }
                 Poll::Stopped => return,
@@ -253,14 +253,15 @@ impl Consumer {
     async fn some_permits(&self) -> OwnedSemaphorePermit {
         let mut permits = loop {
             // All permits are at work, perhaps for hours: the loop is alive and rightly does not poll.
-            match timeout(SIGN_OF_LIFE, self.permits.clone().acquire_owned()).await {
+            match task::park(timeout(SIGN_OF_LIFE, self.permits.clone().acquire_owned())).await {
                 Ok(permit) => break permit.expect("the semaphore is never closed"),
                 Err(_) => self.parts.beat.touch(),
             }
         };
         let others = BATCH.min(self.parts.settings.in_flight) - 1;
         if *self.wanted.borrow() > 1
-            && let Ok(Ok(others)) = timeout(BATCH_WAIT, self.permits.clone().acquire_many_owned(others as u32)).await
+            && let Ok(Ok(others)) =
+                task::park(timeout(BATCH_WAIT, self.permits.clone().acquire_many_owned(others as u32))).await
         {
             permits.merge(others);
         }
@@ -280,7 +281,7 @@ impl Consumer {
                 self.tell_of_room();
                 return permits;
             }
-            self.room.notified().await;
+            task::park(self.room.notified()).await;
         }
     }
 

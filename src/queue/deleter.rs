@@ -54,16 +54,16 @@ impl Deleter {
 
 async fn collect(sqs: Sqs, queue: Queue, linger: Duration, mut receiver: mpsc::Receiver<Finished>) {
     let calls = Arc::new(Semaphore::new(CALLS));
-    while let Some(first) = receiver.recv().await {
+    while let Some(first) = task::park(receiver.recv()).await {
         let deadline = Instant::now() + linger;
         let mut batch = vec![first];
         while batch.len() < BATCH {
-            match timeout_at(deadline, receiver.recv()).await {
+            match task::park(timeout_at(deadline, receiver.recv())).await {
                 Ok(Some(next)) => batch.push(next),
                 Ok(None) | Err(_) => break,
             }
         }
-        let permit = calls.clone().acquire_owned().await.expect("the semaphore is never closed");
+        let permit = task::park(calls.clone().acquire_owned()).await.expect("the semaphore is never closed");
         let (sqs, queue) = (sqs.clone(), queue.clone());
         task::spawn("delete", async move {
             delete(&sqs, &queue, batch).await;

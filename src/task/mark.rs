@@ -175,7 +175,8 @@ pin_project! {
     #[must_use = "futures do nothing unless polled"]
     pub struct InStage<F> {
         stage: Stage,
-        span: Option<Open>,
+        // None before the first poll; then the span, where it is one that is kept.
+        span: Option<Option<Open>>,
         #[pin]
         future: F,
     }
@@ -191,7 +192,7 @@ impl<F: Future> Future for InStage<F> {
         this.span.get_or_insert_with(Open::begin);
         let polled = this.future.poll(context);
         if polled.is_ready() {
-            *this.span = None;
+            *this.span = Some(None);
         }
         polled
     }

@@ -20,7 +20,7 @@ use tokio::task::{AbortHandle, JoinHandle, JoinSet};
 pub use mark::{Kind, Mark, Stage, in_stage, stage};
 pub use places::For;
 pub use registry::{identify, label, ledger};
-pub use waits::{lock, wait};
+pub use waits::{lock, park, wait};
 
 use registry::Tracked;
 

@@ -3,7 +3,7 @@
 use std::hint;
 use std::panic::Location;
 use std::ptr;
-use std::sync::atomic::{AtomicI64, AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::mark::{KINDS, Kind};
@@ -57,7 +57,7 @@ impl For {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Waited {
     /// Waits that go on.
-    pub now: i64,
+    pub now: u64,
     /// Waits that have ended.
     pub count: u64,
     /// How long those took together.
@@ -84,9 +84,15 @@ struct Place {
 }
 
 struct Counts {
-    now: AtomicI64,
+    begun: AtomicU64,
     count: AtomicU64,
     nanoseconds: AtomicU64,
+}
+
+impl Counts {
+    const fn new() -> Counts {
+        Counts { begun: AtomicU64::new(0), count: AtomicU64::new(0), nanoseconds: AtomicU64::new(0) }
+    }
 }
 
 impl Place {
@@ -94,8 +100,7 @@ impl Place {
         Place {
             location: AtomicPtr::new(ptr::null_mut()),
             reason: AtomicU64::new(0),
-            counts: [const { Counts { now: AtomicI64::new(0), count: AtomicU64::new(0), nanoseconds: AtomicU64::new(0) } };
-                KINDS],
+            counts: [const { Counts::new() }; KINDS],
         }
     }
 }
@@ -111,7 +116,7 @@ pub(super) struct Waiting {
 impl Waiting {
     pub fn begin(location: &'static Location<'static>, reason: For, kind: Kind) -> Self {
         let counts = &place(location, reason).counts[kind as usize];
-        counts.now.fetch_add(1, Ordering::Relaxed);
+        counts.begun.fetch_add(1, Ordering::Relaxed);
         Waiting { counts }
     }
 
@@ -120,14 +125,13 @@ impl Waiting {
         static NOWHERE: Place = Place::empty();
         let _ = hint::black_box(PLACES[first(location)].location.load(Ordering::Acquire));
         let counts = &NOWHERE.counts[Kind::Service as usize];
-        counts.now.fetch_add(1, Ordering::Relaxed);
+        counts.begun.fetch_add(1, Ordering::Relaxed);
         Waiting { counts }
     }
 
     /// To be called once, at its end.
     pub fn ended(&self, took: Duration) {
-        self.counts.now.fetch_sub(1, Ordering::Relaxed);
-        self.counts.count.fetch_add(1, Ordering::Relaxed);
+        self.counts.count.fetch_add(1, Ordering::Release);
         self.counts.nanoseconds.fetch_add(took.as_nanos() as u64, Ordering::Relaxed);
     }
 }
@@ -175,9 +179,11 @@ pub fn rows() -> Vec<Row> {
         // SAFETY: null, or put there from a static reference.
         let location = unsafe { location.as_ref() };
         for (kind, counts) in Kind::ALL.into_iter().zip(&place.counts) {
+            // In this order, so that one that ends meanwhile is not taken for one that never began.
+            let count = counts.count.load(Ordering::Acquire);
             let waited = Waited {
-                now: counts.now.load(Ordering::Relaxed),
-                count: counts.count.load(Ordering::Relaxed),
+                now: counts.begun.load(Ordering::Relaxed).saturating_sub(count),
+                count,
                 total: Duration::from_nanos(counts.nanoseconds.load(Ordering::Relaxed)),
             };
             if waited != Waited::default() {

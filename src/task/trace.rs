@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::mark::{self, Mark};
-use super::registry;
+use super::mark::{self, Mark, Stage};
+use super::{registry, usage};
 
 /// So many spans are kept. At 24 bytes each that is 400 KB.
 pub const MOST_SPANS: usize = 16 * 1024;
@@ -18,6 +18,13 @@ pub const MOST_SPANS: usize = 16 * 1024;
 static START: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 static SPANS: Mutex<VecDeque<Packed>> = Mutex::new(VecDeque::new());
+
+/// Of calls at most one that began within so long is kept: at 20,000 calls a second they would leave nothing else in the
+/// ring, and less than a second of themselves.
+pub const CALLS_APART: Duration = Duration::from_micros(500);
+
+/// When the last call that is kept began, in nanoseconds from START.
+static LAST_CALL: AtomicU64 = AtomicU64::new(0);
 
 /// Spans that were noted since the start of the process.
 static NOTED: AtomicU64 = AtomicU64::new(0);
@@ -53,10 +60,26 @@ pub(super) struct Open {
 }
 
 impl Open {
-    /// Begins now, for the task that is being polled.
-    pub fn begin() -> Self {
-        Open { mark: mark::current(), task: registry::number(), since: Instant::now() }
+    /// Begins now, for the task that is being polled; none for a call that is not kept.
+    pub fn begin() -> Option<Self> {
+        let mark = mark::current();
+        (mark.stage != Stage::Call || is_kept(&LAST_CALL, since_start(usage::poll_began()))).then(|| Open {
+            mark,
+            task: registry::number(),
+            since: Instant::now(),
+        })
     }
+}
+
+/// Whether a call that begins at `now` is far enough from `last`, the last one kept, whose place it then takes.
+fn is_kept(last: &AtomicU64, now: u64) -> bool {
+    let before = last.load(Ordering::Relaxed);
+    now.saturating_sub(before) >= CALLS_APART.as_nanos() as u64
+        && last.compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+}
+
+fn since_start(at: Instant) -> u64 {
+    at.saturating_duration_since(*START).as_nanos() as u64
 }
 
 impl Drop for Open {
@@ -79,14 +102,14 @@ pub(super) fn noted() -> u64 {
 /// Does for a span that begins and ends now all that is done for one, for a trial of what it costs. Nobody sees it.
 pub(super) fn trial() {
     static UNSEEN: Mutex<VecDeque<Packed>> = Mutex::new(VecDeque::new());
-    let open = Open::begin();
+    let open = Open { mark: mark::current(), task: registry::number(), since: Instant::now() };
     put(&UNSEEN, 1, open.mark, open.task, open.since);
     std::mem::forget(open);
 }
 
 fn put(spans: &Mutex<VecDeque<Packed>>, most: usize, mark: Mark, task: u32, since: Instant) {
     let packed = Packed {
-        begin_nanoseconds: since.saturating_duration_since(*START).as_nanos() as u64,
+        begin_nanoseconds: since_start(since),
         took_microseconds: u32::try_from(since.elapsed().as_micros()).unwrap_or(u32::MAX),
         task,
         mark: mark.index() as u8,
@@ -138,6 +161,33 @@ mod tests {
         assert_eq!(event.mark.kind, Kind::Planted);
         assert!(stage.took >= Duration::from_millis(10) && event.took >= stage.took, "{ours:?}");
         assert!(event.begin <= stage.begin && event.begin + event.took <= now + Duration::from_millis(1), "{ours:?}");
+    }
+
+    #[test]
+    fn of_calls_that_begin_close_together_one_is_kept() {
+        let (last, apart) = (AtomicU64::new(0), CALLS_APART.as_nanos() as u64);
+        let kept: Vec<u64> = (0..40).map(|tenth| apart * tenth / 10).filter(|now| is_kept(&last, *now)).collect();
+        assert_eq!(kept, [apart, 2 * apart, 3 * apart]);
+        // A poll that began before the last one that is kept.
+        assert!(!is_kept(&last, 0));
+    }
+
+    #[tokio::test]
+    async fn calls_leave_room_for_what_else_is_done() {
+        let task = spawn_event("calls", async {
+            identify(Kind::Planted, "event 15");
+            for _ in 0..1000 {
+                in_stage(Stage::Call, async {}).await;
+                in_stage(Stage::Read, async {}).await;
+            }
+            registry::number()
+        });
+        let number = task.await.unwrap();
+        let (spans, _) = last(Duration::from_secs(60));
+        let of = |stage| spans.iter().filter(|span| span.task == number && span.mark.stage == stage).count();
+        // All in one poll, whose beginning is that of each of them.
+        assert!(of(Stage::Call) <= 1, "{}", of(Stage::Call));
+        assert_eq!(of(Stage::Read), 1000);
     }
 
     #[test]

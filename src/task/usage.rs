@@ -86,8 +86,8 @@ impl Ledger {
         self.busy.fetch_add(busy.as_nanos() as u64, Ordering::Relaxed);
     }
 
-    fn add_wait(&self, reason: For, took: Duration) {
-        self.waits[reason as usize].fetch_add(took.as_nanos() as u64, Ordering::Relaxed);
+    fn add_wait(&self, reason: usize, nanoseconds: u64) {
+        self.waits[reason].fetch_add(nanoseconds, Ordering::Relaxed);
     }
 }
 
@@ -164,11 +164,19 @@ struct Sums {
     freed: Cell<u64>,
     stages: Cell<u32>,
     waits: Cell<u32>,
+    /// Nanoseconds waited, by reason.
+    waited: [Cell<u64>; REASONS],
 }
 
 impl Sums {
     const fn new() -> Self {
-        Sums { allocated: Cell::new(0), freed: Cell::new(0), stages: Cell::new(0), waits: Cell::new(0) }
+        Sums {
+            allocated: Cell::new(0),
+            freed: Cell::new(0),
+            stages: Cell::new(0),
+            waits: Cell::new(0),
+            waited: [const { Cell::new(0) }; REASONS],
+        }
     }
 }
 
@@ -222,6 +230,13 @@ impl Pending {
             total.ledger.add_memory(memory.0, memory.1);
             total.stages.fetch_add(sums.stages.take().into(), Ordering::Relaxed);
             total.waits.fetch_add(sums.waits.take().into(), Ordering::Relaxed);
+            for (reason, waited) in sums.waited.iter().enumerate().filter(|(_, waited)| waited.get() > 0) {
+                let waited = waited.take();
+                total.ledger.add_wait(reason, waited);
+                if let Some(ledger) = ledger {
+                    ledger.add_wait(reason, waited);
+                }
+            }
             allocated += memory.0;
             freed += memory.1;
         }
@@ -346,11 +361,22 @@ pub(super) struct Outer {
     since: Option<Instant>,
 }
 
-/// Adds a wait that has ended to its event and to its kind.
+/// When the poll of a task that this thread is in began, or turned to another kind of work; now, outside of one. Waits and calls
+/// are timed by it: they begin and end in polls, many in one, and a look at the clock costs as much as all else that is noted
+/// of them.
+pub(super) fn poll_began() -> Instant {
+    COUNTERS.get().since.unwrap_or_else(Instant::now)
+}
+
+/// Adds a wait that has ended to its kind and, in a poll, to the event that is polled.
 pub(super) fn waited(mark: Mark, reason: For, took: Duration) {
-    TOTALS[mark.index()].ledger.add_wait(reason, took);
-    // SAFETY: the poll that set it holds it.
-    if let Some(ledger) = unsafe { COUNTERS.get().ledger.as_ref() } {
-        ledger.add_wait(reason, took);
+    let took = took.as_nanos() as u64;
+    if COUNTERS.get().since.is_some() {
+        PENDING.with(|pending| {
+            let waited = &pending.of(mark).waited[reason as usize];
+            waited.set(waited.get() + took);
+        });
+    } else {
+        TOTALS[mark.index()].ledger.add_wait(reason as usize, took);
     }
 }

@@ -24,8 +24,13 @@ impl Counted {
     fn begin(place: &'static Location<'static>, reason: For) -> Self {
         usage::wait();
         let mark = mark::current();
-        Counted { waiting: Waiting::begin(place, reason, mark.kind), reason, mark, since: Instant::now() }
+        Counted { waiting: Waiting::begin(place, reason, mark.kind), reason, mark, since: now(reason) }
     }
+}
+
+/// The time by which waits of that reason are measured. A lock is waited for within a poll, everything else from one to another.
+fn now(reason: For) -> Instant {
+    if reason == For::Lock { Instant::now() } else { usage::poll_began() }
 }
 
 /// Does for a wait that is over at once all that is done for one, for a trial of what it costs. Of the tables it leaves only its
@@ -33,10 +38,10 @@ impl Counted {
 pub(super) fn trial() {
     const REASON: For = For::Queue;
     usage::wait();
-    let (place, mark, since) = (Location::caller(), mark::current(), Instant::now());
+    let (place, mark, since) = (Location::caller(), mark::current(), now(REASON));
     let waiting = Waiting::nowhere(place);
     registry::waits_at(Some(place));
-    let took = since.elapsed();
+    let took = now(REASON).saturating_duration_since(since);
     waiting.ended(took);
     usage::waited(mark, REASON, took);
     let _ = std::hint::black_box(contention::draw(REASON, took));
@@ -45,10 +50,12 @@ pub(super) fn trial() {
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        let took = self.since.elapsed();
+        let took = now(self.reason).saturating_duration_since(self.since);
         self.waiting.ended(took);
         usage::waited(self.mark, self.reason, took);
         contention::sample(self.reason, self.mark, took);
+        // Here, so that the place goes as well where the wait is given up.
+        registry::waits_at(None);
     }
 }
 
@@ -73,8 +80,8 @@ impl<F: Future> Future for Wait<F> {
         if polled.is_pending() {
             this.counted.get_or_insert_with(|| Counted::begin(this.place, *this.reason));
             registry::waits_at(Some(this.place));
-        } else if this.counted.take().is_some() {
-            registry::waits_at(None);
+        } else {
+            *this.counted = None;
         }
         polled
     }
@@ -84,6 +91,41 @@ impl<F: Future> Future for Wait<F> {
 #[track_caller]
 pub fn wait<F: Future>(reason: For, future: F) -> Wait<F> {
     Wait { future, place: Location::caller(), reason, counted: None }
+}
+
+pin_project! {
+    /// A future whose place is shown as that where its task waits.
+    #[must_use = "futures do nothing unless polled"]
+    pub struct Parked<F> {
+        #[pin]
+        future: F,
+        place: &'static Location<'static>,
+    }
+
+    impl<F> PinnedDrop for Parked<F> {
+        fn drop(this: Pin<&mut Self>) {
+            // One of several that the task waited for: another was ready first.
+            registry::waits_at(None);
+        }
+    }
+}
+
+impl<F: Future> Future for Parked<F> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
+        let this = self.project();
+        let polled = this.future.poll(context);
+        registry::waits_at(polled.is_pending().then_some(this.place));
+        polled
+    }
+}
+
+/// For a task that has nothing to do until `future` is ready: the list of tasks shows that it waits at the place of the call. It
+/// is no wait that anything is charged for, and in no profile of those.
+#[track_caller]
+pub fn park<F: Future>(future: F) -> Parked<F> {
+    Parked { future, place: Location::caller() }
 }
 
 /// Locks `mutex`, poisoned or not, and counts the wait where another thread holds it.

@@ -11,6 +11,9 @@ use local_stack::{Behaviour, http_client};
 
 use crate::harness::{LONG, SOON, Service, World, text, until};
 
+/// What a flame graph says that has no box.
+const NOTHING: &str = "nothing to draw";
+
 /// `go tool pprof` with these arguments, its files in `directory`.
 fn go_pprof(directory: &Path, arguments: &[&str]) -> Result<String> {
     let mut go = Command::new("go");
@@ -203,6 +206,11 @@ async fn a_difference_needs_no_file() -> Result<()> {
     world.finish(service).await
 }
 
+/// Whether it is a line of the collapsed form.
+fn counts_something(line: &str) -> bool {
+    line.rsplit_once(' ').is_some_and(|(stack, number)| !stack.is_empty() && number.parse::<i64>().is_ok())
+}
+
 /// Every profile in every form it has, in the middle of a run: what Go's tools and people are promised.
 #[tokio::test]
 async fn every_mode_has_every_form() -> Result<()> {
@@ -239,20 +247,23 @@ async fn every_mode_has_every_form() -> Result<()> {
         let shown = if mode == "mutex" { "--- mutex:" } else { "@" };
         ensure!(!people.contains('\u{fffd}') && people.contains(shown), "{mode}: {people}");
         let lines = text(&get(&format!("{mode}?format=collapsed")).await?);
-        ensure!(lines.lines().all(|line| line.rsplit(' ').next().is_some_and(|n| n.parse::<i64>().is_ok())), "{lines}");
+        ensure!(lines.lines().all(counts_something), "{mode}: {lines}");
         let svg = text(&get(&format!("{mode}?format=svg")).await?);
         ensure!(svg.contains("<svg") && svg.trim_end().ends_with("</svg>"), "{mode}: {svg}");
+        if mode != "mutex" {
+            ensure!(!lines.is_empty(), "{mode}: no line");
+            ensure!(!svg.contains(NOTHING), "{mode}: {svg}");
+        }
     }
     let cpu = opened("profile?seconds=2&hz=250").await?;
     ensure!(cpu.contains("samples/count cpu/nanoseconds[dflt]"), "{cpu}");
     ensure!(cpu.contains("PeriodType: cpu nanoseconds") && cpu.contains("Period: 4000000"), "{cpu}");
-    for format in ["collapsed", "svg"] {
-        get(&format!("profile?seconds=1&format={format}")).await?;
-    }
 
     // What they show: a thousand calls that wait, in the one task of the run.
     let tasks = text(&get("goroutine?debug=1").await?);
     ensure!(tasks.contains("1000 @ partner\tsrc/partner/client.rs:"), "{tasks}");
+    // Each task says where it waits.
+    ensure!(!tasks.contains("place unknown"), "{tasks}");
     let tasks = text(&get("goroutine?debug=2").await?);
     ensure!(tasks.contains("kind valuations.refresh, about ") && tasks.contains("created by src/queue/"), "{tasks}");
     let trace: serde_json::Value = serde_json::from_slice(&get("trace?seconds=60").await?)?;
@@ -279,15 +290,29 @@ async fn every_mode_has_every_form() -> Result<()> {
 #[tokio::test]
 async fn cpu_time_is_told_by_kind_of_event() -> Result<()> {
     let mut world = World::new(Behaviour { latency_ms: 0, ..Behaviour::default() }).await?;
-    world.set("partner.rate_per_second", 0);
-    world.listings(20_000).await?;
+    // So that it goes on for longer than all four profiles of it.
+    world.set("partner.rate_per_second", 4_000).set("shutdown.grace", "3s");
+    world.expect_work_left();
+    world.listings(60_000).await?;
     let service = world.serve().await?;
     service.ready().await?;
-    let url = format!("{}/debug/pprof/profile?seconds=3&hz=500", service.profiling_url());
-    let sampled = tokio::spawn(async move { http_client::get(&url).await });
-    let run = world.refresh(&[])?;
+    let url = format!("{}/debug/pprof/profile?seconds", service.profiling_url());
+    let sampled = tokio::spawn({
+        let url = format!("{url}=3&hz=500");
+        async move { http_client::get(&url).await }
+    });
+    world.refresh(&[])?;
     let (status, profile) = sampled.await??;
     ensure!(status.is_success(), "{status}: {}", text(&profile));
+    let (_, lines) = http_client::get(&format!("{url}=1&format=collapsed")).await?;
+    let lines = text(&lines);
+    let of_calls = |line: &str| line.starts_with("valuations.refresh;call;");
+    ensure!(lines.lines().any(of_calls) && lines.lines().all(counts_something), "{lines}");
+    let (_, as_text) = http_client::get(&format!("{url}=1&debug=1")).await?;
+    ensure!(text(&as_text).lines().any(of_calls), "{}", text(&as_text));
+    let (_, svg) = http_client::get(&format!("{url}=1&format=svg")).await?;
+    let svg = text(&svg);
+    ensure!(svg.contains("valuations.refresh") && svg.trim_end().ends_with("</svg>"), "{svg}");
     let file = world.path("cpu").display().to_string();
     std::fs::write(&file, profile)?;
     let directory = world.path("");
@@ -297,7 +322,6 @@ async fn cpu_time_is_told_by_kind_of_event() -> Result<()> {
     }
     let calls = go_pprof(&directory, &["-top", "-cum", "-tagfocus=stage=call", &file])?;
     ensure!(calls.contains("partner::"), "{calls}");
-    let _ = run;
     world.finish(service).await
 }
 

@@ -125,6 +125,9 @@ async fn snapshots_are_listed_and_chosen_by_process_and_number() -> Result<()> {
     for (arguments, reason) in [
         (vec!["profile", "top", "/nonexistent"], "/nonexistent: there is no such file or directory"),
         (vec!["profile", "top", "#nothing"], "first, last, peak"),
+        (vec!["profile", "grew", &format!("{place}#peak")], "leave out what is after #"),
+        (vec!["profile", "fetch", &place, "--mode", "block"], "for a running service"),
+        (vec!["profile", "fetch", &place, "--seconds", "3"], "for a running service"),
         (vec!["profile", "top", "https://x:secret@host"], "forward its port"),
         (vec!["profile", "list", "--host", "nobody"], "no snapshot"),
         (vec!["profile", "grew", "http://127.0.0.1:1"], "cannot get"),

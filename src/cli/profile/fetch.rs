@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use anyhow::ensure;
 use clap::{Args, ValueEnum};
 
 use super::save;
@@ -32,9 +33,9 @@ pub(in crate::cli) struct Options {
     source: Option<String>,
     #[command(flatten)]
     chosen: Chosen,
-    /// Of a running service: which of its profiles.
-    #[arg(long, value_name = "MODE", default_value = "heap")]
-    mode: Mode,
+    /// Of a running service: which of its profiles; heap unless given.
+    #[arg(long, value_name = "MODE")]
+    mode: Option<Mode>,
     /// Of a running service: what changed within so many seconds; for `profile`, how long it samples.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
     seconds: Option<u32>,
@@ -71,7 +72,11 @@ impl Mode {
 
 pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()> {
     let source = Source::given(options.source.as_deref(), config)?;
-    let mode = options.mode.name();
+    ensure!(
+        matches!(source, Source::Live(_)) || (options.mode.is_none() && options.seconds.is_none()),
+        "--mode and --seconds are for a running service; snapshots and files are what they are"
+    );
+    let mode = options.mode.unwrap_or(Mode::Heap).name();
     let found = source.read(&options.chosen, mode, options.seconds).await?;
     let by_time = || {
         let time = moment(taken_ms(&found)).replace(' ', "T").replace(':', "");

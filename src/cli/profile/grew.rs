@@ -7,7 +7,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::list;
-use super::source::{Chosen, Found, SOURCES, Select, Source};
+use super::source::{Chosen, Found, SOURCES, Source};
 use super::text::{amount, change, moment, table, taken_ms};
 use super::{Shown, own_by_place};
 use crate::cli::text::span;
@@ -58,7 +58,7 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
         sources.push(Source::parse(source, config)?);
     }
     if sources.is_empty() {
-        sources.push(Source::Stored { store: list::store(None, config)?, select: Select::Last });
+        sources.push(Source::Stored { store: list::store(None, config)?, select: None });
     }
     let live = (options.count as usize, Duration::from_secs(options.every.into()));
     let mut found = Vec::new();
@@ -180,5 +180,38 @@ impl Growth<'_> {
 
     fn times(&self) -> (u64, u64) {
         (taken_ms(&self.found[0]), taken_ms(&self.found[self.found.len() - 1]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn grown<K>(key: K, grew: i64) -> Grown<K> {
+        Grown { key, grew, rose: 1, series: vec![0, grew] }
+    }
+
+    fn place(kind: &str, function: &str, grew: i64) -> Grown<Place> {
+        grown(Place { kind: kind.to_owned(), function: function.to_owned() }, grew)
+    }
+
+    /// Memory that goes from one function of a kind to another is the kind's growth and none of theirs.
+    #[test]
+    fn a_kind_is_named_also_where_no_function_of_it_grew() {
+        let named = |places: Vec<Grown<Place>>| {
+            let kinds = vec![grown("refresh".to_owned(), 700), grown("service".to_owned(), 5)];
+            let growth = Growth { found: &[], unit: "bytes", kinds, places };
+            growth.first().map(|(kind, place)| (kind.key.clone(), place.map(|place| place.key.function.clone())))
+        };
+        let others = || vec![place("service", "tables", 5), place("refresh", "pages", 0)];
+        assert_eq!(named(others()), Some(("refresh".to_owned(), None)));
+        let with_one = [others(), vec![place("refresh", "answers", 3)]].concat();
+        assert_eq!(named(with_one), Some(("refresh".to_owned(), Some("answers".to_owned()))));
+    }
+
+    #[test]
+    fn where_nothing_grew_nothing_is_named() {
+        let kinds = vec![grown("refresh".to_owned(), 0)];
+        assert!(Growth { found: &[], unit: "bytes", kinds, places: Vec::new() }.first().is_none());
     }
 }

@@ -10,6 +10,7 @@ use http::{Request, Uri, header};
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
+use percent_encoding::percent_decode_str;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -19,7 +20,7 @@ use crate::config::Secret;
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// The most of an answer that is read.
-const MOST_BYTES: usize = 256 * 1024 * 1024;
+const MOST_BYTES: usize = 32 * 1024 * 1024;
 
 /// A service, or what forwards to it.
 #[derive(Debug)]
@@ -37,7 +38,11 @@ impl Live {
         let authority = parsed.authority().with_context(|| format!("{} names no host", without_token(url)))?;
         let address = format!("{}:{}", authority.host(), authority.port_u16().unwrap_or(6060));
         let authorization = match authority.as_str().rsplit_once('@') {
-            Some((user, _)) => Some(Secret::new(format!("Basic {}", STANDARD.encode(user)))),
+            Some((user, _)) => {
+                // As Go's tools do, which is what URLs with a token are written for.
+                let user: Vec<u8> = percent_decode_str(user).collect();
+                Some(Secret::new(format!("Basic {}", STANDARD.encode(user))))
+            }
             None => token.map(|token| Secret::new(format!("Bearer {}", token.reveal()))),
         };
         Ok(Live { address, authorization })
@@ -106,6 +111,9 @@ mod tests {
         assert_eq!(live.address, "pod-1:6060");
         assert_eq!(live.authorization.as_ref().map(Secret::reveal), Some("Basic eDpUT0tFTg=="));
         assert!(!format!("{live:?}").contains("eDpUT0tFTg"), "{live:?}");
+        // What has a meaning of its own in a URL is written as %40.
+        let live = Live::parse("http://x:a%40b%25@pod-1:6060", None).unwrap();
+        assert_eq!(live.authorization.as_ref().map(Secret::reveal), Some("Basic eDphQGIl"));
         let live = Live::parse("http://[::1]", Some(&settings)).unwrap();
         assert_eq!(live.address, "[::1]:6060");
         assert_eq!(live.authorization.as_ref().map(Secret::reveal), Some("Bearer from-the-settings"));

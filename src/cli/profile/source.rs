@@ -34,7 +34,11 @@ pub(super) struct Chosen {
 #[derive(Debug)]
 pub(super) enum Source {
     File(PathBuf),
-    Stored { store: Store, select: Select },
+    /// A directory; the last snapshot of it unless another is selected.
+    Stored {
+        store: Store,
+        select: Option<Select>,
+    },
     Live(Live),
 }
 
@@ -85,8 +89,8 @@ impl Source {
             return Ok(Source::File(text.into()));
         }
         let (place, select) = match text.rsplit_once('#') {
-            Some((place, select)) => (place, Select::parse(select).with_context(|| text.to_owned())?),
-            None => (text, Select::Last),
+            Some((place, select)) => (place, Some(Select::parse(select).with_context(|| text.to_owned())?)),
+            None => (text, None),
         };
         Ok(Source::Stored { store: Store::open(place, &config.profiling.snapshots.s3)?, select })
     }
@@ -99,6 +103,7 @@ impl Source {
                 found(path.display().to_string(), bytes, record_beside(path))
             }
             Source::Stored { store, select } => {
+                let select = select.unwrap_or(Select::Last);
                 let (stored, record) = select.of(store, of_process(store, chosen).await?).await?;
                 stored_one(store, &stored, record).await
             }
@@ -118,7 +123,12 @@ impl Source {
     ) -> anyhow::Result<Vec<Found>> {
         match self {
             Source::File(_) => Ok(vec![self.read(chosen, "heap", None).await?]),
-            Source::Stored { store, .. } => {
+            Source::Stored { store, select } => {
+                ensure!(
+                    select.is_none(),
+                    "one snapshot is chosen of {}, where all are compared: leave out what is after #",
+                    store.place("")
+                );
                 let stored = thinned(of_process(store, chosen).await?, most);
                 let (records, profiles) = (store.records(&stored).await, store.profiles(&stored).await);
                 let all = stored.iter().zip(records).zip(profiles);

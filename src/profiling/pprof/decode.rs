@@ -9,8 +9,9 @@ use prost::Message as _;
 use super::wire;
 use super::{Function, Label, LabelValue, Line, Location, Mapping, Profile, Sample, ValueType};
 
-/// More than any profile of ours has by far; what unpacks to more is a mistake or meant to do harm.
-const MOST_BYTES: u64 = 256 * 1024 * 1024;
+/// More than any profile of ours has by far; what unpacks to more is a mistake or meant to do harm. In memory it takes up to
+/// twenty times as much: an id is one byte there and a word here.
+const MOST_BYTES: u64 = 32 * 1024 * 1024;
 
 /// Why bytes are no profile.
 #[derive(Debug, thiserror::Error)]
