@@ -39,7 +39,9 @@ Exit codes: 0 stopped in order, 1 failed (a port in use, a part that ended by it
 pub(super) fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let recording = options.record.map(|file| Recording { file, limit_bytes: options.record_limit });
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("worker").build()?;
-    let done = runtime.block_on(async {
+    // On a worker, whose stack is deep already by the work of others: the main thread's would keep for ever what only the start
+    // needs, a third of a megabyte.
+    let service = async move {
         // Before anything is started, so that no signal is missed.
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -60,7 +62,9 @@ pub(super) fn run(config: Config, options: Options) -> anyhow::Result<()> {
             });
         };
         app.run(stop).await
-    });
+    };
+    let done = runtime.block_on(async { crate::task::spawn("service", service).await });
+    let done = done.unwrap_or_else(|ended| std::panic::resume_unwind(ended.into_panic()));
     // Whatever still runs on a blocking thread is bounded elsewhere; the process need not wait for it.
     runtime.shutdown_background();
     done

@@ -125,7 +125,11 @@ impl Lent {
 
     /// Asks the connection, and gives it back if it answers. Whoever waits for `turn` gets it afterwards.
     fn give_back(self, turn: Option<OwnedSemaphorePermit>) {
-        self.part(turn, |mut connection| connection.return_to_pool());
+        self.part(turn, |mut connection| {
+            // They have grown to what the largest statement and answer took, a quarter of a megabyte for a page and its answers.
+            connection.shrink_buffers();
+            connection.return_to_pool()
+        });
     }
 
     fn part<F>(self, turn: Option<OwnedSemaphorePermit>, part: impl FnOnce(PoolConnection<Postgres>) -> F)

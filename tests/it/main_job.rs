@@ -1,9 +1,13 @@
 //! The job that the service exists for: 17,000 listings, a call each, and all that follows from it.
 
-use anyhow::{Result, ensure};
-use local_stack::Behaviour;
+use std::collections::BTreeMap;
+use std::time::Duration;
 
-use crate::harness::{LONG, World};
+use anyhow::{Context, Result, ensure};
+use local_stack::Behaviour;
+use serde_json::Value;
+
+use crate::harness::{LONG, SOON, World, until};
 
 #[tokio::test]
 async fn seventeen_thousand_listings_are_valued_and_published() -> Result<()> {
@@ -46,5 +50,32 @@ async fn the_partner_is_never_asked_faster_than_agreed() -> Result<()> {
     let stats = world.partner.stats();
     ensure!(!stats.by_status.contains_key(&429) && stats.requests == 3_500, "{stats:?}");
     ensure!(stats.max_in_one_second <= u64::from(MOST), "{stats:?}");
+    world.finish(service).await
+}
+
+/// What a heap profile finds of an event after its end, connections to Postgres and their buffers included.
+#[tokio::test]
+async fn an_event_that_has_ended_holds_next_to_nothing() -> Result<()> {
+    let mut world = World::new(Behaviour { latency_ms: 0, ..Behaviour::default() }).await?;
+    world.set("partner.rate_per_second", 0);
+    world.set_variable("MALLOC_CONF", "lg_prof_sample:10");
+    world.listings(5_000).await?;
+    let service = world.serve().await?;
+    let run = world.refresh(&[])?;
+    world.published(&run, LONG).await?;
+    world.quiet(SOON).await?;
+    let mut held = BTreeMap::new();
+    let little = until("the memory of the events", SOON, async || {
+        // Not more often than profiles may be asked for.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let top: Value = serde_json::from_str(&world.done(&["profile", "top", service.profiling_url(), "--json"])?)?;
+        let kinds = top["kinds"].as_array().context("no kinds")?.iter();
+        held = kinds.filter_map(|kind| Some((kind["kind"].as_str()?.to_owned(), kind["value"].as_i64()?))).collect();
+        let of_events =
+            held.iter().filter(|(kind, _)| kind.starts_with("valuations.")).map(|(_, bytes)| bytes).sum::<i64>();
+        Ok((of_events < 192 * 1024).then_some(()))
+    })
+    .await;
+    little.with_context(|| format!("bytes held: {held:?}"))?;
     world.finish(service).await
 }
