@@ -18,7 +18,7 @@ use crate::db::{self, Database, runs};
 use crate::events::recorder::{Recorder, Recording};
 use crate::events::relay::{self, Relay};
 use crate::events::retention::{self, Retention};
-use crate::events::{Ended, Events, Gate, LaneQueues, cancels, ended, lane};
+use crate::events::{Ended, Events, Gate, GroupCommit, LaneQueues, cancels, ended, lane};
 use crate::health::{Dependency, Health};
 use crate::kafka::Publisher;
 use crate::lifecycle::{Company, Stop, StopSource};
@@ -114,6 +114,7 @@ impl App {
             pages: Arc::new(Semaphore::new(config.refresh.pages_ahead)),
             publish_page_size: config.kafka.page_size,
             publish_pages_in_flight: config.kafka.pages_in_flight,
+            upserts: GroupCommit::default(),
             outbox: Arc::new(Notify::new()),
             gate: Arc::new(Gate::default()),
             ended: Ended::default(),
@@ -176,7 +177,7 @@ impl App {
         tracing::info!(version = env!("CARGO_PKG_VERSION"), "started");
 
         let died = tokio::select! {
-            () = stop => None,
+            () = task::park(stop) => None,
             ended = lanes.join_next() => Some(format!("a lane ended by itself: {ended:?}")),
             ended = pages.join_next() => Some(format!("a listener ended by itself: {ended:?}")),
         };

@@ -1,4 +1,4 @@
-//! Listings: the upsert of one, the reading of pages, the bulk load.
+//! Listings: what they are, the reading of pages, the bulk load.
 
 use std::num::NonZero;
 
@@ -80,115 +80,7 @@ pub struct PageRow {
     pub living_square_feet: i32,
 }
 
-/// What came of an upsert.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Upsert {
-    /// The listing is as the event says.
-    Written,
-    /// What is there came from a newer event.
-    Older,
-    /// This very event was applied before.
-    Repeated,
-    /// Another event with the same id came first; nothing was written.
-    OtherEvent,
-}
-
 impl Database {
-    /// Writes `listing` unless what is there came from a newer event, and the event's digest with it: one statement, so
-    /// that of several first events with one id exactly one is applied. They wait for each other at their id, which is
-    /// taken before the listing.
-    pub async fn upsert_listing(
-        &self,
-        listing: &Listing,
-        event_time: OffsetDateTime,
-        event_id: &str,
-        digest: &[u8; 32],
-    ) -> Result<Upsert, DbError> {
-        let l = listing;
-        let attributes = l.attributes.as_ref().map(Json);
-        run!(self, "the upsert of a listing", connection => {
-            let done = sqlx::query!(
-                r#"
-                WITH first AS (
-                    INSERT INTO listing_events (event_id, digest) VALUES ($21, $22)
-                    ON CONFLICT (event_id) DO NOTHING
-                    RETURNING event_id
-                ), written AS (
-                    INSERT INTO listings AS present (
-                        listing_id, zip_code, list_price_cents, bedrooms, living_square_feet, listed_on, bathrooms,
-                        lot_square_feet, floors, waterfront, view_rating, condition_rating, grade_rating, year_built,
-                        year_renovated, latitude, longitude, description, attributes, event_time, event_id)
-                    SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20,
-                           first.event_id
-                    FROM first
-                    ON CONFLICT (listing_id) DO UPDATE SET
-                        zip_code = excluded.zip_code,
-                        list_price_cents = excluded.list_price_cents,
-                        bedrooms = excluded.bedrooms,
-                        living_square_feet = excluded.living_square_feet,
-                        listed_on = coalesce(excluded.listed_on, present.listed_on),
-                        bathrooms = coalesce(excluded.bathrooms, present.bathrooms),
-                        lot_square_feet = coalesce(excluded.lot_square_feet, present.lot_square_feet),
-                        floors = coalesce(excluded.floors, present.floors),
-                        waterfront = coalesce(excluded.waterfront, present.waterfront),
-                        view_rating = coalesce(excluded.view_rating, present.view_rating),
-                        condition_rating = coalesce(excluded.condition_rating, present.condition_rating),
-                        grade_rating = coalesce(excluded.grade_rating, present.grade_rating),
-                        year_built = coalesce(excluded.year_built, present.year_built),
-                        year_renovated = coalesce(excluded.year_renovated, present.year_renovated),
-                        latitude = coalesce(excluded.latitude, present.latitude),
-                        longitude = coalesce(excluded.longitude, present.longitude),
-                        description = coalesce(excluded.description, present.description),
-                        attributes = coalesce(excluded.attributes, present.attributes),
-                        event_time = excluded.event_time,
-                        event_id = excluded.event_id
-                    WHERE (excluded.event_time, excluded.event_id) > (present.event_time, present.event_id)
-                    RETURNING listing_id
-                )
-                SELECT EXISTS (SELECT FROM first) AS "first!", EXISTS (SELECT FROM written) AS "written!",
-                       (SELECT digest FROM listing_events WHERE event_id = $21) AS known
-                "#,
-                l.listing_id,
-                l.zip_code,
-                l.list_price_cents,
-                l.bedrooms,
-                l.living_square_feet,
-                l.listed_on,
-                l.bathrooms,
-                l.lot_square_feet,
-                l.floors,
-                l.waterfront,
-                l.view_rating,
-                l.condition_rating,
-                l.grade_rating,
-                l.year_built,
-                l.year_renovated,
-                l.latitude,
-                l.longitude,
-                l.description.as_deref(),
-                attributes as _,
-                event_time,
-                event_id,
-                digest,
-            )
-            .fetch_one(&mut *connection)
-            .await?;
-            if done.first {
-                return Ok(if done.written { Upsert::Written } else { Upsert::Older });
-            }
-            let known = match done.known {
-                Some(known) => known,
-                // It was waited for, and is younger than what the statement can see.
-                None => {
-                    sqlx::query_scalar!("SELECT digest FROM listing_events WHERE event_id = $1", event_id)
-                        .fetch_one(connection)
-                        .await?
-                }
-            };
-            Ok(if known == digest { Upsert::Repeated } else { Upsert::OtherEvent })
-        })
-    }
-
     /// The next listings of `set` past `cursor`, at most `limit`, in the order of their ids. A `resumed` run gets only
     /// those that it has no valuation of.
     pub async fn read_page(
@@ -262,7 +154,7 @@ impl Database {
         event_time: OffsetDateTime,
         event_id: &str,
     ) -> Result<u64, DbError> {
-        let column = Columns::of(listings);
+        let column = Columns::of(listings.iter());
         run!(self, "the bulk load of listings", connection => {
             let done = sqlx::query!(
                 r#"
@@ -295,7 +187,7 @@ impl Database {
                 &column.year_renovated as &[Option<i16>],
                 &column.latitude as &[Option<f64>],
                 &column.longitude as &[Option<f64>],
-                &column.description as &[Option<String>],
+                &column.description as &[Option<&str>],
                 &column.attributes as _,
                 event_time,
                 event_id,
@@ -309,30 +201,30 @@ impl Database {
 
 /// Listings turned on their side, as UNNEST takes them.
 #[derive(Default)]
-struct Columns {
-    listing_id: Vec<i64>,
-    zip_code: Vec<i32>,
-    list_price_cents: Vec<i64>,
-    bedrooms: Vec<i16>,
-    living_square_feet: Vec<i32>,
-    listed_on: Vec<Option<Date>>,
-    bathrooms: Vec<Option<f32>>,
-    lot_square_feet: Vec<Option<i32>>,
-    floors: Vec<Option<f32>>,
-    waterfront: Vec<Option<bool>>,
-    view_rating: Vec<Option<i16>>,
-    condition_rating: Vec<Option<i16>>,
-    grade_rating: Vec<Option<i16>>,
-    year_built: Vec<Option<i16>>,
-    year_renovated: Vec<Option<i16>>,
-    latitude: Vec<Option<f64>>,
-    longitude: Vec<Option<f64>>,
-    description: Vec<Option<String>>,
-    attributes: Vec<Option<Json<serde_json::Map<String, serde_json::Value>>>>,
+pub(super) struct Columns<'a> {
+    pub listing_id: Vec<i64>,
+    pub zip_code: Vec<i32>,
+    pub list_price_cents: Vec<i64>,
+    pub bedrooms: Vec<i16>,
+    pub living_square_feet: Vec<i32>,
+    pub listed_on: Vec<Option<Date>>,
+    pub bathrooms: Vec<Option<f32>>,
+    pub lot_square_feet: Vec<Option<i32>>,
+    pub floors: Vec<Option<f32>>,
+    pub waterfront: Vec<Option<bool>>,
+    pub view_rating: Vec<Option<i16>>,
+    pub condition_rating: Vec<Option<i16>>,
+    pub grade_rating: Vec<Option<i16>>,
+    pub year_built: Vec<Option<i16>>,
+    pub year_renovated: Vec<Option<i16>>,
+    pub latitude: Vec<Option<f64>>,
+    pub longitude: Vec<Option<f64>>,
+    pub description: Vec<Option<&'a str>>,
+    pub attributes: Vec<Option<Json<&'a serde_json::Map<String, serde_json::Value>>>>,
 }
 
-impl Columns {
-    fn of(listings: &[Listing]) -> Self {
+impl<'a> Columns<'a> {
+    pub fn of(listings: impl Iterator<Item = &'a Listing>) -> Self {
         let mut columns = Columns::default();
         for listing in listings {
             columns.listing_id.push(listing.listing_id);
@@ -352,8 +244,8 @@ impl Columns {
             columns.year_renovated.push(listing.year_renovated);
             columns.latitude.push(listing.latitude);
             columns.longitude.push(listing.longitude);
-            columns.description.push(listing.description.clone());
-            columns.attributes.push(listing.attributes.clone().map(Json));
+            columns.description.push(listing.description.as_deref());
+            columns.attributes.push(listing.attributes.as_ref().map(Json));
         }
         columns
     }

@@ -35,6 +35,7 @@ mod pooled;
 pub mod publications;
 pub mod retention;
 pub mod runs;
+pub mod upserts;
 pub mod valuations;
 
 use std::sync::Arc;
@@ -208,10 +209,14 @@ impl Database {
 
 /// Runs statements on a connection, bounded, and again while they fail for a reason that passes: `run!(database, "what
 /// it is, for errors", connection => { … })`. The block gives a `sqlx::Result` and must be repeatable. A macro, because a
-/// function that takes an async closure would not be `Send` (rust-lang/rust#110338).
+/// function that takes an async closure would not be `Send` (rust-lang/rust#110338). In the place of what it is there may be
+/// [`Tries`] of one's own.
 macro_rules! run {
-    ($database:expr, $what:literal, $connection:ident => $work:block) => {{
-        let mut tries = $crate::db::Tries::new($what);
+    ($database:expr, $what:literal, $connection:ident => $work:block) => {
+        $crate::db::run!($database, $crate::db::Tries::new($what), $connection => $work)
+    };
+    ($database:expr, $tries:expr, $connection:ident => $work:block) => {{
+        let mut tries: $crate::db::Tries = $tries;
         loop {
             let result = match $database.connection().await {
                 Ok(mut pooled) => {
@@ -244,6 +249,11 @@ struct Tries {
 impl Tries {
     fn new(what: &'static str) -> Self {
         Tries { what, deadline: Instant::now() + RETRY_FOR, attempt: 1 }
+    }
+
+    /// One try.
+    fn once(what: &'static str) -> Self {
+        Tries { deadline: Instant::now(), ..Tries::new(what) }
     }
 
     /// The end of the matter, or `None`, after a wait, if it should be tried again.

@@ -1,9 +1,11 @@
-//! `listing.upsert`: one listing, one statement, milliseconds.
+//! `listing.upsert`: one listing, milliseconds.
 
+use super::Events;
 use super::envelope::Event;
 use super::valuations_refresh::other_event;
-use crate::db::listings::{Listing, Upsert};
-use crate::db::{Database, DbError};
+use crate::db::DbError;
+use crate::db::listings::Listing;
+use crate::db::upserts::{ListingEvent, Upsert};
 use crate::fault;
 use crate::queue::{Outcome, Refusal};
 use crate::task::{Stage, in_stage};
@@ -16,10 +18,11 @@ pub(super) fn decode(event: &Event<'_>) -> Result<Listing, Refusal> {
 }
 
 /// Writes the listing unless a newer event has written it already, or an event with this id was applied before.
-pub(super) async fn handle(database: &Database, event: &Event<'_>, listing: &Listing) -> Result<Outcome, Refusal> {
+pub(super) async fn handle(events: &Events, event: &Event<'_>, listing: Listing) -> Result<Outcome, Refusal> {
     let digest = event.digest()?;
+    let said = ListingEvent { listing, event_time: event.time, event_id: event.id.to_string(), digest };
     fault::point("upsert.before_commit", &event.id);
-    let upserted = in_stage(Stage::Write, database.upsert_listing(listing, event.time, &event.id, &digest)).await;
+    let upserted = in_stage(Stage::Write, events.upserts.write(&events.database, said)).await;
     fault::point("upsert.after_commit", &event.id);
     Ok(match upserted {
         Ok(Upsert::Written) => Outcome::Done { rows: 1, note: "".into() },

@@ -8,6 +8,7 @@ pub mod cancels;
 pub mod ended;
 pub mod envelope;
 mod gate;
+mod group_commit;
 mod listing_upsert;
 pub mod outgoing;
 #[cfg(feature = "fault-injection")]
@@ -39,6 +40,7 @@ pub use ended::Ended;
 use envelope::Event;
 pub use gate::Gate;
 use gate::Pass;
+pub use group_commit::GroupCommit;
 use recorder::Recorder;
 use request::Request;
 
@@ -100,6 +102,8 @@ pub struct Events {
     pub publish_page_size: usize,
     /// Pages of a publication whose records are out and whose cursor is not written.
     pub publish_pages_in_flight: usize,
+    /// Writes listings of several events together.
+    pub upserts: GroupCommit,
     /// Wakes the relay after a commit.
     pub outbox: Arc<Notify>,
     /// Lets suspects work alone.
@@ -167,7 +171,7 @@ impl Events {
             return Ok(self.forward(delivery, lane).await);
         }
         match request {
-            Request::Upsert(listing) => listing_upsert::handle(&self.database, &event, &listing).await,
+            Request::Upsert(listing) => listing_upsert::handle(self, &event, *listing).await,
             Request::Refresh(data) => valuations_refresh::handle(self, &event, &data, delivery, pass).await,
             Request::Publish(data) => valuations_publish::handle(self, &event, &data, delivery, pass).await,
         }

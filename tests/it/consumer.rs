@@ -22,7 +22,7 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::timeout;
 use write_api::config::Config;
 use write_api::db::{self, Database, runs};
-use write_api::events::{Ended, Events, Gate, LaneQueues, lane};
+use write_api::events::{Ended, Events, Gate, GroupCommit, LaneQueues, lane};
 use write_api::health::Health;
 use write_api::kafka::Publisher;
 use write_api::lifecycle::{Company, StopSource};
@@ -149,6 +149,7 @@ async fn consumer_process() -> Result<()> {
             pages: Arc::new(Semaphore::new(config.refresh.pages_ahead)),
             publish_page_size: config.kafka.page_size,
             publish_pages_in_flight: config.kafka.pages_in_flight,
+            upserts: GroupCommit::default(),
             outbox: Arc::new(Notify::new()),
             gate: Arc::new(Gate::default()),
             ended: Ended::default(),

@@ -14,6 +14,7 @@ mod consumer;
 mod dlq;
 mod duplicates;
 mod ends;
+mod group_commit;
 mod harness;
 mod health;
 mod kafka_refusals;

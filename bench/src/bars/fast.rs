@@ -56,26 +56,26 @@ pub(crate) async fn fast_events(ground: &mut Ground) -> Result<Vec<Outcome>> {
     let calls = |ground: &Ground| ground.sqs_calls().values().sum::<u64>();
     let calls_before = calls(ground);
     let service = Service::start(environment).await?;
-    // The rate is that between the first look that sees any done and the last one before the end. Looks are seldom, for each
-    // costs the service as much as some events.
+    // Rate and processor time are those between the first look that sees any done and the last one before the end, as of the
+    // bare loop: neither has to start in them. Looks are seldom, for each costs the service as much as some events.
     let (mut first, mut last) = (None, None);
     until("the fast events", Duration::from_secs(300), async || {
         tokio::time::sleep(Duration::from_millis(500)).await;
         let done = exposition(&service).await?.fast_events_done();
         if done > 0 && done < u64::from(SATURATED) {
-            last = Some((Instant::now(), done));
+            last = Some((Instant::now(), done, service.sampler.cpu_seconds()?));
             first = first.or(last);
         }
         Ok(done >= u64::from(SATURATED))
     })
     .await?;
-    let (Some((began, already)), Some((ended, done))) = (first, last) else {
+    let (Some((began, already, cpu_before)), Some((ended, done, cpu_after))) = (first, last) else {
         bail!("no look saw fast events under way")
     };
     ensure!(done > already, "one look alone saw fast events under way: {done} of {SATURATED} were done");
     let rate = (done - already) as f64 / (ended - began).as_secs_f64();
     let calls_each = (calls(ground) - calls_before) as f64 / f64::from(SATURATED);
-    let cpu_each = service.sampler.cpu_seconds()? / f64::from(SATURATED) * 1e3;
+    let cpu_each = (cpu_after - cpu_before) / (done - already) as f64 * 1e3;
     let bare_cpu_each = bare.cpu_seconds / bare.count * 1e3;
     let p99 = open_loop(&service).await?;
     Ok(vec![
