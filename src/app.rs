@@ -297,7 +297,7 @@ impl App {
         let (publisher, dependency) = (self.publisher.clone(), self.health.dependency("kafka"));
         task::spawn_in(watchers, "look at Kafka", async move {
             loop {
-                match publisher.check(KAFKA_LOOK).await {
+                match task::park(publisher.check(KAFKA_LOOK)).await {
                     Ok(_) => dependency.up(),
                     Err(error) => dependency.down(error.to_string()),
                 }

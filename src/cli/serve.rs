@@ -63,7 +63,7 @@ pub(super) fn run(config: Config, options: Options) -> anyhow::Result<()> {
         };
         app.run(stop).await
     };
-    let done = runtime.block_on(async { crate::task::spawn("service", service).await });
+    let done = runtime.block_on(runtime.spawn(service));
     let done = done.unwrap_or_else(|ended| std::panic::resume_unwind(ended.into_panic()));
     // Whatever still runs on a blocking thread is bounded elsewhere; the process need not wait for it.
     runtime.shutdown_background();

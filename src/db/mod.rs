@@ -94,6 +94,7 @@ pub enum DbError {
 pub struct Database {
     connections: Arc<Connections>,
     acquire_timeout: Duration,
+    lock_timeout: Duration,
     bound: Duration,
 }
 
@@ -111,6 +112,7 @@ impl Database {
         Ok(Database {
             connections,
             acquire_timeout: config.acquire_timeout,
+            lock_timeout: config.statement_timeout,
             bound: config.statement_timeout + CLIENT_MARGIN,
         })
     }

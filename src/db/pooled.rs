@@ -143,7 +143,7 @@ impl Lent {
         // Given up, it is dropped, which closes it and frees its slot.
         let parted = timeout(GIVE_BACK, part(self.connection));
         task::spawn("parting from a connection", async move {
-            let _ = parted.await;
+            let _ = task::park(parted).await;
             drop(turn);
         });
     }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use sqlx::PgConnection;
 use time::{Date, OffsetDateTime};
@@ -20,7 +21,12 @@ pub struct ListingEvent {
     pub event_id: String,
     /// What tells the event from others with the same id.
     pub digest: [u8; 32],
+    /// Length of its data, in bytes.
+    pub size: usize,
 }
+
+/// How long a statement for several events waits for a lock: whoever holds one holds up all of them.
+const LOCK_OF_SEVERAL: Duration = Duration::from_millis(500);
 
 /// What came of an upsert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,18 +42,31 @@ pub enum Upsert {
 }
 
 impl Database {
-    /// Writes the listing of each event unless what is there came from a newer event, and the event's digest with it: one
-    /// statement, so that of several first events with one id exactly one is applied. No two of `events` may have the same id or
-    /// the same listing. What fails for several of them is not tried again: each can be tried alone.
-    ///
-    /// Statements wait for each other at ids first, then at listings, at both in their order, so that no two wait for each other.
+    /// Writes the event's listing unless what is there came from a newer event, and the event's digest with it: one statement, so
+    /// that of several first events with one id exactly one is applied.
+    pub async fn upsert_listing(&self, event: &Arc<ListingEvent>) -> Result<Upsert, DbError> {
+        let what = "the upsert of a listing";
+        Ok(self.upsert(Tries::new(what), self.lock_timeout, std::slice::from_ref(event)).await?[0])
+    }
+
+    /// The same for several events at once; the answers are in their order. No two of them may have the same id or the same
+    /// listing. It is tried once, and waits for half a second for a lock: each of them can be tried alone.
     pub async fn upsert_listings(&self, events: &[Arc<ListingEvent>]) -> Result<Vec<Upsert>, DbError> {
+        self.upsert(Tries::once("the upsert of listings"), LOCK_OF_SEVERAL, events).await
+    }
+
+    /// Statements wait for each other at ids first, then at listings, at both in their order, so that no two wait for each other.
+    async fn upsert(
+        &self,
+        tries: Tries,
+        lock_timeout: Duration,
+        events: &[Arc<ListingEvent>],
+    ) -> Result<Vec<Upsert>, DbError> {
+        let lock_timeout = lock_timeout.as_millis().to_string();
         let column = Columns::of(events.iter().map(|event| &event.listing));
         let times: Vec<OffsetDateTime> = events.iter().map(|event| event.event_time).collect();
         let ids: Vec<&str> = events.iter().map(|event| event.event_id.as_str()).collect();
         let digests: Vec<&[u8]> = events.iter().map(|event| event.digest.as_slice()).collect();
-        let what = "the upsert of listings";
-        let tries = if events.len() == 1 { Tries::new(what) } else { Tries::once(what) };
         run!(self, tries, connection => {
             let done = sqlx::query!(
                 r#"
@@ -65,7 +84,9 @@ impl Database {
                         place)
                 ), first AS (
                     INSERT INTO listing_events (event_id, digest)
-                    SELECT event_id, digest FROM given ORDER BY event_id
+                    SELECT event_id, digest FROM given
+                    WHERE (SELECT set_config('lock_timeout', $23, true)) IS NOT NULL -- Before the first row.
+                    ORDER BY event_id
                     ON CONFLICT (event_id) DO NOTHING
                     RETURNING event_id
                 ), written AS (
@@ -77,6 +98,7 @@ impl Database {
                            lot_square_feet, floors, waterfront, view_rating, condition_rating, grade_rating, year_built,
                            year_renovated, latitude, longitude, description, attributes, event_time, event_id
                     FROM given JOIN first USING (event_id)
+                    WHERE (SELECT count(*) FROM first) > 0 -- All ids are taken before the first listing is.
                     ORDER BY listing_id
                     ON CONFLICT (listing_id) DO UPDATE SET
                         zip_code = excluded.zip_code,
@@ -131,11 +153,13 @@ impl Database {
                 &times,
                 &ids as &[&str],
                 &digests as &[&[u8]],
+                lock_timeout.as_str(),
             )
             .fetch_all(&mut *connection)
             .await?;
             let younger = events.iter().zip(&done).filter(|(_, done)| !done.first && done.known.is_none());
-            let younger = digests_of(connection, younger.map(|(event, _)| event.event_id.as_str()).collect()).await?;
+            let younger: Vec<&str> = younger.map(|(event, _)| event.event_id.as_str()).collect();
+            let younger = digests_of(connection, &younger).await?;
             let upserts = events.iter().zip(&done).map(|(event, done)| {
                 if done.first {
                     return Ok(if done.written { Upsert::Written } else { Upsert::Older });
@@ -150,14 +174,11 @@ impl Database {
 }
 
 /// The digests of events that a statement waited for: they are younger than what it can see.
-async fn digests_of<'a>(
-    connection: &mut PgConnection,
-    event_ids: Vec<&'a str>,
-) -> sqlx::Result<HashMap<&'a str, Vec<u8>>> {
-    let mut digests = HashMap::new();
-    for event_id in event_ids {
-        let digest = sqlx::query_scalar!("SELECT digest FROM listing_events WHERE event_id = $1", event_id);
-        digests.insert(event_id, digest.fetch_one(&mut *connection).await?);
+async fn digests_of(connection: &mut PgConnection, event_ids: &[&str]) -> sqlx::Result<HashMap<String, Vec<u8>>> {
+    if event_ids.is_empty() {
+        return Ok(HashMap::new());
     }
-    Ok(digests)
+    let found =
+        sqlx::query!("SELECT event_id, digest FROM listing_events WHERE event_id = ANY($1)", event_ids as &[&str],);
+    Ok(found.fetch_all(connection).await?.into_iter().map(|row| (row.event_id, row.digest)).collect())
 }

@@ -1,116 +1,187 @@
 //! Group commit: listings that come at the same time are written by one statement.
 //!
-//! Whoever comes while fewer than [`WRITERS`] statements are under way writes at once, alone; who comes later waits, and is
-//! written with all others who wait when one of them ends. So nobody waits for others to come, and the busier Postgres is, the more
-//! share a statement, a round trip and a flush of its log. What Postgres refuses or fails of several is tried again by each alone,
-//! so that no listing is refused for the fault of another. One that is locked holds up those that it shares a statement with, until
-//! `database.statement_timeout`.
+//! Whoever comes while fewer than [`WRITERS`] statements are under way is written at once, with those that came together with it;
+//! who comes later waits, and is written with all others who wait when one of the statements ends. So nobody waits for others to
+//! come, and the busier Postgres is, the more share a statement, a round trip and a flush of its log.
+//!
+//! They share nothing else. What Postgres refuses or fails of several, or does not do at once because of a lock, is tried again by each
+//! alone, and is then no longer in anybody's way. What a statement for several uses is charged to their kind and to none of them.
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::oneshot;
 
 use crate::db::upserts::{ListingEvent, Upsert};
 use crate::db::{Database, DbError};
-use crate::task::{For, wait};
+use crate::task::{self, For, Kind, Stage, in_stage, wait};
 
-/// Statements at a time. Two, so that a listing that somebody has locked does not keep all others waiting.
+/// Statements at a time. Two, so that one of them is prepared while Postgres flushes what the other wrote.
 const WRITERS: usize = 2;
 
 /// Listings of a statement, at most.
 const MOST: usize = 100;
 
-/// Those who wait to be written.
-pub struct GroupCommit {
-    waiting: Mutex<VecDeque<Waiting>>,
-    turns: Semaphore,
+/// Bytes of their data, at most, but for a single one that is larger.
+const MOST_BYTES: usize = 1024 * 1024;
+
+/// Those who wait to be written. Clones are the same.
+#[derive(Clone, Default)]
+pub struct GroupCommit(Arc<Mutex<State>>);
+
+#[derive(Default)]
+struct State {
+    waiting: VecDeque<Waiting>,
+    /// What the statements under way write. Another one with the same would wait for it, with all that it has beside.
+    listings: HashSet<i64>,
+    ids: HashSet<String>,
+    writers: usize,
 }
 
 struct Waiting {
     event: Arc<ListingEvent>,
-    answer: oneshot::Sender<Upsert>,
-}
-
-impl Default for GroupCommit {
-    fn default() -> Self {
-        GroupCommit { waiting: Mutex::default(), turns: Semaphore::new(WRITERS) }
-    }
+    answer: oneshot::Sender<Result<Upsert, DbError>>,
 }
 
 impl GroupCommit {
-    /// Writes the event's listing, alone or with others, as [`Database::upsert_listings`] does. Given up, it may be written
+    /// Writes the event's listing, with others if there are any, as [`Database::upsert_listing`] does. Given up, it may be written
     /// all the same.
     pub async fn write(&self, database: &Database, event: ListingEvent) -> Result<Upsert, DbError> {
         let event = Arc::new(event);
-        let (answer, mut answered) = oneshot::channel();
-        self.waiting().push_back(Waiting { event: Arc::clone(&event), answer });
-        let together = loop {
-            tokio::select! {
-                biased;
-                answer = wait(For::Database, &mut answered) => break answer.ok(),
-                turn = self.turns.acquire() => {
-                    let wrote = self.write_group(database).await;
-                    drop(turn.expect("the semaphore is never closed"));
-                    if !wrote {
-                        // It is in a statement that is under way.
-                        break wait(For::Database, answered).await.ok();
-                    }
-                }
-            }
+        let (answer, answered) = oneshot::channel();
+        let begins = {
+            let mut state = self.state();
+            state.waiting.push_back(Waiting { event: Arc::clone(&event), answer });
+            let begins = state.writers < WRITERS;
+            state.writers += usize::from(begins);
+            begins
         };
-        match together {
-            Some(upsert) => Ok(upsert),
-            // It failed, or whoever wrote it was ended meanwhile.
-            None => Ok(database.upsert_listings(&[event]).await?[0]),
+        if begins {
+            let writer = Writer { of: self.clone(), ended: false };
+            task::spawn_apart(Kind::ListingUpsert, "group commit", writer.run(database.clone()));
+        }
+        match wait(For::Database, answered).await {
+            Ok(answer) => answer,
+            // It failed for several, or its writer was ended.
+            Err(_) => database.upsert_listing(&event).await,
         }
     }
 
-    /// Writes those who wait and tells each; nobody is told if that fails. `false`: nobody waits.
-    async fn write_group(&self, database: &Database) -> bool {
-        // Those that were received together come here one after another: they may all join the first.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One of those who write.
+struct Writer {
+    of: GroupCommit,
+    ended: bool,
+}
+
+impl Writer {
+    async fn run(mut self, database: Database) {
+        // Those that were received together come one after another: they may all join the first.
         tokio::task::yield_now().await;
-        let group = next_group(&mut self.waiting());
-        if group.is_empty() {
-            return false;
+        while let Some(group) = self.next() {
+            in_stage(Stage::Write, group.write(&database)).await;
         }
-        let events: Vec<Arc<ListingEvent>> = group.iter().map(|waiting| Arc::clone(&waiting.event)).collect();
+    }
+
+    /// The next group; `None`: nobody waits whom this one could write, and it has ended. Who waits for what a statement under way
+    /// writes is for the writer of that.
+    fn next(&mut self) -> Option<Group> {
+        let mut state = self.of.state();
+        let waiting = state.next_group();
+        if waiting.is_empty() {
+            // Before anybody else looks whether one is needed.
+            state.writers -= 1;
+            self.ended = true;
+            return None;
+        }
+        drop(state);
+        Some(Group { of: self.of.clone(), waiting })
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        if !self.ended {
+            // In the middle, by a panic or with the runtime. Whoever waits is told by that, and tries for itself.
+            let mut state = self.of.state();
+            state.writers -= 1;
+            state.waiting.clear();
+        }
+    }
+}
+
+/// What a statement writes, until it is dropped.
+struct Group {
+    of: GroupCommit,
+    waiting: Vec<Waiting>,
+}
+
+impl Group {
+    /// Writes them and tells each. Where it fails nobody is told: they try for themselves.
+    async fn write(mut self, database: &Database) {
+        let events: Vec<Arc<ListingEvent>> = self.waiting.iter().map(|waiting| Arc::clone(&waiting.event)).collect();
         match database.upsert_listings(&events).await {
             Ok(upserts) => {
-                for (waiting, upsert) in group.into_iter().zip(upserts) {
-                    let _ = waiting.answer.send(upsert);
+                self.end();
+                for (waiting, upsert) in self.waiting.drain(..).zip(upserts) {
+                    let _ = waiting.answer.send(Ok(upsert));
+                }
+            }
+            Err(error @ DbError::Refused { .. }) if events.len() == 1 => {
+                self.end();
+                if let Some(waiting) = self.waiting.pop() {
+                    let _ = waiting.answer.send(Err(error));
                 }
             }
             Err(error) => {
                 tracing::debug!(listings = events.len(), %error, "listings were not written together; each is tried alone");
             }
         }
-        true
     }
 
-    fn waiting(&self) -> MutexGuard<'_, VecDeque<Waiting>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Nothing of it is under way any more.
+    fn end(&self) {
+        let mut state = self.of.state();
+        for Waiting { event, .. } in &self.waiting {
+            state.listings.remove(&event.listing.listing_id);
+            state.ids.remove(&event.event_id);
+        }
     }
 }
 
-/// The first of those who wait, without those who gave up. Of a listing and of an id there is one in a statement; others stay,
-/// in their order.
-fn next_group(waiting: &mut VecDeque<Waiting>) -> Vec<Waiting> {
-    let (mut group, mut later) = (Vec::new(), VecDeque::new());
-    let (mut listings, mut ids) = (HashSet::new(), HashSet::new());
-    while let Some(next) = waiting.pop_front() {
-        if next.answer.is_closed() {
-            continue;
-        }
-        let is_new = listings.insert(next.event.listing.listing_id) & ids.insert(next.event.event_id.clone());
-        if is_new && group.len() < MOST {
-            group.push(next);
-        } else {
-            later.push_back(next);
-        }
+impl Drop for Group {
+    fn drop(&mut self) {
+        self.end();
     }
-    *waiting = later;
-    group
+}
+
+impl State {
+    /// The first of those who wait, without those who gave up. Of a listing and of an id one is under way at a time; others stay, in
+    /// their order. What is returned is under way.
+    fn next_group(&mut self) -> Vec<Waiting> {
+        let (mut group, mut later, mut bytes) = (Vec::new(), VecDeque::new(), 0);
+        while let Some(next) = self.waiting.pop_front() {
+            if next.answer.is_closed() {
+                continue;
+            }
+            let ListingEvent { listing, event_id, size, .. } = &*next.event;
+            let has_room = group.is_empty() || (group.len() < MOST && bytes + size <= MOST_BYTES);
+            if has_room && !self.listings.contains(&listing.listing_id) && !self.ids.contains(event_id) {
+                self.listings.insert(listing.listing_id);
+                self.ids.insert(event_id.clone());
+                bytes += size;
+                group.push(next);
+            } else {
+                later.push_back(next);
+            }
+        }
+        self.waiting = later;
+        group
+    }
 }
 
 #[cfg(test)]
@@ -120,7 +191,9 @@ mod tests {
     use super::*;
     use crate::db::listings::Listing;
 
-    fn waiting(listing_id: i64, event_id: &str) -> (Waiting, oneshot::Receiver<Upsert>) {
+    type Answered = oneshot::Receiver<Result<Upsert, DbError>>;
+
+    fn waiting(listing_id: i64, event_id: &str, size: usize) -> (Waiting, Answered) {
         let listing: Listing = serde_json::from_value(serde_json::json!({
             "listing_id": listing_id, "zip_code": 98001, "list_price_cents": 1, "bedrooms": 1, "living_square_feet": 1,
         }))
@@ -131,6 +204,7 @@ mod tests {
             event_time: OffsetDateTime::UNIX_EPOCH,
             event_id: event_id.to_owned(),
             digest: [0; 32],
+            size,
         };
         (Waiting { event: Arc::new(event), answer }, answered)
     }
@@ -139,29 +213,48 @@ mod tests {
         of.into_iter().map(|waiting| waiting.event.event_id.clone()).collect()
     }
 
+    /// A state in which these wait; whoever keeps the receivers has them wait.
+    fn state(all: impl IntoIterator<Item = (i64, &'static str, usize)>) -> (State, Vec<Answered>) {
+        let (waiting, receivers) = all.into_iter().map(|(listing, id, size)| waiting(listing, id, size)).unzip();
+        (State { waiting, ..State::default() }, receivers)
+    }
+
     #[test]
-    fn a_group_has_each_listing_and_each_id_once() {
-        let (all, receivers): (VecDeque<_>, Vec<_>) = [(1, "a"), (1, "b"), (2, "a"), (3, "c"), (3, "c"), (4, "d")]
-            .map(|(listing, id)| waiting(listing, id))
-            .into_iter()
-            .unzip();
-        let mut all = all;
-        assert_eq!(ids(next_group(&mut all)), ["a", "c", "d"]);
-        assert_eq!(ids(next_group(&mut all)), ["b", "a", "c"]);
-        assert!(next_group(&mut all).is_empty());
-        drop(receivers);
+    fn of_a_listing_and_of_an_id_one_is_under_way() {
+        let (mut state, _receivers) =
+            state([(1, "a", 1), (1, "b", 1), (2, "a", 1), (3, "c", 1), (3, "c", 1), (4, "d", 1)]);
+        assert_eq!(ids(state.next_group()), ["a", "c", "d"]);
+        assert!(state.next_group().is_empty());
+        let of = GroupCommit(Arc::new(Mutex::new(state)));
+        // Those of the first group end.
+        let end = |all: [(i64, &str); 3]| {
+            let waiting = all.map(|(listing, id)| waiting(listing, id, 1).0).into();
+            drop(Group { of: of.clone(), waiting });
+        };
+        end([(1, "a"), (3, "c"), (4, "d")]);
+        let next = || ids(of.state().next_group());
+        assert_eq!(next(), ["b", "a", "c"]);
+        end([(1, "b"), (2, "a"), (3, "c")]);
+        assert!(next().is_empty() && of.state().listings.is_empty() && of.state().ids.is_empty());
     }
 
     #[test]
     fn a_group_has_an_end_and_none_of_those_who_gave_up() {
-        let (all, mut receivers): (VecDeque<_>, Vec<_>) =
-            (0..MOST as i64 + 10).map(|number| waiting(number, &number.to_string())).unzip();
-        let mut all = all;
+        let numbers: Vec<&'static str> = (0..MOST + 10).map(|number| &*number.to_string().leak()).collect();
+        let (mut state, mut receivers) = state(numbers.iter().zip(0..).map(|(id, listing)| (listing, *id, 1)));
         receivers.remove(3);
-        let first = ids(next_group(&mut all));
+        let first = ids(state.next_group());
         assert_eq!(first.len(), MOST);
         assert!(!first.contains(&"3".to_owned()));
-        assert_eq!(ids(next_group(&mut all)).first().unwrap(), &(MOST + 1).to_string());
-        assert!(all.is_empty());
+        assert_eq!(ids(state.next_group()).first(), Some(&(MOST + 1).to_string()));
+        assert!(state.waiting.is_empty());
+    }
+
+    #[test]
+    fn a_group_takes_no_more_bytes_than_may_be_but_for_a_single_event() {
+        let (mut state, _receivers) =
+            state([(1, "a", MOST_BYTES + 1), (2, "b", MOST_BYTES / 2), (3, "c", MOST_BYTES), (4, "d", MOST_BYTES / 2)]);
+        let groups = [0; 3].map(|_| ids(state.next_group()));
+        assert_eq!(groups, [vec!["a"], vec!["b", "d"], vec!["c"]]);
     }
 }

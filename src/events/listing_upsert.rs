@@ -20,7 +20,13 @@ pub(super) fn decode(event: &Event<'_>) -> Result<Listing, Refusal> {
 /// Writes the listing unless a newer event has written it already, or an event with this id was applied before.
 pub(super) async fn handle(events: &Events, event: &Event<'_>, listing: Listing) -> Result<Outcome, Refusal> {
     let digest = event.digest()?;
-    let said = ListingEvent { listing, event_time: event.time, event_id: event.id.to_string(), digest };
+    let said = ListingEvent {
+        listing,
+        event_time: event.time,
+        event_id: event.id.to_string(),
+        digest,
+        size: event.data_text().len(),
+    };
     fault::point("upsert.before_commit", &event.id);
     let upserted = in_stage(Stage::Write, events.upserts.write(&events.database, said)).await;
     fault::point("upsert.after_commit", &event.id);

@@ -29,7 +29,7 @@ unsafe impl Sync for MallocConf {}
 ///   a fifth more memory than 17,000, with two 7 % (`scripts/bench --bars 5`), at the same processor time. Threads have caches
 ///   before them. Where many more processors than two are busy, `MALLOC_CONF=narenas:N` gives them more.
 /// - `lg_tcache_max:12`: a thread's cache keeps blocks up to 4 KiB. With the default, 32 KiB, the caches of an idle service
-///   held 1.4 MiB more (`scripts/bench --bars 4`: 24.8 MiB against 26.1), at the same processor time a listing (`--bars 3`).
+///   held 1.3 MiB more (`scripts/bench --bars 4`: 24.8 MiB against 26.1), at the same processor time a listing (`--bars 3`).
 /// - `dirty_decay_ms:3000`: freed pages go back along a curve that ends after three seconds. Under load they are used
 ///   again within milliseconds, so that the system is asked for hardly any; after an event they are gone in time.
 /// - `muzzy_decay_ms:0`: and they go back at once and for good (MADV_DONTNEED). The state between, MADV_FREE, would

@@ -46,7 +46,7 @@ pub(super) fn profile(which: Which) -> Profile {
         period_type: ValueType::new("contentions", "count"),
         period: 1,
         comments: vec![format!(
-            "one stack for each {:?} of waiting on average now; longer waits always. Exact figures by place: goroutine?debug=1, and write_api_wait_seconds_total in /metrics",
+            "one stack for each {:?} of waiting on average now; longer waits always. All waits by place: goroutine?debug=1, and write_api_wait_seconds_total in /metrics",
             rate(which)
         )],
         time_nanos: now(),

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::task::Stage;
-use crate::task::trace::{self, MOST_SPANS, Span};
+use crate::task::trace::{self, CALLS_APART, MOST_SPANS, Span};
 
 /// How far back unless asked for otherwise.
 pub(super) const SECONDS: Duration = Duration::from_secs(5);
@@ -23,8 +23,9 @@ pub(super) fn json(within: Duration) -> String {
             "taken_at_us": now.as_micros() as u64,
             "seconds": within.as_secs_f64(),
             "spans": spans.len(),
-            // The ring may have turned over within the time that was asked for.
+            // But for calls, of which at most one is kept that begins within this time. The ring may have turned over within the time that was asked for.
             "is_complete": spans.len() < MOST_SPANS,
+            "calls_apart_us": CALLS_APART.as_micros() as u64,
         },
     });
     format!("{document}\n")

@@ -29,7 +29,7 @@ use crate::fault;
 use crate::health::{Beat, Dependency};
 use crate::lifecycle::{Company, Stop};
 use crate::metrics::Metrics;
-use crate::task;
+use crate::task::{self, For, wait};
 
 /// How often a loop that waits for permits says that it is alive.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
@@ -131,7 +131,7 @@ pub async fn consume(parts: ConsumerParts, company: Company) {
 /// longer.
 async fn stop_loops(mut loops: JoinSet<()>, consumer: Arc<Consumer>) {
     let all_ended = async |loops: &mut JoinSet<()>| while loops.join_next().await.is_some() {};
-    let _ = timeout(ECHO, all_ended(&mut loops)).await;
+    let _ = task::park(timeout(ECHO, all_ended(&mut loops))).await;
     consumer.cut.send_replace(true);
     all_ended(&mut loops).await;
     match Arc::try_unwrap(consumer) {
@@ -253,7 +253,7 @@ impl Consumer {
     async fn some_permits(&self) -> OwnedSemaphorePermit {
         let mut permits = loop {
             // All permits are at work, perhaps for hours: the loop is alive and rightly does not poll.
-            match task::park(timeout(SIGN_OF_LIFE, self.permits.clone().acquire_owned())).await {
+            match wait(For::Permit, timeout(SIGN_OF_LIFE, self.permits.clone().acquire_owned())).await {
                 Ok(permit) => break permit.expect("the semaphore is never closed"),
                 Err(_) => self.parts.beat.touch(),
             }
@@ -261,7 +261,7 @@ impl Consumer {
         let others = BATCH.min(self.parts.settings.in_flight) - 1;
         if *self.wanted.borrow() > 1
             && let Ok(Ok(others)) =
-                task::park(timeout(BATCH_WAIT, self.permits.clone().acquire_many_owned(others as u32))).await
+                wait(For::Permit, timeout(BATCH_WAIT, self.permits.clone().acquire_many_owned(others as u32))).await
         {
             permits.merge(others);
         }
@@ -281,7 +281,7 @@ impl Consumer {
                 self.tell_of_room();
                 return permits;
             }
-            task::park(self.room.notified()).await;
+            wait(For::Permit, self.room.notified()).await;
         }
     }
 

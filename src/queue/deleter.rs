@@ -11,7 +11,7 @@ use super::batch::BATCH;
 use super::lease::Lease;
 use super::sqs::{Queue, Sqs};
 use crate::fault;
-use crate::task;
+use crate::task::{self, For, wait};
 
 /// Delete calls in flight a lane.
 const CALLS: usize = 4;
@@ -63,7 +63,7 @@ async fn collect(sqs: Sqs, queue: Queue, linger: Duration, mut receiver: mpsc::R
                 Ok(None) | Err(_) => break,
             }
         }
-        let permit = task::park(calls.clone().acquire_owned()).await.expect("the semaphore is never closed");
+        let permit = wait(For::Permit, calls.clone().acquire_owned()).await.expect("the semaphore is never closed");
         let (sqs, queue) = (sqs.clone(), queue.clone());
         task::spawn("delete", async move {
             delete(&sqs, &queue, batch).await;

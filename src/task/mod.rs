@@ -42,6 +42,15 @@ where
     tokio::spawn(Tracked::fresh(name, Location::caller(), future))
 }
 
+/// Spawns a task for work of a kind that is no single event's: what it uses is charged to the kind alone.
+#[track_caller]
+pub fn spawn_apart<F>(kind: Kind, name: &'static str, future: F) -> JoinHandle<F::Output>
+where
+    F: Future<Output: Send> + Send + 'static,
+{
+    tokio::spawn(Tracked::apart(kind, name, Location::caller(), future))
+}
+
 /// As [`spawn`], into a set.
 #[track_caller]
 pub fn spawn_in<F>(set: &mut JoinSet<F::Output>, name: &'static str, future: F) -> AbortHandle

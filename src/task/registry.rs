@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::panic::Location;
 use std::pin::Pin;
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -55,6 +55,9 @@ struct Task {
     /// Nanoseconds from START to the beginning of the poll that goes on or, while it waits, to the end of the last one.
     turned_at: AtomicU64,
     running: AtomicU8,
+    /// Waits that go on in it, side by side.
+    waits: AtomicU32,
+    /// Where the last of them began, or was polled last.
     waits_at: AtomicPtr<Location<'static>>,
 }
 
@@ -167,11 +170,25 @@ pub(super) fn number() -> u32 {
     with_current(|task| task.number as u32).unwrap_or(0)
 }
 
-/// Notes where the task that is being polled waits.
-pub(super) fn waits_at(place: Option<&'static Location<'static>>) {
+/// The task that is being polled waits there, for one thing more if that `begins`.
+pub(super) fn waits_at(place: &'static Location<'static>, begins: bool) {
     with_current(|task| {
-        let place = place.map_or(ptr::null_mut(), |place| ptr::from_ref(place).cast_mut());
-        task.waits_at.store(place, Ordering::Relaxed);
+        if begins {
+            task.waits.fetch_add(1, Ordering::Relaxed);
+        }
+        task.waits_at.store(ptr::from_ref(place).cast_mut(), Ordering::Relaxed);
+    });
+}
+
+/// A wait of the task that is being polled is over. While others go on in it, it is shown at the place that was noted last.
+pub(super) fn waited() {
+    with_current(|task| {
+        // What is dropped outside of its own task's poll is not counted there.
+        let before = task.waits.load(Ordering::Relaxed);
+        task.waits.store(before.saturating_sub(1), Ordering::Relaxed);
+        if before <= 1 {
+            task.waits_at.store(ptr::null_mut(), Ordering::Relaxed);
+        }
     });
 }
 
@@ -227,6 +244,7 @@ impl Registered {
             polls: AtomicU64::new(0),
             turned_at: AtomicU64::new(since_start(now)),
             running: AtomicU8::new(0),
+            waits: AtomicU32::new(0),
             waits_at: AtomicPtr::new(ptr::null_mut()),
         });
         tasks().insert(task.number, Arc::clone(&task));
@@ -264,6 +282,11 @@ impl<F: Future> Tracked<F> {
         let ledger = with_current(|task| Arc::clone(&task.ledger));
         let event = (mark::current().kind, ledger.unwrap_or_default());
         Tracked { future, task: Registered::new(name, place, Some(event)) }
+    }
+
+    /// A task of that kind that belongs to no event.
+    pub(super) fn apart(kind: Kind, name: &'static str, place: &'static Location<'static>, future: F) -> Self {
+        Tracked { future, task: Registered::new(name, place, Some((kind, Arc::default()))) }
     }
 
     /// A task with a ledger of its own.

@@ -4,7 +4,7 @@ use std::panic::Location;
 use std::pin::Pin;
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pin_project_lite::pin_project;
 
@@ -40,12 +40,13 @@ pub(super) fn trial() {
     usage::wait();
     let (place, mark, since) = (Location::caller(), mark::current(), now(REASON));
     let waiting = Waiting::nowhere(place);
-    registry::waits_at(Some(place));
-    let took = now(REASON).saturating_duration_since(since);
+    registry::waits_at(place, true);
+    // Not zero, which would be added to nothing.
+    let took = now(REASON).saturating_duration_since(since).max(Duration::from_nanos(1));
     waiting.ended(took);
     usage::waited(mark, REASON, took);
     let _ = std::hint::black_box(contention::draw(REASON, took));
-    registry::waits_at(None);
+    registry::waited();
 }
 
 impl Drop for Counted {
@@ -54,8 +55,10 @@ impl Drop for Counted {
         self.waiting.ended(took);
         usage::waited(self.mark, self.reason, took);
         contention::sample(self.reason, self.mark, took);
-        // Here, so that the place goes as well where the wait is given up.
-        registry::waits_at(None);
+        if self.reason != For::Lock {
+            // Here, so that the place goes as well where the wait is given up.
+            registry::waited();
+        }
     }
 }
 
@@ -78,8 +81,9 @@ impl<F: Future> Future for Wait<F> {
         let this = self.project();
         let polled = this.future.poll(context);
         if polled.is_pending() {
+            let begins = this.counted.is_none();
             this.counted.get_or_insert_with(|| Counted::begin(this.place, *this.reason));
-            registry::waits_at(Some(this.place));
+            registry::waits_at(this.place, begins);
         } else {
             *this.counted = None;
         }
@@ -100,12 +104,15 @@ pin_project! {
         #[pin]
         future: F,
         place: &'static Location<'static>,
+        waits: bool,
     }
 
     impl<F> PinnedDrop for Parked<F> {
         fn drop(this: Pin<&mut Self>) {
             // One of several that the task waited for: another was ready first.
-            registry::waits_at(None);
+            if this.waits {
+                registry::waited();
+            }
         }
     }
 }
@@ -116,7 +123,11 @@ impl<F: Future> Future for Parked<F> {
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
         let this = self.project();
         let polled = this.future.poll(context);
-        registry::waits_at(polled.is_pending().then_some(this.place));
+        if polled.is_pending() {
+            registry::waits_at(this.place, !std::mem::replace(this.waits, true));
+        } else if std::mem::take(this.waits) {
+            registry::waited();
+        }
         polled
     }
 }
@@ -125,7 +136,7 @@ impl<F: Future> Future for Parked<F> {
 /// is no wait that anything is charged for, and in no profile of those.
 #[track_caller]
 pub fn park<F: Future>(future: F) -> Parked<F> {
-    Parked { future, place: Location::caller() }
+    Parked { future, place: Location::caller(), waits: false }
 }
 
 /// Locks `mutex`, poisoned or not, and counts the wait where another thread holds it.
@@ -144,7 +155,6 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
-    use std::time::Duration;
 
     use super::*;
     use crate::task::places::{self, Waited};
@@ -187,6 +197,34 @@ mod tests {
         assert!(tokio::time::timeout(Duration::from_millis(10), given_up).await.is_err());
         let Waited { now, count, total } = waited(line);
         assert!((now, count) == (0, 1) && total >= Duration::from_millis(10), "{now} {count} {total:?}");
+    }
+
+    /// Of a thousand calls in one task one ends: the others still wait at their place.
+    #[tokio::test]
+    async fn a_task_is_shown_at_its_place_until_the_last_of_its_waits_is_over() {
+        let (go, gone) = tokio::sync::oneshot::channel::<()>();
+        let (go_on, gone_on) = tokio::sync::oneshot::channel::<()>();
+        let event = spawn_event("waits twice", async move {
+            let mut calls: futures::stream::FuturesUnordered<_> =
+                [gone, gone_on].into_iter().map(|each| wait(For::Partner, each)).collect();
+            while futures::StreamExt::next(&mut calls).await.is_some() {}
+            std::future::pending::<()>().await;
+        });
+        let seen = || registry::live().into_iter().find(|task| task.name == "waits twice").unwrap();
+        let turn = async |polls: u64| {
+            while seen().polls < polls || seen().running {
+                tokio::task::yield_now().await;
+            }
+        };
+        turn(1).await;
+        assert!(seen().waits_at.is_some());
+        go.send(()).unwrap();
+        turn(2).await;
+        assert!(seen().waits_at.is_some());
+        go_on.send(()).unwrap();
+        turn(3).await;
+        assert!(seen().waits_at.is_none());
+        event.abort();
     }
 
     #[test]

@@ -126,6 +126,8 @@ async fn snapshots_are_listed_and_chosen_by_process_and_number() -> Result<()> {
         (vec!["profile", "top", "/nonexistent"], "/nonexistent: there is no such file or directory"),
         (vec!["profile", "top", "#nothing"], "first, last, peak"),
         (vec!["profile", "grew", &format!("{place}#peak")], "leave out what is after #"),
+        (vec!["profile", "grew", &place, "--every", "3"], "for one running service"),
+        (vec!["profile", "top", "http://127.0.0.1:1", "--start", "3"], "choose a process"),
         (vec!["profile", "fetch", &place, "--mode", "block"], "for a running service"),
         (vec!["profile", "fetch", &place, "--seconds", "3"], "for a running service"),
         (vec!["profile", "top", "https://x:secret@host"], "forward its port"),

@@ -73,7 +73,8 @@ impl Mode {
 pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()> {
     let source = Source::given(options.source.as_deref(), config)?;
     ensure!(
-        matches!(source, Source::Live(_)) || (options.mode.is_none() && options.seconds.is_none()),
+        matches!(source, Source::Live(_))
+            || (matches!(options.mode, None | Some(Mode::Heap)) && options.seconds.is_none()),
         "--mode and --seconds are for a running service; snapshots and files are what they are"
     );
     let mode = options.mode.unwrap_or(Mode::Heap).name();

@@ -44,12 +44,12 @@ pub(in crate::cli) struct Options {
     chosen: Chosen,
     #[command(flatten)]
     shown: Shown,
-    /// Of a running service: how many profiles.
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(2..=100))]
-    count: u32,
-    /// Of a running service: how many seconds apart.
-    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=3600))]
-    every: u32,
+    /// Of a running service: how many profiles; 5 unless given.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=100))]
+    count: Option<u32>,
+    /// Of a running service: how many seconds apart; 10 unless given.
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=3600))]
+    every: Option<u32>,
 }
 
 pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()> {
@@ -60,7 +60,11 @@ pub(super) async fn run(config: &Config, options: &Options) -> anyhow::Result<()
     if sources.is_empty() {
         sources.push(Source::Stored { store: list::store(None, config)?, select: None });
     }
-    let live = (options.count as usize, Duration::from_secs(options.every.into()));
+    ensure!(
+        matches!(&sources[..], [Source::Live(_)]) || (options.count.is_none() && options.every.is_none()),
+        "--count and --every are for one running service; snapshots and files are what they are"
+    );
+    let live = (options.count.unwrap_or(5) as usize, Duration::from_secs(options.every.unwrap_or(10).into()));
     let mut found = Vec::new();
     match &sources[..] {
         [one] => found = one.series(&options.chosen, MOST, live).await?,

@@ -97,6 +97,10 @@ impl Source {
 
     /// One profile; `mode` and `seconds` are for a running service.
     pub async fn read(&self, chosen: &Chosen, mode: &str, seconds: Option<u32>) -> anyhow::Result<Found> {
+        ensure!(
+            matches!(self, Source::Stored { .. }) || (chosen.host.is_none() && chosen.start.is_none()),
+            "--host and --start choose a process of a directory of snapshots; this is none"
+        );
         match self {
             Source::File(path) => {
                 let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;

@@ -28,7 +28,7 @@ use crate::config;
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The most of an answer that is read: as much as is decoded of a profile.
-const MOST_BYTES: usize = 256 * 1024 * 1024;
+const MOST_BYTES: usize = 32 * 1024 * 1024;
 
 /// A connection that was not used for so long is closed.
 const IDLE: Duration = Duration::from_secs(10);
