@@ -8,6 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::app::App;
 use crate::config::Config;
 use crate::events::recorder::Recording;
+use crate::task::{self, Kind};
 
 /// What to do beside serving.
 #[derive(Debug, Args)]
@@ -55,15 +56,15 @@ pub(super) fn run(config: Config, options: Options) -> anyhow::Result<()> {
         let stop = async {
             let first = name().await;
             tracing::info!(signal = first, "stopping; a second signal exits at once");
-            crate::task::spawn("second signal", async move {
-                let second = crate::task::park(name()).await;
+            task::spawn("second signal", async move {
+                let second = task::park(name()).await;
                 tracing::warn!(signal = second, "exiting at once; unfinished messages come again by themselves");
                 std::process::exit(1);
             });
         };
         app.run(stop).await
     };
-    let done = runtime.block_on(runtime.spawn(service));
+    let done = runtime.block_on(async { task::spawn_apart(Kind::Service, "service", service).await });
     let done = done.unwrap_or_else(|ended| std::panic::resume_unwind(ended.into_panic()));
     // Whatever still runs on a blocking thread is bounded elsewhere; the process need not wait for it.
     runtime.shutdown_background();

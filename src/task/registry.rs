@@ -45,6 +45,8 @@ struct Task {
     name: &'static str,
     /// Whether the event's work ends with it.
     is_event: bool,
+    /// Whether the ledger is an event's, and so that of all tasks that it spawns.
+    is_events_ledger: bool,
     place: &'static Location<'static>,
     spawned_at: Instant,
     kind: AtomicU8,
@@ -228,14 +230,18 @@ struct Registered {
 }
 
 impl Registered {
-    fn new(name: &'static str, place: &'static Location<'static>, event: Option<(Kind, Arc<Ledger>)>) -> Self {
-        let is_event = event.is_none();
+    /// An event of its own, or work for `whose`, of an event where it has a ledger.
+    fn new(name: &'static str, place: &'static Location<'static>, whose: Option<(Kind, Option<Arc<Ledger>>)>) -> Self {
+        let is_event = whose.is_none();
         let now = Instant::now();
-        let (kind, ledger) = event.unwrap_or_else(|| (Kind::Service, Arc::default()));
+        let (kind, ledger) = whose.unwrap_or((Kind::Service, None));
+        let is_events_ledger = is_event || ledger.is_some();
+        let ledger = ledger.unwrap_or_default();
         let task = Arc::new(Task {
             number: NEXT.fetch_add(1, Ordering::Relaxed),
             name,
             is_event,
+            is_events_ledger,
             place,
             spawned_at: now,
             kind: AtomicU8::new(kind as u8),
@@ -279,14 +285,14 @@ pin_project! {
 impl<F: Future> Tracked<F> {
     /// A task for the work of whoever makes it: of the same kind, on the same ledger.
     pub(super) fn inherit(name: &'static str, place: &'static Location<'static>, future: F) -> Self {
-        let ledger = with_current(|task| Arc::clone(&task.ledger));
-        let event = (mark::current().kind, ledger.unwrap_or_default());
-        Tracked { future, task: Registered::new(name, place, Some(event)) }
+        // What is no event's has a ledger for each task: nobody reads them, and in one all threads would meet.
+        let ledger = with_current(|task| task.is_events_ledger.then(|| Arc::clone(&task.ledger))).flatten();
+        Tracked { future, task: Registered::new(name, place, Some((mark::current().kind, ledger))) }
     }
 
     /// A task of that kind that belongs to no event.
     pub(super) fn apart(kind: Kind, name: &'static str, place: &'static Location<'static>, future: F) -> Self {
-        Tracked { future, task: Registered::new(name, place, Some((kind, Arc::default()))) }
+        Tracked { future, task: Registered::new(name, place, Some((kind, None))) }
     }
 
     /// A task with a ledger of its own.
@@ -341,7 +347,7 @@ mod tests {
     use std::hint::black_box;
 
     use super::*;
-    use crate::task::{spawn, spawn_event};
+    use crate::task::{spawn, spawn_apart, spawn_event};
 
     fn named(name: &str) -> Option<Snapshot> {
         live().into_iter().find(|task| task.name == name)
@@ -407,6 +413,20 @@ mod tests {
         assert!(task.await.unwrap_err().is_cancelled());
         assert!(named("aborted").is_none());
         assert_eq!(mark::current(), Mark::NONE);
+    }
+
+    #[tokio::test]
+    async fn tasks_of_an_event_share_its_ledger_and_others_have_their_own() {
+        async fn shared() -> bool {
+            let ours = ledger().unwrap();
+            spawn("part", async move { Arc::ptr_eq(&ours, &ledger().unwrap()) }).await.unwrap()
+        }
+        assert!(spawn_event("event", shared()).await.unwrap());
+        let part = spawn_event("event", async { spawn("part", shared()).await.unwrap() });
+        assert!(part.await.unwrap());
+        let apart = spawn_event("event", async { spawn_apart(Kind::ListingUpsert, "apart", shared()).await.unwrap() });
+        assert!(!apart.await.unwrap());
+        assert!(!spawn("beside events", shared()).await.unwrap());
     }
 
     #[tokio::test]
