@@ -117,16 +117,17 @@ async fn each_event_of_a_statement_has_its_own_answer() -> Result<()> {
         let event_time = OffsetDateTime::from_unix_timestamp(at)?;
         Ok(Arc::new(ListingEvent { listing, event_time, event_id: id.to_owned(), digest: [digest; 32], size: 1 }))
     };
-    for before in [said("m", 5, 1, 10)?, said("k", 9, 1, 10)?] {
+    for before in [said("m", 5, 1, 10)?, said("k", 9, 3, 10)?, said("l", 8, 2, 10)?] {
         ensure!(database.upsert_listing(&before).await? == Upsert::Written);
     }
     // In the order of neither the ids nor the listings.
     let together = [
         (said("z", 1, 1, 10)?, Upsert::Written),
-        (said("m", 5, 1, 10)?, Upsert::Repeated),
         (said("b", 9, 1, 5)?, Upsert::Older),
-        (said("k", 7, 2, 10)?, Upsert::OtherEvent),
+        (said("m", 5, 1, 10)?, Upsert::Repeated),
         (said("a", 2, 1, 10)?, Upsert::Written),
+        (said("k", 7, 1, 10)?, Upsert::OtherEvent),
+        (said("l", 8, 2, 10)?, Upsert::Repeated),
     ];
     let events: Vec<_> = together.iter().map(|(event, _)| Arc::clone(event)).collect();
     let expected: Vec<Upsert> = together.iter().map(|(_, upsert)| *upsert).collect();
