@@ -32,7 +32,7 @@ static NOTED: AtomicU64 = AtomicU64::new(0);
 /// A stretch of work that has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span {
-    /// Whose work, and which part of it; a whole event is [`Stage::Other`](super::Stage::Other).
+    /// Whose work, and which part of it; a whole event is [`Stage::Other`].
     pub mark: Mark,
     /// The task that did it, by its number in the registry.
     pub task: u32,
