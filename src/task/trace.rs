@@ -185,6 +185,18 @@ mod tests {
         let number = task.await.unwrap();
         let (spans, _) = last(Duration::from_secs(60));
         let of = |stage| spans.iter().filter(|span| span.task == number && span.mark.stage == stage).count();
+        let of_apart = spawn_event("calls apart", async {
+            identify(Kind::Planted, "event 16");
+            // Other tests have calls too, and any of those may be the one that is kept.
+            for _ in 0..20 {
+                tokio::time::sleep(2 * CALLS_APART).await;
+                in_stage(Stage::Call, async {}).await;
+            }
+            registry::number()
+        });
+        let apart = of_apart.await.unwrap();
+        let is_call = |span: &Span| span.task == apart && span.mark.stage == Stage::Call;
+        assert!(last(Duration::from_secs(60)).0.iter().any(is_call));
         // All in one poll, whose beginning is that of each of them.
         assert!(of(Stage::Call) <= 1, "{}", of(Stage::Call));
         assert_eq!(of(Stage::Read), 1000);

@@ -15,12 +15,10 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::config::Secret;
+use crate::profiling::pprof::MOST_BYTES;
 
 /// For everything but the profile itself: the service takes a second or two for it.
 const LIMIT: Duration = Duration::from_secs(30);
-
-/// The most of an answer that is read.
-const MOST_BYTES: usize = 32 * 1024 * 1024;
 
 /// A service, or what forwards to it.
 #[derive(Debug)]

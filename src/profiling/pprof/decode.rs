@@ -11,7 +11,7 @@ use super::{Function, Label, LabelValue, Line, Location, Mapping, Profile, Sampl
 
 /// More than any profile of ours has by far; what unpacks to more is a mistake or meant to do harm. In memory it takes up to
 /// twenty times as much: an id is one byte there and a word here.
-const MOST_BYTES: u64 = 32 * 1024 * 1024;
+pub const MOST_BYTES: usize = 32 * 1024 * 1024;
 
 /// Why bytes are no profile.
 #[derive(Debug, thiserror::Error)]
@@ -55,14 +55,14 @@ impl Profile {
     /// Reads a profile, gzipped or not.
     pub fn decode(bytes: &[u8]) -> Result<Profile, DecodeError> {
         if !bytes.starts_with(&[0x1f, 0x8b]) {
-            if bytes.len() as u64 > MOST_BYTES {
+            if bytes.len() > MOST_BYTES {
                 return Err(DecodeError::TooLarge);
             }
             return from_message(wire::Profile::decode(bytes)?);
         }
         let mut plain = Vec::new();
-        MultiGzDecoder::new(bytes).take(MOST_BYTES + 1).read_to_end(&mut plain).map_err(DecodeError::Gzip)?;
-        if plain.len() as u64 > MOST_BYTES {
+        MultiGzDecoder::new(bytes).take(MOST_BYTES as u64 + 1).read_to_end(&mut plain).map_err(DecodeError::Gzip)?;
+        if plain.len() > MOST_BYTES {
             return Err(DecodeError::TooLarge);
         }
         from_message(wire::Profile::decode(plain.as_slice())?)

@@ -20,7 +20,7 @@ mod wire;
 
 pub use builder::Builder;
 pub use combine::{CombineError, combine};
-pub use decode::DecodeError;
+pub use decode::{DecodeError, MOST_BYTES};
 pub use flame::FlameGraph;
 pub use profile::{Function, Label, LabelValue, Line, Location, Mapping, Profile, Sample, ValueType};
 pub use stacks::{collapsed, difference_graph, flame_graph, frames};

@@ -23,12 +23,10 @@ use tokio_rustls::rustls::crypto::ring;
 
 use crate::aws::StandardChain;
 use crate::config;
+use crate::profiling::pprof::MOST_BYTES;
 
 /// Credentials, connecting, and the whole answer.
 const TIMEOUT: Duration = Duration::from_secs(30);
-
-/// The most of an answer that is read: as much as is decoded of a profile.
-const MOST_BYTES: usize = 32 * 1024 * 1024;
 
 /// A connection that was not used for so long is closed.
 const IDLE: Duration = Duration::from_secs(10);
