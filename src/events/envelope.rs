@@ -199,11 +199,13 @@ impl<'a> Event<'a> {
     /// are compared as JSON values, so white space and the order of keys do not count.
     pub fn digest(&self) -> Result<[u8; 32], Refusal> {
         let data: serde_json::Value = self.data()?;
+        // Serialising a Value writes its keys in order.
+        let data = serde_json::to_vec(&data).expect("a value is serialised to memory");
         let mut hash = Sha256::new();
-        // Serialising a Value writes its keys in order. A length before each part keeps the parts apart.
-        for part in [self.source.as_ref(), self.kind.as_ref(), data.to_string().as_str()] {
+        // A length before each part keeps the parts apart.
+        for part in [self.source.as_bytes(), self.kind.as_bytes(), &data] {
             hash.update((part.len() as u64).to_be_bytes());
-            hash.update(part.as_bytes());
+            hash.update(part);
         }
         Ok(hash.finalize().into())
     }

@@ -1,8 +1,8 @@
 //! Group commit: listings that come at the same time are written by one statement.
 //!
-//! Whoever comes while fewer than [`WRITERS`] statements are under way is written at once, with those that came together with it;
-//! who comes later waits, and is written with all others who wait when one of the statements ends. So nobody waits for others to
-//! come, and the busier Postgres is, the more share a statement, a round trip and a flush of its log.
+//! Whoever comes while fewer than [`WRITERS`] statements are under way is written as soon as those that came together with it are
+//! there; who comes later waits, and is written with all others who wait when one of the statements ends. So nobody waits for others
+//! to come, and the busier Postgres is, the more share a statement, a round trip and a flush of its log.
 //!
 //! They share nothing else. What Postgres refuses or fails of several, or does not do at once because of a lock, is tried again by each
 //! alone, and is then no longer in anybody's way. What a statement for several uses is charged to their kind and to none of them.
@@ -36,6 +36,8 @@ struct State {
     listings: HashSet<i64>,
     ids: HashSet<String>,
     writers: usize,
+    /// One of the writers has begun and not taken its first group: whoever comes now is of it.
+    gathering: bool,
 }
 
 struct Waiting {
@@ -52,12 +54,15 @@ impl GroupCommit {
         let begins = {
             let mut state = self.state();
             state.waiting.push_back(Waiting { event: Arc::clone(&event), answer });
-            let begins = state.writers < WRITERS;
-            state.writers += usize::from(begins);
+            let begins = state.writers < WRITERS && !state.gathering;
+            if begins {
+                state.writers += 1;
+                state.gathering = true;
+            }
             begins
         };
         if begins {
-            let writer = Writer { of: self.clone(), ended: false };
+            let writer = Writer { of: self.clone(), gathering: true, ended: false };
             task::spawn_apart(Kind::ListingUpsert, "group commit", writer.run(database.clone()));
         }
         match wait(For::Database, answered).await {
@@ -75,12 +80,14 @@ impl GroupCommit {
 /// One of those who write.
 struct Writer {
     of: GroupCommit,
+    gathering: bool,
     ended: bool,
 }
 
 impl Writer {
     async fn run(mut self, database: Database) {
-        // Those that were received together come one after another: they may all join the first.
+        // Those that were received together come one after another: they may all join the first. It goes on when its thread has
+        // nothing else to do.
         tokio::task::yield_now().await;
         while let Some(group) = self.next() {
             in_stage(Stage::Write, group.write(&database)).await;
@@ -91,6 +98,9 @@ impl Writer {
     /// writes is for the writer of that.
     fn next(&mut self) -> Option<Group> {
         let mut state = self.of.state();
+        if std::mem::take(&mut self.gathering) {
+            state.gathering = false;
+        }
         let waiting = state.next_group();
         if waiting.is_empty() {
             // Before anybody else looks whether one is needed.
@@ -109,6 +119,9 @@ impl Drop for Writer {
             // In the middle, by a panic or with the runtime. Whoever waits is told by that, and tries for itself.
             let mut state = self.of.state();
             state.writers -= 1;
+            if self.gathering {
+                state.gathering = false;
+            }
             state.waiting.clear();
         }
     }

@@ -172,8 +172,9 @@ impl Events {
         }
         match request {
             Request::Upsert(listing) => listing_upsert::handle(self, &event, *listing).await,
-            Request::Refresh(data) => valuations_refresh::handle(self, &event, &data, delivery, pass).await,
-            Request::Publish(data) => valuations_publish::handle(self, &event, &data, delivery, pass).await,
+            // Boxed, so that a fast event need not carry the room that a slow one takes.
+            Request::Refresh(data) => Box::pin(valuations_refresh::handle(self, &event, &data, delivery, pass)).await,
+            Request::Publish(data) => Box::pin(valuations_publish::handle(self, &event, &data, delivery, pass)).await,
         }
     }
 

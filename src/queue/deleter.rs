@@ -57,6 +57,9 @@ async fn collect(sqs: Sqs, queue: Queue, linger: Duration, mut receiver: mpsc::R
     while let Some(first) = task::park(receiver.recv()).await {
         let deadline = Instant::now() + linger;
         let mut batch = vec![first];
+        // Those that were received together end one after another. Until this thread has nothing else to do they only gather,
+        // and none of them wakes this task.
+        tokio::task::yield_now().await;
         while batch.len() < BATCH {
             match task::park(timeout_at(deadline, receiver.recv())).await {
                 Ok(Some(next)) => batch.push(next),

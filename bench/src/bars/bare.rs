@@ -19,7 +19,7 @@ use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use serde::{Deserialize, Serialize};
 use sqlx::{Connection, PgConnection};
 use time::OffsetDateTime;
-use write_api::kafka::{Records, Valuation};
+use write_api::kafka::{Record, Records, Valuation};
 
 use crate::processors::busy_seconds;
 
@@ -59,7 +59,7 @@ pub(crate) async fn main(arguments: &[String]) -> Result<()> {
     let done = match arguments[..] {
         ["calls", url, count] => calls(url, count.parse()?).await?,
         ["read", url, run] => read(url, run).await?,
-        ["produce", brokers, topic, count] => produce(brokers, topic, count.parse()?)?,
+        ["produce", brokers, topic, url, run] => produce(brokers, topic, &records(url, run).await?)?,
         ["receive", endpoint, queue, count] => receive(endpoint, queue, count.parse()?).await?,
         _ => bail!("no such loop: {arguments:?}"),
     };
@@ -154,28 +154,36 @@ async fn page(connection: &mut PgConnection, run: &str, cursor: i64) -> Result<V
     Ok(page.bind(run).bind(cursor).bind(PAGE).fetch_all(connection).await?)
 }
 
-/// Records to the topic as fast as librdkafka takes them, with the service's guarantees. They are as large as the service's,
-/// headers included, and made beforehand.
-fn produce(brokers: &str, topic: &str, count: u32) -> Result<Loop> {
+/// The records of a run, as the service makes them.
+async fn records(url: &str, run: &str) -> Result<Vec<Record>> {
+    let mut connection = PgConnection::connect(url).await?;
+    let made = Records::new(run, OffsetDateTime::now_utc(), None);
+    let (mut records, mut cursor) = (Vec::new(), i64::MIN);
+    loop {
+        let page = page(&mut connection, run, cursor).await?;
+        let Some(last) = page.last() else { return Ok(records) };
+        cursor = last.0;
+        for (listing_id, zip_code, list_price_cents, valuation_cents, confidence) in page {
+            let (Some(valuation_cents), Some(confidence)) = (valuation_cents, confidence) else { continue };
+            let valuation = Valuation { listing_id, zip_code, list_price_cents, valuation_cents, confidence };
+            records.push(made.record(&valuation));
+        }
+    }
+}
+
+/// Records to the topic as fast as librdkafka takes them, with the service's guarantees. They are the service's, for one record again
+/// and again would be compressed to next to nothing, and made beforehand but for their headers, which librdkafka takes with each.
+fn produce(brokers: &str, topic: &str, records: &[Record]) -> Result<Loop> {
     let producer: BaseProducer = ClientConfig::new()
         .set("bootstrap.servers", brokers)
         .set("enable.idempotence", "true")
         .set("compression.type", "lz4")
         .set("partitioner", "murmur2_random")
         .create()?;
-    let records = Records::new("bare", OffsetDateTime::now_utc(), None);
-    let made = records.record(&Valuation {
-        listing_id: 1_234_567_890,
-        zip_code: 98_101,
-        list_price_cents: 50_000_000,
-        valuation_cents: 51_234_567,
-        confidence: 0.875,
-    });
-    let headers = made.headers();
-    let produce = |count: u32| {
-        for listing in 0..count {
-            let key = listing.to_string();
-            let mut record = BaseRecord::to(topic).key(&key).payload(&made.value).headers(headers.clone());
+    let headers = records.first().context("the run has no record")?.headers();
+    let produce = |records: &[Record]| {
+        for record in records {
+            let mut record = BaseRecord::to(topic).key(&record.key).payload(&record.value).headers(headers.clone());
             while let Err((error, back)) = producer.send(record) {
                 let KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull) = error else {
                     return Err(error.into());
@@ -188,10 +196,10 @@ fn produce(brokers: &str, topic: &str, count: u32) -> Result<Loop> {
         anyhow::Ok(producer.flush(Duration::from_secs(120))?)
     };
     // It connects, and learns of every partition.
-    produce(PAGE as u32)?;
+    produce(&records[..records.len().min(PAGE as usize)])?;
     let clock = Clock::start()?;
-    produce(count)?;
-    clock.done(count.into())
+    produce(records)?;
+    clock.done(records.len() as f64)
 }
 
 /// Messages received and deleted, ten at a time, and nothing done with them.

@@ -118,9 +118,9 @@ pub(crate) async fn processor_time(ground: &mut Ground) -> Result<Vec<Outcome>> 
     drop(service);
     ground.partner.reset();
     let calls = bare::run(&["calls", &ground.partner.url(), &GREAT.to_string()], &[]).await?;
-    let read = bare::run(&["read", ground.base.database_url(), &run], &[]).await?;
-    let topic = &ground.base.names().topic;
-    let produce = bare::run(&["produce", ground.stack.kafka().bootstrap(), topic, &GREAT.to_string()], &[]).await?;
+    let (url, topic) = (ground.base.database_url(), &ground.base.names().topic);
+    let read = bare::run(&["read", url, &run], &[]).await?;
+    let produce = bare::run(&["produce", ground.stack.kafka().bootstrap(), topic, url, &run], &[]).await?;
     for (what, done) in [("calls", &calls), ("read", &read), ("produce", &produce)] {
         ensure!(done.count == f64::from(GREAT), "the bare loop {what} did {} of {GREAT}", done.count);
     }
