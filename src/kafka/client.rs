@@ -68,10 +68,10 @@ pub(super) fn producer(kafka: &config::Kafka) -> ClientConfig {
         .set("delivery.timeout.ms", kafka.delivery_timeout.as_millis().to_string())
         // Java's default, so that other producers of a key agree on its partition; librdkafka's own is CRC32.
         .set("partitioner", "murmur2_random")
-        // A page is handed over at once and then waited for, so a long linger is time lost on every page. Batches still
-        // form: while one request is on its way the next ones fill.
-        .set("linger.ms", "0.5")
-        // Full is back-pressure, not an error. 20,000 records are 20 pages of the default size, about 10 MB.
+        // Handing a page over takes some milliseconds, in which batches form; a request costs both sides as much as many records do.
+        // A longer one gains nothing more, and where few pages are in flight it is time lost on each.
+        .set("linger.ms", "1")
+        // Full is back-pressure, not an error. 20,000 records are ten pages of the default size, about 20 MB.
         .set("queue.buffering.max.messages", "20000")
         .set("queue.buffering.max.kbytes", "65536");
     client

@@ -15,7 +15,7 @@ use sqlx::{Connection, PgConnection};
 use crate::processors::Looks;
 
 /// How often it is looked whether something is done.
-const LOOK: Duration = Duration::from_millis(10);
+const LOOK: Duration = Duration::from_millis(20);
 /// How long an event may take.
 const PATIENCE: Duration = Duration::from_secs(900);
 
