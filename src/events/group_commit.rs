@@ -54,12 +54,7 @@ impl GroupCommit {
         let begins = {
             let mut state = self.state();
             state.waiting.push_back(Waiting { event: Arc::clone(&event), answer });
-            let begins = state.writers < WRITERS && !state.gathering;
-            if begins {
-                state.writers += 1;
-                state.gathering = true;
-            }
-            begins
+            state.begin()
         };
         if begins {
             let writer = Writer { of: self.clone(), gathering: true, ended: false };
@@ -173,6 +168,16 @@ impl Drop for Group {
 }
 
 impl State {
+    /// Whether one more writer is to begin for whoever came just now; it is counted then.
+    fn begin(&mut self) -> bool {
+        let begins = self.writers < WRITERS && !self.gathering;
+        if begins {
+            self.writers += 1;
+            self.gathering = true;
+        }
+        begins
+    }
+
     /// The first of those who wait, without those who gave up. Of a listing and of an id one is under way at a time; others stay, in
     /// their order. What is returned is under way.
     fn next_group(&mut self) -> Vec<Waiting> {
@@ -249,6 +254,28 @@ mod tests {
         assert_eq!(next(), ["b", "a", "c"]);
         end([(1, "b"), (2, "a"), (3, "c")]);
         assert!(next().is_empty() && of.state().listings.is_empty() && of.state().ids.is_empty());
+    }
+
+    #[tokio::test]
+    async fn one_writer_begins_for_all_who_come_until_it_takes_them() {
+        let of = GroupCommit::default();
+        let writer = || Writer { of: of.clone(), gathering: true, ended: false };
+        assert!(of.state().begin());
+        assert!(!of.state().begin());
+        let (someone, _answered) = waiting(1, "a", 1);
+        of.state().waiting.push_back(someone);
+        let mut first = writer();
+        let group = first.next().expect("someone waits");
+        // That one is at work now, and whoever comes needs another.
+        assert!(of.state().begin());
+        assert!(!of.state().begin());
+        drop(writer());
+        assert!(of.state().begin(), "one that ended before it took anybody is in the way of others");
+        drop(writer());
+        drop(group);
+        assert!(first.next().is_none());
+        let State { writers, gathering, .. } = &*of.state();
+        assert_eq!((*writers, *gathering), (0, false));
     }
 
     #[test]

@@ -24,10 +24,12 @@ unsafe impl Sync for MallocConf {}
 ///   for each thread: bounded by the code's paths, and by threads being few and long-lived.
 /// - `background_thread:true`: freed memory goes back to the system also when nothing is allocated any more, and not on
 ///   the account of whoever allocates next.
-/// - `narenas:2`: by default there are four for each processor. A thread is given to one of them and takes memory from no
-///   other, so each keeps partly used pages of its own, the more the longer an event lasts: with eight, 170,000 listings took
-///   a fifth more memory than 17,000, with two 7 % (`scripts/bench --bars 5`), at the same processor time. Threads have caches
-///   before them. Where many more processors than two are busy, `MALLOC_CONF=narenas:N` gives them more.
+/// - `narenas:1`: by default there are four for each processor. A thread is given to one of them and takes memory from no
+///   other, so each keeps freed and partly used pages of its own, the more the longer an event lasts. Publishing 170,000 records had
+///   44 MiB resident at most with two and 34 with one, at the same rate and processor time (threads have caches before it). Where many
+///   more processors than two are busy and threads wait for it, `MALLOC_CONF=narenas:N` gives them more.
+/// - `lg_extent_max_active_fit:12`: freed pages are used again also where they lie in a stretch much larger than what is asked for, up
+///   to 4,096 times instead of 64. With 64, a long publication had 1 to 2 MiB more resident than a short one.
 /// - `lg_tcache_max:12`: a thread's cache keeps blocks up to 4 KiB. With the default, 32 KiB, the caches of an idle service
 ///   held 1.3 MiB more (`scripts/bench --bars 4`: 24.8 MiB against 26.1), at the same processor time a listing (`--bars 3`).
 /// - `dirty_decay_ms:3000`: freed pages go back along a curve that ends after three seconds. Under load they are used
@@ -36,7 +38,7 @@ unsafe impl Sync for MallocConf {}
 ///   leave them in the resident set until the machine runs short of memory.
 #[unsafe(export_name = "malloc_conf")]
 pub static MALLOC_CONF: MallocConf = MallocConf(
-    c"prof:true,prof_active:true,prof_accum:true,lg_prof_sample:19,background_thread:true,narenas:2,lg_tcache_max:12,dirty_decay_ms:3000,muzzy_decay_ms:0"
+    c"prof:true,prof_active:true,prof_accum:true,lg_prof_sample:19,background_thread:true,narenas:1,lg_extent_max_active_fit:12,lg_tcache_max:12,dirty_decay_ms:3000,muzzy_decay_ms:0"
         .as_ptr(),
 );
 
