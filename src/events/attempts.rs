@@ -56,7 +56,16 @@ impl Events {
             pass = self.gate.enter() => pass,
             reason = delivery.lease.stopped() => return Err(not_begun(reason)),
         };
-        if delivery.message.receive_count < 2 || self.record(delivery, false).await? {
+        if delivery.message.receive_count < 2 {
+            return Ok(pass);
+        }
+        // Boxed, as are other ways that events seldom go: a task is as large as the largest of its ways.
+        Box::pin(self.begin_again(delivery, pass)).await
+    }
+
+    /// Lets a delivery in of which there may have been others.
+    async fn begin_again(&self, delivery: &Delivery, pass: Pass) -> Result<Pass, Outcome> {
+        if self.record(delivery, false).await? {
             return Ok(pass);
         }
         drop(pass);
@@ -155,9 +164,12 @@ impl Events {
     /// Tells Postgres of these ends. They are kept first, so whatever happens to the write, they are not forgotten; what it
     /// does not take in time is written later, and does not hold up the message.
     async fn end(&self, delivery: &Delivery, ends: Vec<End>) {
-        if ends.is_empty() {
-            return;
+        if !ends.is_empty() {
+            Box::pin(self.end_all(delivery, ends)).await;
         }
+    }
+
+    async fn end_all(&self, delivery: &Delivery, ends: Vec<End>) {
         self.ended.keep(&ends);
         if ends.iter().any(|end| end.of != Of::Delivery) {
             // To renew it from now on would look like having lost it.

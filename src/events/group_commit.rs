@@ -63,7 +63,7 @@ impl GroupCommit {
         match wait(For::Database, answered).await {
             Ok(answer) => answer,
             // It failed for several, or its writer was ended.
-            Err(_) => database.upsert_listing(&event).await,
+            Err(_) => Box::pin(database.upsert_listing(&event)).await,
         }
     }
 

@@ -168,11 +168,11 @@ impl Events {
         fault::point("events.begin", &event.id);
         let request = request?;
         if let Some(lane) = elsewhere {
-            return Ok(self.forward(delivery, lane).await);
+            return Ok(Box::pin(self.forward(delivery, lane)).await);
         }
         match request {
             Request::Upsert(listing) => listing_upsert::handle(self, &event, *listing).await,
-            // Boxed, so that a fast event need not carry the room that a slow one takes.
+            // Boxed, so that the task of a fast event has not the size of a slow one's.
             Request::Refresh(data) => Box::pin(valuations_refresh::handle(self, &event, &data, delivery, pass)).await,
             Request::Publish(data) => Box::pin(valuations_publish::handle(self, &event, &data, delivery, pass)).await,
         }

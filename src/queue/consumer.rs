@@ -360,7 +360,8 @@ impl Consumer {
         in_flight.inc();
         let started = Instant::now();
         if fault::planted("delete-before-commit") {
-            let _ = self.parts.sqs.delete(&self.source, std::slice::from_ref(&delivery.message.receipt)).await;
+            let receipt = std::slice::from_ref(&delivery.message.receipt);
+            let _ = Box::pin(self.parts.sqs.delete(&self.source, receipt)).await;
         }
         let handling = AssertUnwindSafe(self.parts.handler.handle(&delivery)).catch_unwind();
         let (outcome, in_order) = tokio::select! {

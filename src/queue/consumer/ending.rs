@@ -78,7 +78,9 @@ impl Consumer {
             Outcome::Lost => return,
             Outcome::Refuse(refusal) => {
                 fault::point("refuse.before_send", delivery.fault_key());
-                let sent = self.parts.sqs.send_refused(&self.dead, &refusal, &delivery.message, &self.source).await;
+                let sent = self.parts.sqs.send_refused(&self.dead, &refusal, &delivery.message, &self.source);
+                // Boxed, as the other calls of SQS here: a task is as large as the largest of its ways.
+                let sent = Box::pin(sent).await;
                 // Not before: what dies of its own refusal would be begun anew for ever.
                 self.conclude(&delivery).await;
                 match sent {
@@ -96,10 +98,10 @@ impl Consumer {
             Outcome::Defer(after, _) => after,
             Outcome::Release(_) => Duration::ZERO,
         };
-        if self.is_worn(&delivery) && self.send_anew(&delivery, visible_in).await {
+        if self.is_worn(&delivery) && Box::pin(self.send_anew(&delivery, visible_in)).await {
             return self.delete(delivery).await;
         }
-        self.give_back_in(delivery, visible_in).await;
+        Box::pin(self.give_back_in(delivery, visible_in)).await;
     }
 
     pub(super) async fn conclude(&self, delivery: &Delivery) {
