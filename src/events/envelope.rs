@@ -198,9 +198,10 @@ impl<'a> Event<'a> {
     /// SHA-256 over source, type and data: two events with the same id are the same event if this is equal. The data
     /// are compared as JSON values, so white space and the order of keys do not count.
     pub fn digest(&self) -> Result<[u8; 32], Refusal> {
-        let data: serde_json::Value = self.data()?;
+        let value: serde_json::Value = self.data()?;
         // Serialising a Value writes its keys in order.
-        let data = serde_json::to_vec(&data).expect("a value is serialised to memory");
+        let mut data = Vec::with_capacity(self.data.len());
+        serde_json::to_writer(&mut data, &value).expect("writing to memory cannot fail");
         let mut hash = Sha256::new();
         // A length before each part keeps the parts apart.
         for part in [self.source.as_bytes(), self.kind.as_bytes(), &data] {
