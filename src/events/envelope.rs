@@ -410,7 +410,7 @@ mod tests {
         assert!(matches!(document(&plain), Ok(Cow::Borrowed(text)) if text == plain));
     }
 
-    /// Digests are stored: one that is made in another way would make every event another that comes again after a deployment.
+    /// Digests are stored. Made in another way, they would turn an event that is delivered again into another event with its id.
     #[test]
     fn the_digest_is_this_and_stays_so() {
         let mut event = good();

@@ -1,8 +1,8 @@
 //! Group commit: listings that come at the same time are written by one statement.
 //!
-//! Whoever comes while fewer than [`WRITERS`] statements are under way is written as soon as those that came together with it are
-//! there; who comes later waits, and is written with all others who wait when one of the statements ends. So nobody waits for others
-//! to come, and the busier Postgres is, the more share a statement, a round trip and a flush of its log.
+//! Whoever comes while fewer than [`WRITERS`] statements are under way is written at once, with all whose tasks were ready to run
+//! just then, as those that were received together are; who comes later waits, and is written with all others who wait when one of
+//! the statements ends. So the busier Postgres is, the more share a statement, a round trip and a flush of its log.
 //!
 //! They share nothing else. What Postgres refuses or fails of several, or does not do at once because of a lock, is tried again by each
 //! alone, and is then no longer in anybody's way. What a statement for several uses is charged to their kind and to none of them.
@@ -57,14 +57,19 @@ impl GroupCommit {
             state.begin()
         };
         if begins {
-            let writer = Writer { of: self.clone(), gathering: true, ended: false };
-            task::spawn_apart(Kind::ListingUpsert, "group commit", writer.run(database.clone()));
+            self.spawn_writer(database);
         }
         match wait(For::Database, answered).await {
             Ok(answer) => answer,
             // It failed for several, or its writer was ended.
             Err(_) => Box::pin(database.upsert_listing(&event)).await,
         }
+    }
+
+    /// To be called where [`State::begin`] said so.
+    fn spawn_writer(&self, database: &Database) {
+        let writer = Writer { of: self.clone(), gathering: true, ended: false };
+        task::spawn_apart(Kind::ListingUpsert, "group commit", writer.run(database.clone()));
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -81,10 +86,11 @@ struct Writer {
 
 impl Writer {
     async fn run(mut self, database: Database) {
-        // Those that were received together come one after another: they may all join the first. It goes on when its thread has
-        // nothing else to do.
-        tokio::task::yield_now().await;
+        task::after_those_ready().await;
         while let Some(group) = self.next() {
+            if self.of.state().begin_for_the_rest() {
+                self.of.spawn_writer(&database);
+            }
             in_stage(Stage::Write, group.write(&database)).await;
         }
     }
@@ -178,6 +184,11 @@ impl State {
         begins
     }
 
+    /// As [`begin`](State::begin), for those for whom a group had no room.
+    fn begin_for_the_rest(&mut self) -> bool {
+        !self.waiting.is_empty() && self.begin()
+    }
+
     /// The first of those who wait, without those who gave up. Of a listing and of an id one is under way at a time; others stay, in
     /// their order. What is returned is under way.
     fn next_group(&mut self) -> Vec<Waiting> {
@@ -256,8 +267,8 @@ mod tests {
         assert!(next().is_empty() && of.state().listings.is_empty() && of.state().ids.is_empty());
     }
 
-    #[tokio::test]
-    async fn one_writer_begins_for_all_who_come_until_it_takes_them() {
+    #[test]
+    fn one_writer_begins_for_all_who_come_until_it_takes_them() {
         let of = GroupCommit::default();
         let writer = || Writer { of: of.clone(), gathering: true, ended: false };
         assert!(of.state().begin());
@@ -276,6 +287,19 @@ mod tests {
         assert!(first.next().is_none());
         let State { writers, gathering, .. } = &*of.state();
         assert_eq!((*writers, *gathering), (0, false));
+    }
+
+    #[test]
+    fn those_for_whom_a_group_has_no_room_do_not_wait_for_its_statement() {
+        let numbers: Vec<&'static str> = (0..=MOST).map(|number| &*number.to_string().leak()).collect();
+        let (mut state, _receivers) = state(numbers.iter().zip(0..).map(|(id, listing)| (listing, *id, 1)));
+        assert!(state.begin());
+        state.gathering = false;
+        assert_eq!(state.next_group().len(), MOST);
+        assert!(state.begin_for_the_rest());
+        state.gathering = false;
+        assert_eq!(state.next_group().len(), 1);
+        assert!(!state.begin_for_the_rest());
     }
 
     #[test]

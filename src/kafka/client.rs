@@ -69,9 +69,9 @@ pub(super) fn producer(kafka: &config::Kafka) -> ClientConfig {
         // Java's default, so that other producers of a key agree on its partition; librdkafka's own is CRC32.
         .set("partitioner", "murmur2_random")
         // Handing a page over takes some milliseconds, in which batches form; a request costs both sides as much as many records do.
-        // A longer one gains nothing more, and where few pages are in flight it is time lost on each.
+        // A longer one is time lost on each page where few are in flight.
         .set("linger.ms", "1")
-        // Full is back-pressure, not an error. 20,000 records are ten pages of the default size, about 20 MB.
+        // Full is back-pressure, not an error. 20,000 records are ten pages of the default size: four publications fill it.
         .set("queue.buffering.max.messages", "20000")
         .set("queue.buffering.max.kbytes", "65536");
     client

@@ -54,16 +54,21 @@ impl Deleter {
 
 async fn collect(sqs: Sqs, queue: Queue, linger: Duration, mut receiver: mpsc::Receiver<Finished>) {
     let calls = Arc::new(Semaphore::new(CALLS));
-    while let Some(first) = task::park(receiver.recv()).await {
+    loop {
+        let mut batch = Vec::with_capacity(BATCH);
+        if task::park(receiver.recv_many(&mut batch, BATCH)).await == 0 {
+            break;
+        }
         let deadline = Instant::now() + linger;
-        let mut batch = vec![first];
-        // Those that were received together end one after another. Until this thread has nothing else to do they only gather,
-        // and none of them wakes this task.
-        tokio::task::yield_now().await;
+        if batch.len() < BATCH {
+            // Those that were received together end one after another, and need not wake this task each.
+            task::after_those_ready().await;
+        }
         while batch.len() < BATCH {
-            match task::park(timeout_at(deadline, receiver.recv())).await {
-                Ok(Some(next)) => batch.push(next),
-                Ok(None) | Err(_) => break,
+            let room = BATCH - batch.len();
+            match task::park(timeout_at(deadline, receiver.recv_many(&mut batch, room))).await {
+                Ok(0) | Err(_) => break,
+                Ok(_) => {}
             }
         }
         let permit = wait(For::Permit, calls.clone().acquire_owned()).await.expect("the semaphore is never closed");

@@ -13,7 +13,9 @@ pub mod trace;
 pub mod usage;
 pub mod waits;
 
+use std::future::poll_fn;
 use std::panic::Location;
+use std::task::Poll;
 
 use tokio::task::{AbortHandle, JoinHandle, JoinSet};
 
@@ -58,6 +60,20 @@ where
     F: Future<Output: Send> + Send + 'static,
 {
     set.spawn(Tracked::inherit(name, Location::caller(), future))
+}
+
+/// Lets those run first that are ready now, so that what they bring can be taken together. Unlike [`tokio::task::yield_now`], which
+/// has a task wait until its own thread has nothing else to do, this puts it at the end of the queue, where any thread may take it.
+pub async fn after_those_ready() {
+    let mut waited = false;
+    let turn = poll_fn(|context| {
+        if std::mem::replace(&mut waited, true) {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    });
+    turn.await;
 }
 
 /// Runs `work` on a thread for what blocks, with the mark of whoever asks.

@@ -28,8 +28,8 @@ pub(crate) const ARGUMENT: &str = "bare-loop";
 
 /// Calls in flight, as many as the service has.
 const IN_FLIGHT: u32 = 1_000;
-/// Rows of a page.
-const PAGE: i64 = 1_000;
+/// Rows of a page, as the service publishes them.
+const PAGE: i64 = 2_000;
 /// Polls of the queue at a time: as many as the service may have.
 const POLLS: usize = 8;
 
@@ -171,8 +171,8 @@ async fn records(url: &str, run: &str) -> Result<Vec<Record>> {
     }
 }
 
-/// Records to the topic as fast as librdkafka takes them, with the service's guarantees. They are the service's, for one record again
-/// and again would be compressed to next to nothing, and made beforehand but for their headers, which librdkafka takes with each.
+/// Records to the topic as fast as librdkafka takes them, with the service's guarantees. They are the service's, made beforehand, for
+/// one record again and again would be compressed to next to nothing; headers are made as they are sent, since librdkafka keeps them.
 fn produce(brokers: &str, topic: &str, records: &[Record]) -> Result<Loop> {
     let producer: BaseProducer = ClientConfig::new()
         .set("bootstrap.servers", brokers)
@@ -180,10 +180,9 @@ fn produce(brokers: &str, topic: &str, records: &[Record]) -> Result<Loop> {
         .set("compression.type", "lz4")
         .set("partitioner", "murmur2_random")
         .create()?;
-    let headers = records.first().context("the run has no record")?.headers();
     let produce = |records: &[Record]| {
         for record in records {
-            let mut record = BaseRecord::to(topic).key(&record.key).payload(&record.value).headers(headers.clone());
+            let mut record = BaseRecord::to(topic).key(&record.key).payload(&record.value).headers(record.headers());
             while let Err((error, back)) = producer.send(record) {
                 let KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull) = error else {
                     return Err(error.into());

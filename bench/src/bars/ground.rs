@@ -14,7 +14,7 @@ use sqlx::{Connection, PgConnection};
 
 use crate::processors::Looks;
 
-/// How often it is looked whether something is done.
+/// How often it is looked whether something is done: a statement each, on the processors that are measured.
 const LOOK: Duration = Duration::from_millis(20);
 /// How long an event may take.
 const PATIENCE: Duration = Duration::from_secs(900);
