@@ -13,6 +13,21 @@ use crate::task::usage;
 /// Held by tests that take profiles: the allocator's profiler is one for the process.
 static PROFILER: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
+/// Has the allocator sample or not. Other tests that take profiles hold up the switch.
+async fn sample(enabled: bool) {
+    while let Err(error) = sample_allocations(enabled) {
+        assert!(error.to_string().ends_with("a profile is being taken"), "{error:#}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Has the allocator sample while whoever asked holds what is returned.
+async fn sampling() -> tokio::sync::MutexGuard<'static, ()> {
+    let alone = PROFILER.lock().await;
+    sample(true).await;
+    alone
+}
+
 const TOKEN: &str = "0123456789abcdef";
 
 fn profiling(token: Option<&str>) -> Profiling {
@@ -196,8 +211,7 @@ fn assert_64_mib(bytes: i64) {
 
 #[tokio::test]
 async fn a_profile_has_the_four_sample_types_of_gos() {
-    let _alone = PROFILER.lock().await;
-    sample_allocations(true).unwrap();
+    let _alone = sampling().await;
     for (name, default) in [("heap", "inuse_space"), ("allocs", "alloc_space")] {
         let (status, body, response) =
             ask(None, "GET", &format!("/debug/pprof/{name}"), &[("host", "localhost")]).await;
@@ -216,8 +230,7 @@ async fn a_profile_has_the_four_sample_types_of_gos() {
 
 #[tokio::test]
 async fn what_is_freed_leaves_the_heap_and_stays_in_allocs() {
-    let _alone = PROFILER.lock().await;
-    sample_allocations(true).unwrap();
+    let _alone = sampling().await;
     let name = "leaking_function_of_the_test";
     let early = profile_at("/debug/pprof/allocs").await;
     let held = leaking_function_of_the_test();
@@ -239,8 +252,7 @@ async fn what_is_freed_leaves_the_heap_and_stays_in_allocs() {
 
 #[tokio::test]
 async fn memory_is_labelled_with_the_kind_of_event_that_allocated_it() {
-    let _alone = PROFILER.lock().await;
-    sample_allocations(true).unwrap();
+    let _alone = sampling().await;
     let name = "leaking_function_of_the_test";
     let mark = |kind, stage| Mark { kind, stage };
     let early = profile_at("/debug/pprof/heap").await;
@@ -265,8 +277,7 @@ async fn memory_is_labelled_with_the_kind_of_event_that_allocated_it() {
 
 #[tokio::test]
 async fn what_samples_say_of_a_kind_is_what_the_allocator_counted() {
-    let _alone = PROFILER.lock().await;
-    sample_allocations(true).unwrap();
+    let _alone = sampling().await;
     let allocated = |profile: &Profile| sum(profile, "alloc_space", "", Some(("event_kind", "planted")));
     let (early, counted) = (profile_at("/debug/pprof/allocs").await, usage::of_kind(Kind::Planted).allocated);
     // 8 GiB in blocks of many sizes, of which about 16,000 are sampled: right to one in a hundred.
@@ -291,8 +302,7 @@ fn planted_leak(leaked: &mut Vec<Vec<u8>>) {
 
 #[tokio::test]
 async fn what_grew_over_many_profiles_names_the_kind_that_leaks_and_its_function_first() {
-    let _alone = PROFILER.lock().await;
-    sample_allocations(true).unwrap();
+    let _alone = sampling().await;
     let under = |kind| Mark { kind, stage: Stage::Other };
     let counted = || {
         let used = usage::of_kind(Kind::Planted);
@@ -336,8 +346,7 @@ async fn what_grew_over_many_profiles_names_the_kind_that_leaks_and_its_function
 
 #[tokio::test]
 async fn a_difference_shows_what_changed_meanwhile() {
-    let _alone = PROFILER.lock().await;
-    sample_allocations(true).unwrap();
+    let _alone = sampling().await;
     let before = leaking_function_of_the_test();
     let held = std::thread::spawn(|| {
         std::thread::sleep(Duration::from_millis(700));
@@ -358,8 +367,7 @@ async fn a_difference_shows_what_changed_meanwhile() {
 
 #[tokio::test]
 async fn other_forms_are_for_those_without_go() {
-    let _alone = PROFILER.lock().await;
-    sample_allocations(true).unwrap();
+    let _alone = sampling().await;
     let held = mark::under(Mark { kind: Kind::ValuationsPublish, stage: Stage::Publish }, leaking_function_of_the_test);
     let text = String::from_utf8(body_of("/debug/pprof/heap?debug=1&gc=1").await).unwrap();
     assert!(text.starts_with("heap profile: ") && text.lines().next().unwrap().ends_with("@ heap/524288"), "{text}");
@@ -386,14 +394,13 @@ async fn other_forms_are_for_those_without_go() {
 
 #[tokio::test]
 async fn what_samples_nothing_shows_nothing_new() {
-    let _alone = PROFILER.lock().await;
-    sample_allocations(true).unwrap();
-    sample_allocations(false).unwrap();
+    let _alone = sampling().await;
+    sample(false).await;
     let unseen = leaking_function_of_the_test();
     let profile = profile_at("/debug/pprof/heap").await;
     assert!(!functions(&profile).iter().any(|name| name.ends_with("leaking_function_of_the_test")), "sampling is off");
     drop(unseen);
-    sample_allocations(true).unwrap();
+    sample(true).await;
 }
 
 #[inline(never)]
@@ -407,8 +414,7 @@ fn waiting_function_of_the_test(mutex: &std::sync::Mutex<()>) {
 async fn a_wait_at_a_lock_is_in_the_mutex_profile_with_its_stack_and_its_kind() {
     use crate::task::{For, contention, places};
 
-    let _alone = PROFILER.lock().await;
-    sample_allocations(true).unwrap();
+    let _alone = sampling().await;
     let mutex = &std::sync::Mutex::new(());
     let long = contention::rate(For::Lock) * 10;
     let is_ours = |row: &places::Row| {
