@@ -196,7 +196,7 @@ impl Worker {
                     // One record after another: each would wait the default of 5 ms for others that cannot come.
                     None => "0",
                     // All at once, as in the service.
-                    Some(Fix::Article) => "0.5",
+                    Some(Fix::Article) => "1",
                 },
             )
             .create()?;
