@@ -29,7 +29,7 @@ unsafe impl Sync for MallocConf {}
 ///   41 MiB resident at most and with one 36, at the same rate and processor time on two processors (docs/performance.md). Where
 ///   many more are busy and threads wait for it, `MALLOC_CONF=narenas:N` gives them more.
 /// - `lg_extent_max_active_fit:12`: freed pages are used again also where they lie in a stretch up to 4,096 times as large as what is
-///   asked for, instead of 64 times. With it 170,000 listings need 5 % more than 17,000, without it 17 % (`scripts/bench --bars 5`).
+///   asked for, instead of 64 times. With it 170,000 listings need 5 % more than 17,000, without it 17 % (docs/performance.md).
 /// - `lg_tcache_max:12`: a thread's cache keeps blocks up to 4 KiB. With the default, 32 KiB, the caches of an idle service
 ///   held 1.3 MiB more (`scripts/bench --bars 4`: 24.8 MiB against 26.1), at the same processor time a listing (`--bars 3`).
 /// - `dirty_decay_ms:3000`: freed pages go back along a curve that ends after three seconds. Under load they are used

@@ -141,6 +141,13 @@ impl Service {
         Ok(Done { sent, complete, publishing, published, publishing_busy, stats, cpu_seconds, before, peak })
     }
 
+    fn is_alive(&self) -> Result<()> {
+        if let Some(status) = self.process.exited()? {
+            bail!("write-api serve ended ({status}); the end of its log:\n{}", self.process.log_tail());
+        }
+        Ok(())
+    }
+
     /// Publishes a complete run once more; seconds that it took, and processor time of the whole machine meanwhile.
     pub(crate) async fn publish(&mut self, run: &str) -> Result<(f64, f64)> {
         let ended = "SELECT count(*) FROM publications WHERE run_id = $1 AND completed_at IS NOT NULL";
@@ -153,6 +160,7 @@ impl Service {
             if now > before {
                 break;
             }
+            self.is_alive()?;
             ensure!(began.elapsed() < PATIENCE, "the run {run} was not published again after {PATIENCE:?}");
             tokio::time::sleep(LOOK).await;
         }
@@ -171,9 +179,7 @@ impl Service {
     pub(crate) async fn published(&mut self, id: &str, looks: &mut Looks) -> Result<Times> {
         let began = Instant::now();
         loop {
-            if let Some(status) = self.process.exited()? {
-                bail!("write-api serve ended ({status}); the end of its log:\n{}", self.process.log_tail());
-            }
+            self.is_alive()?;
             looks.look()?;
             let times: Option<(f64, f64, f64, i32)> = sqlx::query_as(
                 "SELECT extract(epoch FROM r.completed_at)::float8, extract(epoch FROM p.begun_at)::float8,

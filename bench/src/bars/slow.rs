@@ -140,13 +140,8 @@ pub(crate) async fn processor_time(ground: &mut Ground) -> Result<Vec<Outcome>> 
         reads.push(bare::run(&["read", url, &run], &[]).await?);
         produces.push(bare::run(&["produce", ground.stack.kafka().bootstrap(), topic, url, &run], &[]).await?);
     }
-    for (what, done) in reads
-        .iter()
-        .map(|done| ("read", done))
-        .chain(produces.iter().map(|done| ("produce", done)))
-        .chain([("calls", &calls)])
-    {
-        ensure!(done.count == f64::from(GREAT), "the bare loop {what} did {} of {GREAT}", done.count);
+    for done in reads.iter().chain(&produces).chain([&calls]) {
+        ensure!(done.count == f64::from(GREAT), "a bare loop did {} of {GREAT}: {done:?}", done.count);
     }
     let (read, produce) = (median(reads, |done| done.seconds), median(produces, |done| done.seconds));
     let each = |seconds: f64| seconds / f64::from(GREAT) * 1e6;
