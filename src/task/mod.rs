@@ -82,3 +82,29 @@ pub fn spawn_blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stat
     let mark = mark::current();
     tokio::task::spawn_blocking(move || mark::under(mark, work))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn those_that_are_ready_run_before_the_task_that_lets_them() {
+        let order = Arc::new(Mutex::new(Vec::new()));
+        let note = |what| {
+            let order = Arc::clone(&order);
+            move || order.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(what)
+        };
+        let (before, after, other) = (note("before"), note("after"), note("other"));
+        let patient = spawn("patient", async move {
+            before();
+            after_those_ready().await;
+            after();
+        });
+        let ready = spawn("ready", async move { other() });
+        patient.await.unwrap();
+        ready.await.unwrap();
+        assert_eq!(*order.lock().unwrap(), ["before", "other", "after"]);
+    }
+}

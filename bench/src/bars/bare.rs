@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use bytes::Bytes;
 use futures::future::try_join_all;
 use http_body_util::{BodyExt, Full};
@@ -19,6 +19,7 @@ use rdkafka::producer::{BaseProducer, BaseRecord, Producer};
 use serde::{Deserialize, Serialize};
 use sqlx::{Connection, PgConnection};
 use time::OffsetDateTime;
+use write_api::config::Config;
 use write_api::kafka::{Record, Records, Valuation};
 
 use crate::processors::busy_seconds;
@@ -28,8 +29,6 @@ pub(crate) const ARGUMENT: &str = "bare-loop";
 
 /// Calls in flight, as many as the service has.
 const IN_FLIGHT: u32 = 1_000;
-/// Rows of a page, as the service publishes them.
-const PAGE: i64 = 2_000;
 /// Polls of the queue at a time: as many as the service may have.
 const POLLS: usize = 8;
 
@@ -132,35 +131,43 @@ async fn all_calls(client: &Client<HttpConnector, Full<Bytes>>, url: &str, run: 
 /// Listing, zip code, price, valuation, confidence.
 type ValuedRow = (i64, i32, i64, Option<i64>, Option<f64>);
 
+/// Rows of a page, as the service publishes them by default.
+fn page_size() -> Result<usize> {
+    let defaults = Config::load(None, std::iter::empty(), &[])
+        .map_err(|errors| errors.iter().fold(anyhow!("no settings"), |all, error| all.context(error.to_string())))?;
+    Ok(defaults.kafka.page_size)
+}
+
 /// The valuations of a run, page by page.
 async fn read(url: &str, run: &str) -> Result<Loop> {
     let mut connection = PgConnection::connect(url).await?;
-    page(&mut connection, run, i64::MIN).await?;
+    let size = page_size()?;
+    page(&mut connection, run, i64::MIN, size).await?;
     let clock = Clock::start()?;
     let (mut cursor, mut rows) = (i64::MIN, 0);
     loop {
-        let page = page(&mut connection, run, cursor).await?;
+        let page = page(&mut connection, run, cursor, size).await?;
         let Some(last) = page.last() else { return clock.done(f64::from(rows)) };
         cursor = last.0;
         rows += i32::try_from(page.len())?;
     }
 }
 
-async fn page(connection: &mut PgConnection, run: &str, cursor: i64) -> Result<Vec<ValuedRow>> {
+async fn page(connection: &mut PgConnection, run: &str, cursor: i64, size: usize) -> Result<Vec<ValuedRow>> {
     let page = sqlx::query_as(
         "SELECT listing_id, zip_code, list_price_cents, valuation_cents, confidence
          FROM valuations WHERE run_id = $1 AND listing_id > $2 ORDER BY listing_id LIMIT $3",
     );
-    Ok(page.bind(run).bind(cursor).bind(PAGE).fetch_all(connection).await?)
+    Ok(page.bind(run).bind(cursor).bind(size as i64).fetch_all(connection).await?)
 }
 
 /// The records of a run, as the service makes them.
 async fn records(url: &str, run: &str) -> Result<Vec<Record>> {
     let mut connection = PgConnection::connect(url).await?;
     let made = Records::new(run, OffsetDateTime::now_utc(), None);
-    let (mut records, mut cursor) = (Vec::new(), i64::MIN);
+    let (mut records, mut cursor, size) = (Vec::new(), i64::MIN, page_size()?);
     loop {
-        let page = page(&mut connection, run, cursor).await?;
+        let page = page(&mut connection, run, cursor, size).await?;
         let Some(last) = page.last() else { return Ok(records) };
         cursor = last.0;
         for (listing_id, zip_code, list_price_cents, valuation_cents, confidence) in page {
@@ -195,7 +202,7 @@ fn produce(brokers: &str, topic: &str, records: &[Record]) -> Result<Loop> {
         anyhow::Ok(producer.flush(Duration::from_secs(120))?)
     };
     // It connects, and learns of every partition.
-    produce(&records[..records.len().min(PAGE as usize)])?;
+    produce(&records[..records.len().min(page_size()?)])?;
     let clock = Clock::start()?;
     produce(records)?;
     clock.done(records.len() as f64)

@@ -150,33 +150,23 @@ impl Service {
 
     /// Publishes a complete run once more; seconds that it took, and processor time of the whole machine meanwhile.
     pub(crate) async fn publish(&mut self, run: &str) -> Result<(f64, f64)> {
-        let ended = "SELECT count(*) FROM publications WHERE run_id = $1 AND completed_at IS NOT NULL";
-        let before: i64 = sqlx::query_scalar(ended).bind(run).fetch_one(&mut self.database).await?;
+        let before: i64 = sqlx::query_scalar("SELECT count(*) FROM publications WHERE run_id = $1")
+            .bind(run)
+            .fetch_one(&mut self.database)
+            .await?;
         self.program.run(&["send", "publish", run]).await?;
-        let (mut looks, began) = (Looks::default(), Instant::now());
-        loop {
-            looks.look()?;
-            let now: i64 = sqlx::query_scalar(ended).bind(run).fetch_one(&mut self.database).await?;
-            if now > before {
-                break;
-            }
-            self.is_alive()?;
-            ensure!(began.elapsed() < PATIENCE, "the run {run} was not published again after {PATIENCE:?}");
-            tokio::time::sleep(LOOK).await;
-        }
-        looks.look()?;
-        let (begun, completed): (f64, f64) = sqlx::query_as(
-            "SELECT extract(epoch FROM begun_at)::float8, extract(epoch FROM completed_at)::float8
-             FROM publications WHERE run_id = $1 AND completed_at IS NOT NULL ORDER BY completed_at DESC LIMIT 1",
-        )
-        .bind(run)
-        .fetch_one(&mut self.database)
-        .await?;
-        Ok((completed - begun, looks.between(begun, completed)))
+        let mut looks = Looks::default();
+        let Times { publishing, published, .. } = self.published_after(before, run, &mut looks).await?;
+        Ok((published - publishing, looks.between(publishing, published)))
     }
 
     /// Waits until all of the event is published, and looks at the processors meanwhile.
     pub(crate) async fn published(&mut self, id: &str, looks: &mut Looks) -> Result<Times> {
+        self.published_after(0, id, looks).await
+    }
+
+    /// As [`published`](Self::published), of a publication that has so many `before` it.
+    async fn published_after(&mut self, before: i64, run: &str, looks: &mut Looks) -> Result<Times> {
         let began = Instant::now();
         loop {
             self.is_alive()?;
@@ -185,18 +175,20 @@ impl Service {
                 "SELECT extract(epoch FROM r.completed_at)::float8, extract(epoch FROM p.begun_at)::float8,
                         extract(epoch FROM p.completed_at)::float8, p.attempts
                  FROM runs r JOIN publications p USING (run_id)
-                 WHERE run_id = $1 AND r.completed_at IS NOT NULL AND p.completed_at IS NOT NULL",
+                 WHERE run_id = $1 AND r.completed_at IS NOT NULL AND p.completed_at IS NOT NULL
+                 ORDER BY p.completed_at OFFSET $2 LIMIT 1",
             )
-            .bind(id)
+            .bind(run)
+            .bind(before)
             .fetch_optional(&mut self.database)
             .await?;
             if let Some((complete, publishing, published, attempts)) = times {
                 // What began was the last attempt, and the others had published before it.
-                ensure!(attempts == 1, "the event {id} was published in {attempts} attempts");
+                ensure!(attempts == 1, "the event {run} was published in {attempts} attempts");
                 looks.look()?;
                 return Ok(Times { complete, publishing, published });
             }
-            ensure!(began.elapsed() < PATIENCE, "the event {id} is not done after {PATIENCE:?}");
+            ensure!(began.elapsed() < PATIENCE, "the event {run} is not done after {PATIENCE:?}");
             tokio::time::sleep(LOOK).await;
         }
     }
