@@ -5,7 +5,6 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use bench::event::send_refresh;
-use local_stack::partner::Stats;
 use local_stack::{
     Behaviour, Environment, Memory, Names, PartnerStub, Process, Program, Sampler, SqsProxy, Stack, StackOptions, peak,
 };
@@ -51,9 +50,23 @@ impl Ground {
         Ok(())
     }
 
+    /// A database and a topic apart from the common ones, with so many listings: services on different ones have no work in common.
+    pub(crate) async fn apart(&self, listings: u32) -> Result<Environment> {
+        let environment = Environment::create(&self.stack, Names::unique(), &self.partner.url()).await?;
+        let program = Program::new(None, environment.clone(), "bench")?;
+        program.run(&["setup"]).await?;
+        program.run(&["seed", "--count", &listings.to_string()]).await?;
+        Ok(environment)
+    }
+
     /// Settings for a service on the common data. No limit of the rate unless it is set.
     pub(crate) async fn environment(&self, settings: &[(&str, &str)]) -> Result<Environment> {
-        let mut environment = self.base.beside()?;
+        self.environment_on(&self.base, settings).await
+    }
+
+    /// As [`environment`](Self::environment), on the data of `base`.
+    async fn environment_on(&self, base: &Environment, settings: &[(&str, &str)]) -> Result<Environment> {
+        let mut environment = base.beside()?;
         environment.set("aws.endpoint_url", &self.sqs.endpoint());
         environment.set("partner.rate_per_second", "0");
         for (key, value) in settings {
@@ -65,7 +78,12 @@ impl Ground {
 
     /// A service that waits for events.
     pub(crate) async fn service(&self, settings: &[(&str, &str)]) -> Result<Service> {
-        Service::start(self.environment(settings).await?).await
+        self.service_on(&self.base, settings).await
+    }
+
+    /// As [`service`](Self::service), on the data of `base`.
+    pub(crate) async fn service_on(&self, base: &Environment, settings: &[(&str, &str)]) -> Result<Service> {
+        Service::start(self.environment_on(base, settings).await?).await
     }
 
     /// How the partner answers from now on; its counts begin anew.
@@ -101,7 +119,6 @@ pub(crate) struct Done {
     pub(crate) published: f64,
     /// Processor time of the whole machine from then until then.
     pub(crate) publishing_busy: f64,
-    pub(crate) stats: Stats,
     /// Of the service, from the sending until all was published.
     pub(crate) cpu_seconds: f64,
     pub(crate) before: Memory,
@@ -125,9 +142,17 @@ impl Service {
         Ok(id)
     }
 
-    /// A slow event from its sending until all of it is published.
+    /// A slow event from its sending until all of it is published, alone with the partner, whose counts are of this event then.
     pub(crate) async fn refresh(&mut self, ground: &Ground, listings: u32) -> Result<Done> {
         ground.partner.reset();
+        let done = self.refresh_beside(ground, listings).await?;
+        let valued = ground.partner.stats().distinct_keys;
+        ensure!(valued == u64::from(listings), "{valued} of {listings} listings valued");
+        Ok(done)
+    }
+
+    /// As [`refresh`](Self::refresh), while others may talk to the partner too.
+    pub(crate) async fn refresh_beside(&mut self, ground: &Ground, listings: u32) -> Result<Done> {
         let (sent, sample) = (now(), self.sampler.now());
         let (before, cpu) = (self.sampler.memory()?, self.sampler.cpu_seconds()?);
         let id = self.send(ground, listings).await?;
@@ -135,10 +160,8 @@ impl Service {
         let Times { complete, publishing, published } = self.published(&id, &mut looks).await?;
         let cpu_seconds = self.sampler.cpu_seconds()? - cpu;
         let peak = peak(&self.sampler.samples_from(sample)).context("no sample of the memory")?;
-        let stats = ground.partner.stats();
-        ensure!(stats.distinct_keys == u64::from(listings), "{} of {listings} listings valued", stats.distinct_keys);
         let publishing_busy = looks.between(publishing, published);
-        Ok(Done { sent, complete, publishing, published, publishing_busy, stats, cpu_seconds, before, peak })
+        Ok(Done { sent, complete, publishing, published, publishing_busy, cpu_seconds, before, peak })
     }
 
     fn is_alive(&self) -> Result<()> {

@@ -1,4 +1,6 @@
-//! Bar 11: the service with its profiler and without, in turn. On are samples of the heap, its listener and budget, and
+//! Bar 11: the service with its profiler and without, side by side: each pair works on an event each, of data of its own, at the
+//! same time on the same processors. In turn, the same program's processor time differs by a tenth from one event to the next on a
+//! machine with other guests, which is more than what is measured; side by side they share what disturbs them. On are samples of the heap, its listener and budget, and
 //! snapshots: each 5 s, and at both ends of each slow event. Nobody asks for a profile. The books of tasks are kept in both:
 //! what they cost is in the profiler's own account, and not in what one takes more than the other.
 
@@ -14,43 +16,43 @@ const LISTINGS: u32 = 60_000;
 const PARTS: [&str; 4] = ["bookkeeping", "heap_samples", "snapshots", "wait_stacks"];
 
 pub(crate) async fn profiler_on(ground: &mut Ground, pairs: u32) -> Result<Vec<Outcome>> {
-    ground.seed(LISTINGS).await?;
+    // Not the same data: one service would relay and publish what the other has done.
+    let (data_on, data_off) = (ground.apart(LISTINGS).await?, ground.apart(LISTINGS).await?);
     ground.partner(0, 0)?;
     let (mut ratios, mut memory_on, mut memory_off) = (Vec::new(), 0.0_f64, 0.0_f64);
     // By the profiler's own account, of one core and of all that the service took.
     let (mut of_core, mut of_service) = (0.0_f64, 0.0_f64);
     let mut of_parts = PARTS.map(|part| (part, 0.0_f64));
-    for pair in 0..pairs {
-        let mut cpu = [0.0; 2];
-        // Who is first changes, so that what the first one warms up for the second is nobody's advantage.
-        for enabled in if pair % 2 == 0 { [true, false] } else { [false, true] } {
-            let snapshots = tempfile::tempdir()?;
-            let directory = snapshots.path().display().to_string();
-            let on = [("profiling.snapshots.directory", &*directory), ("profiling.snapshots.interval", "5s")];
-            let off = [("profiling.enabled", "false")];
-            let mut service = ground.service(if enabled { &on[..] } else { &off[..] }).await?;
-            service.refresh(ground, 1_000).await?;
-            let before = exposition(&service).await?;
-            let done = service.refresh(ground, LISTINGS).await?;
-            if enabled {
-                let after = exposition(&service).await?;
-                let seconds = done.published - done.sent;
-                let account = accounted(&after, &[]) - accounted(&before, &[]);
-                ensure!(account > 0.0, "the profiler is on, and its own account has not grown: {account} s");
-                let written = after.sum("write_api_snapshots_total", &[r#"result="written""#]);
-                ensure!(written > 0.0, "the profiler is on, and has written no snapshot into {directory}");
-                of_core = of_core.max(account / seconds);
-                for (part, most) in &mut of_parts {
-                    let label = format!(r#"part="{part}""#);
-                    *most = most.max((accounted(&after, &[&label]) - accounted(&before, &[&label])) / seconds);
-                }
-                of_service = of_service.max(account / done.cpu_seconds);
-            }
-            cpu[usize::from(enabled)] = done.cpu_seconds;
-            let memory = if enabled { &mut memory_on } else { &mut memory_off };
-            *memory += done.peak.rss_mib / f64::from(pairs);
+    for _ in 0..pairs {
+        let snapshots = tempfile::tempdir()?;
+        let directory = snapshots.path().display().to_string();
+        let settings = [("profiling.snapshots.directory", &*directory), ("profiling.snapshots.interval", "5s")];
+        let mut on = ground.service_on(&data_on, &settings).await?;
+        let mut off = ground.service_on(&data_off, &[("profiling.enabled", "false")]).await?;
+        on.refresh(ground, 1_000).await?;
+        off.refresh(ground, 1_000).await?;
+        ground.partner.reset();
+        let (with, without) =
+            tokio::try_join!(on.refresh_beside(ground, LISTINGS), off.refresh_beside(ground, LISTINGS))?;
+        ratios.push(with.cpu_seconds / without.cpu_seconds);
+        memory_on += with.peak.rss_mib / f64::from(pairs);
+        memory_off += without.peak.rss_mib / f64::from(pairs);
+        drop(off);
+        // Alone, it does twice as much a second, and so does its profiler.
+        let before = exposition(&on).await?;
+        let done = on.refresh(ground, LISTINGS).await?;
+        let after = exposition(&on).await?;
+        let seconds = done.published - done.sent;
+        let account = accounted(&after, &[]) - accounted(&before, &[]);
+        ensure!(account > 0.0, "the profiler is on, and its own account has not grown: {account} s");
+        let written = after.sum("write_api_snapshots_total", &[r#"result="written""#]);
+        ensure!(written > 0.0, "the profiler is on, and has written no snapshot into {directory}");
+        of_core = of_core.max(account / seconds);
+        of_service = of_service.max(account / done.cpu_seconds);
+        for (part, most) in &mut of_parts {
+            let label = format!(r#"part="{part}""#);
+            *most = most.max((accounted(&after, &[&label]) - accounted(&before, &[&label])) / seconds);
         }
-        ratios.push(cpu[1] / cpu[0]);
     }
     let n = ratios.len() as f64;
     let mean = ratios.iter().sum::<f64>() / n;
@@ -61,6 +63,7 @@ pub(crate) async fn profiler_on(ground: &mut Ground, pairs: u32) -> Result<Vec<O
         .at_most("by its own account, of one core at most", of_core, 0.01)
         .at_most("peak RSS on, MiB", memory_on, memory_off * 1.03 + 10.0)
         .beside("CPU on / off, mean", mean)
+        .beside("CPU on / off, standard deviation of the pairs", deviation)
         .beside("by its own account, of the service's CPU at most", of_service)
         .beside("peak RSS off, MiB", memory_off);
     for (part, most) in of_parts {
