@@ -92,17 +92,18 @@ pub enum PublicationClaim {
 impl Database {
     /// Takes the publication of a complete run unless the run has a publisher already. Another attempt's token that is
     /// still in the publication is that of an attempt which nobody ended: a death. Only whoever is `alone` may have a
-    /// publication that is suspect by them.
+    /// publication that is suspect by them. Where the answer is [`DbError::Unavailable`], it may be `token`'s all the same, until
+    /// it is [released](Self::release_publishers).
     pub async fn claim_publication(
         &self,
         event_id: &str,
         digest: &[u8; 32],
         run_id: &str,
+        token: Uuid,
         lease: Duration,
         alone: bool,
     ) -> Result<PublicationClaim, DbError> {
-        // Made once: a repeat after a lost answer finds its own token, and counts neither an attempt nor a death.
-        let token = Uuid::new_v4();
+        // The token is the same at each try: a repeat after a lost answer finds its own, and counts neither an attempt nor a death.
         run!(self, "the claim of a publication", connection => {
             let mut transaction = connection.begin().await?;
             let run = sqlx::query!(

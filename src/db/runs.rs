@@ -119,9 +119,15 @@ pub struct Progress {
 impl Database {
     /// Opens the run if it is new and takes it unless another attempt holds it. Another attempt's token whose lease is over
     /// is that of an attempt which nobody ended: a death. Only whoever is `alone` may have a run that is suspect by them.
-    pub async fn claim_run(&self, request: &RunRequest<'_>, lease: Duration, alone: bool) -> Result<RunClaim, DbError> {
-        // Made once: if the answer to the claim is lost, the repeat finds its own token and has the run.
-        let token = Uuid::new_v4();
+    /// Where the answer is [`DbError::Unavailable`], the run may be `token`'s all the same, until it is [released](Self::release_runs).
+    pub async fn claim_run(
+        &self,
+        request: &RunRequest<'_>,
+        token: Uuid,
+        lease: Duration,
+        alone: bool,
+    ) -> Result<RunClaim, DbError> {
+        // The same at each try: if the answer to the claim is lost, the repeat finds its own token and has the run.
         run!(self, "the claim of a run", connection => {
             // A run can be closed by its owner between two looks; three rounds are more than that needs.
             for _ in 0..3 {

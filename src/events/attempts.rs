@@ -107,12 +107,12 @@ impl Events {
         }
     }
 
-    /// Claims the run that a delivery asks for work on; `claim` is told whether it is alone. What is suspect is claimed
-    /// once more when it is. `Err`: it does not begin, and this is the end of the matter.
+    /// Claims the run that a delivery asks for work on in `role`, with the delivery's own token; `claim` is told whether it is alone.
+    /// What is suspect is claimed once more when it is. `Err`: it does not begin, and this is the end of the matter.
     pub(super) async fn claim<C, F>(
         &self,
         delivery: &Delivery,
-        run_id: &str,
+        (role, run_id): (Role, &str),
         pass: &mut Option<Pass>,
         claim: impl Fn(bool) -> F,
         is_suspect: fn(&C) -> bool,
@@ -123,6 +123,15 @@ impl Events {
         if let Err(error) = self.ended.write_of(&self.database, run_id).await {
             return Err(Outcome::Retry(error.into()));
         }
+        let claim = async |alone| {
+            delivery.lease.may_hold_run(role, run_id, delivery.attempt);
+            let claimed = claim(alone).await;
+            // Without an answer it may be ours. It is remembered, so that the end of this attempt gives it back.
+            if !matches!(claimed, Err(DbError::Unavailable { .. })) {
+                delivery.lease.forget_run();
+            }
+            claimed
+        };
         let mut claimed = claim(pass.as_ref().is_some_and(Pass::is_alone)).await;
         if claimed.as_ref().is_ok_and(is_suspect) {
             // While it waits it is not begun: what dies meanwhile is not its doing.

@@ -58,11 +58,11 @@ pub(super) async fn handle(
     let claimed = events
         .claim(
             delivery,
-            run_id,
+            (Role::Publisher, run_id),
             pass,
             |alone| {
                 let lease = delivery.lease.run_lease();
-                events.database.claim_publication(&event.id, &digest, run_id, lease, alone)
+                events.database.claim_publication(&event.id, &digest, run_id, delivery.attempt, lease, alone)
             },
             |claim| matches!(claim, PublicationClaim::Suspect),
         )

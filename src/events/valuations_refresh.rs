@@ -118,9 +118,9 @@ async fn claim(
     let claim = events
         .claim(
             delivery,
-            &event.id,
+            (Role::Owner, &event.id),
             pass,
-            |alone| events.database.claim_run(&request, delivery.lease.run_lease(), alone),
+            |alone| events.database.claim_run(&request, delivery.attempt, delivery.lease.run_lease(), alone),
             |claim| matches!(claim, RunClaim::Suspect),
         )
         .await;

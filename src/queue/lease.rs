@@ -131,10 +131,19 @@ impl Lease {
         left.saturating_sub(margin(visibility)).max(Duration::from_secs(1).min(visibility / 2))
     }
 
+    /// The run may be held from now on, or may not: its claim is out. If nothing more is heard of that, what is held is remembered.
+    pub fn may_hold_run(&self, role: Role, run_id: &str, token: Uuid) {
+        self.set_run(role, run_id, token, false);
+    }
+
     /// From now on the keeper renews the run's lease before the message's.
     pub fn hold_run(&self, role: Role, run_id: &str, token: Uuid) {
+        self.set_run(role, run_id, token, true);
+    }
+
+    fn set_run(&self, role: Role, run_id: &str, token: Uuid, is_renewed: bool) {
         if let Some(held) = self.shared.held().get_mut(&self.id) {
-            held.run = Some(RunHold { role, run_id: run_id.to_owned(), token, is_renewed: true });
+            held.run = Some(RunHold { role, run_id: run_id.to_owned(), token, is_renewed });
         }
     }
 

@@ -13,6 +13,10 @@ use crate::harness::{LONG, Lane, SOON, Service, World, until};
 
 const TIME: &str = "2026-01-31T02:00:00Z";
 
+/// Statements of the service that wait for a lock.
+const WAITING: &str = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+                       AND application_name = 'write-api' AND wait_event_type = 'Lock'";
+
 /// Log lines with this message.
 fn lines(service: &Service, message: &str) -> Result<usize> {
     let mut found = 0;
@@ -55,12 +59,11 @@ async fn attempts_that_end_while_postgres_is_away_are_no_deaths() -> Result<()> 
         }
         Ok(ends)
     };
-    let (mut outages, mut attempts) = (0, 0);
+    let (mut outages, mut attempts) = (0_usize, 0);
     while outages < 4 {
         let run = world.run_until(&id, LONG, |run| run.owned && run.attempts > attempts).await?;
         let deaths = world.number("SELECT deaths::bigint FROM runs").await?;
         ensure!(run.state == "running" && deaths == 0, "after {outages} outages {deaths} deaths: {run:?}");
-        attempts = run.attempts;
         let before = ends().await?;
         proxy.order(PgFault::Cut, u64::MAX);
         proxy.cut();
@@ -72,10 +75,13 @@ async fn attempts_that_end_while_postgres_is_away_are_no_deaths() -> Result<()> 
         })
         .await?;
         ensure!(run.valued == 0, "there was progress: {run:?}");
+        // Another attempt may have begun before the outage, which this was the end of.
+        attempts = run.attempts;
         // Else that was no outage at an end.
-        outages += i32::from(run.owned);
+        outages += usize::from(run.owned);
         proxy.clear();
     }
+    ensure!(lines(&service, KEPT)? >= outages, "ends were taken while Postgres was away");
     // With time enough for a breaker that has opened meanwhile.
     service.finish().await?;
     world.partner.control(|behaviour| behaviour.forced.clear())?;
@@ -113,6 +119,46 @@ async fn an_end_is_written_when_postgres_is_back() -> Result<()> {
     until("the end written", SOON, async || Ok((world.number(recorded).await? == 0).then_some(()))).await?;
     ensure!(lines(&service, "Postgres did not take the end of an attempt; it is written later")? == 1);
     lock.rollback().await?;
+    world.finish(service).await
+}
+
+/// A claim that Postgres took and whose answer never came may have made the run ours: no attempt holds it longer than it lasts.
+#[tokio::test]
+async fn an_attempt_that_never_hears_of_its_claim_gives_the_run_back() -> Result<()> {
+    let mut world = World::new(Behaviour::default()).await?;
+    let proxy = PostgresProxy::start(world.environment().database_url())?;
+    world.set("database.url", proxy.url()).set("queue.retry_base", "10m").set("queue.retry_cap", "10m");
+    world.listings(1).await?;
+    world.expect_work_left();
+    let service = world.serve().await?;
+    service.expect_errors();
+    let given_back = async |id: &str, kind: &str, table: &str| {
+        let retried = format!(r#"write_api_events_total{{kind="{kind}",outcome="retried"}}"#);
+        until("the attempt's end", LONG, async || Ok((service.metric(&retried).await? == 1.0).then_some(()))).await?;
+        let claimed = format!("SELECT count(*) FROM {table} WHERE run_id = '{id}' AND attempts = 1 AND deaths = 0");
+        ensure!(world.number(&claimed).await? == 1, "{kind}: the claim did not come about");
+        let held = format!(
+            "SELECT count(*) FROM runs LEFT JOIN publications AS p USING (run_id) WHERE run_id = '{id}'
+             AND (runs.owner IS NOT NULL OR publisher IS NOT NULL OR p.owner IS NOT NULL)"
+        );
+        until("the run free again", SOON, async || Ok((world.number(&held).await? == 0).then_some(()))).await
+    };
+    let cut = |claim: &str| proxy.order(PgFault::CutAfterCommit { matching: claim.to_owned() }, u64::MAX);
+
+    // Not before the run is there: the first look for it would be cut as well, and it would never be opened.
+    let mut lock = world.database.begin().await?;
+    sqlx::query("LOCK TABLE listings IN ACCESS EXCLUSIVE MODE").execute(&mut *lock).await?;
+    world.refresh(&["--id", "first"])?;
+    until("the opening", SOON, async || Ok((world.number(WAITING).await? > 0).then_some(()))).await?;
+    cut("WITH found AS MATERIALIZED");
+    lock.rollback().await?;
+    given_back("first", "valuations.refresh", "runs").await?;
+    proxy.clear();
+
+    cut("UPDATE runs SET publisher = $2");
+    world.refresh(&["--id", "second"])?;
+    given_back("second", "valuations.publish", "publications").await?;
+    proxy.clear();
     world.finish(service).await
 }
 
@@ -239,9 +285,7 @@ async fn a_cancelled_run_whose_commit_hangs_holds_no_turns() -> Result<()> {
     let mut lock = world.database.begin().await?;
     sqlx::query("LOCK TABLE valuations IN EXCLUSIVE MODE").execute(&mut *lock).await?;
     let first = world.refresh(&["--id", "first"])?;
-    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
-                   AND application_name = 'write-api' AND wait_event_type = 'Lock'";
-    until("a commit that waits", SOON, async || Ok((world.number(waiting).await? > 0).then_some(()))).await?;
+    until("a commit that waits", SOON, async || Ok((world.number(WAITING).await? > 0).then_some(()))).await?;
     // The command waits for the end, which is far off.
     let mut cancel = world.command().args(["cancel", &first]).spawn()?;
     // It hears of it within a second or so, and begins no call after that.
@@ -254,7 +298,7 @@ async fn a_cancelled_run_whose_commit_hangs_holds_no_turns() -> Result<()> {
         Ok((seen.1.elapsed() > Duration::from_secs(3)).then_some(()))
     })
     .await?;
-    ensure!(world.number(waiting).await? > 0, "the commit came through");
+    ensure!(world.number(WAITING).await? > 0, "the commit came through");
     let second = world.refresh(&["--id", "second", "--limit", "8"])?;
     until("calls of the second run", SOON, async || Ok((world.partner.stats().requests > seen.0).then_some(())))
         .await?;

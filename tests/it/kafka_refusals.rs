@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use local_stack::kafka::{Order, ProduceError};
 use local_stack::{Behaviour, Kafka, KafkaTap};
+use uuid::Uuid;
 use write_api::config::Config;
 use write_api::db::Database;
 use write_api::db::ledger::WorkLedger;
@@ -97,7 +98,7 @@ async fn what_is_written_of_a_publication_twice_counts_once() -> Result<()> {
     let config = Config::load(None, variables, &[]).map_err(|errors| anyhow::anyhow!("{errors:?}"))?;
     let database = Database::new(&config.database)?;
     let claim = async |event: &'static str| match database
-        .claim_publication(event, &[0; 32], &id, Duration::from_secs(60), false)
+        .claim_publication(event, &[0; 32], &id, Uuid::new_v4(), Duration::from_secs(60), false)
         .await
     {
         Ok(PublicationClaim::Owned(publication)) => Ok((publication.token, publication.used)),

@@ -8,6 +8,7 @@ use local_stack::{Behaviour, Postgres, PostgresOptions};
 use serde_json::json;
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use uuid::Uuid;
 use write_api::config::Config;
 use write_api::db::Database;
 use write_api::db::publications::PublicationClaim;
@@ -298,7 +299,7 @@ async fn work_that_ends_inside_of_a_transaction_leaves_none_behind() -> Result<(
     world.finish(service).await?;
     let database = database(&world)?;
     let claim = async |event: &str, run: &str| {
-        database.claim_publication(event, &[0; 32], run, Duration::from_secs(60), false).await
+        database.claim_publication(event, &[0; 32], run, Uuid::new_v4(), Duration::from_secs(60), false).await
     };
     ensure!(matches!(claim("first", &id).await?, PublicationClaim::Owned(_)));
     for _ in 0..5 {

@@ -184,7 +184,7 @@ impl Play {
             limit: None,
             data: "{}",
         };
-        let claim = self.database.claim_run(&request, LEASE, alone).await?;
+        let claim = self.database.claim_run(&request, Uuid::new_v4(), LEASE, alone).await?;
         let model = self.model.get_or_insert_with(|| Model {
             state: State::Running,
             owner: None,
