@@ -173,10 +173,13 @@ impl Service {
 
     /// Publishes a complete run once more; seconds that it took, and processor time of the whole machine meanwhile.
     pub(crate) async fn publish(&mut self, run: &str) -> Result<(f64, f64)> {
-        let before: i64 = sqlx::query_scalar("SELECT count(*) FROM publications WHERE run_id = $1")
-            .bind(run)
-            .fetch_one(&mut self.database)
-            .await?;
+        let (before, open): (i64, i64) = sqlx::query_as(
+            "SELECT count(*), count(*) FILTER (WHERE completed_at IS NULL) FROM publications WHERE run_id = $1",
+        )
+        .bind(run)
+        .fetch_one(&mut self.database)
+        .await?;
+        ensure!(open == 0, "{open} publications of the run {run} are still under way");
         self.program.run(&["send", "publish", run]).await?;
         let mut looks = Looks::default();
         let Times { publishing, published, .. } = self.published_after(before, run, &mut looks).await?;

@@ -1,4 +1,4 @@
-//! One way at work: an event of each size, then one more for its heap profiles.
+//! One way at work: an event of each size, then one more of each for its heap profiles.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use bench::event::send_refresh;
-use local_stack::{Environment, KafkaTap, PartnerStub, Process, Program, SqsProxy};
+use local_stack::{Environment, KafkaTap, PartnerStub, Process, Program, SqsProxy, thousands};
 use serde_json::json;
 use time::OffsetDateTime;
 
 use write_api::profiling::pprof::Profile;
 
 use crate::heap;
-use crate::report::{Figures, Settings, WayReport};
+use crate::report::{Figures, Heap, Settings, WayReport};
 use crate::timeline::{Point, Timeline, Watched};
 use crate::way::Way;
 
@@ -27,8 +27,8 @@ const AFTER: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(10);
 /// How long an event may go on without a call and without a record.
 const PATIENCE: Duration = Duration::from_secs(180);
-/// The most calls that the old way makes for the event whose memory is looked into.
-const CALLS_OF_LAST_EVENT: u32 = 200;
+/// The most calls that the old way makes for an event whose memory is looked into.
+const CALLS_OF_PROFILED_EVENT: u32 = 200;
 
 /// Everything that one way needs.
 pub(crate) struct Course<'a> {
@@ -74,19 +74,27 @@ impl Course<'_> {
             events.push(self.measure(&process, &timeline, event).await?);
         }
 
-        // Profiles cost memory of the process that takes them, so they are of an event of their own, which no figure is of.
-        (self.say)("  once more, for heap profiles");
-        let rows = self.settings.rows[0];
-        let calls = if self.way == Way::Before { CALLS_OF_LAST_EVENT.min(rows) } else { rows };
-        let file = |when: &str| self.directory.join(format!("{}-{when}.pb.gz", self.way.file_name()));
-        let early = heap::take(&self.environment.profiling_url(), &file("early")).await?;
-        let late = self.finish(&process, Event { rows, calls }, Some(&file("late"))).await?.context("no profile")?;
-        let title = format!("{}: held in the middle of an event", self.way.name());
-        // A crate has the name of its program, as Rust writes it.
-        let growth = heap::growth(&early, &late, &self.way.command().0.replace('-', "_"), &title)?;
+        // Profiles cost memory of the process that takes them, so they are of events of their own, which no figure is of.
+        let mut heaps = Vec::new();
+        for rows in &self.settings.rows {
+            (self.say)(&format!("  {rows} listings once more, for heap profiles"));
+            heaps.push(self.profile(&process, *rows).await?);
+        }
         let points = timeline.points();
         drop(process);
-        Ok(WayReport { way: self.way, events, profiled_rows: rows, growth, points })
+        Ok(WayReport { way: self.way, events, heaps, points })
+    }
+
+    /// What an event holds in its middle that was not held before it.
+    async fn profile(&self, process: &Process, rows: u32) -> Result<Heap> {
+        let calls = if self.way == Way::Before { CALLS_OF_PROFILED_EVENT.min(rows) } else { rows };
+        let file = |when: &str| self.directory.join(format!("{}-{rows}-{when}.pb.gz", self.way.file_name()));
+        let early = heap::take(&self.environment.profiling_url(), &file("early")).await?;
+        let late = self.finish(process, Event { rows, calls }, Some(&file("late"))).await?.context("no profile")?;
+        let title = format!("{}: held in the middle of {} listings", self.way.name(), thousands(rows.into()));
+        // A crate has the name of its program, as Rust writes it.
+        let growth = heap::growth(&early, &late, &self.way.command().0.replace('-', "_"), &title)?;
+        Ok(Heap { rows, growth })
     }
 
     fn event(&self, rows: u32) -> Event {

@@ -160,15 +160,18 @@ fn heaps(add: &mut String, report: &Report) -> Result<()> {
          width of a box is what is held, red is what was not there before. A click zooms in, a click on the lowest box out.</p>"
     )?;
     for way in &report.ways {
-        let height = picture_height(&way.growth.svg).unwrap_or(300) + 24;
-        write!(
-            add,
-            "<h3>{}</h3><p>{}</p><iframe style=\"height:{height}px\" title=\"heap of {}\" src=\"data:image/svg+xml;base64,{}\"></iframe>",
-            way.way.name(),
-            escape(&way.sentence()),
-            way.way.name(),
-            STANDARD.encode(&way.growth.svg)
-        )?;
+        write!(add, "<h3>{}</h3>", way.way.name())?;
+        for heap in &way.heaps {
+            let height = picture_height(&heap.growth.svg).unwrap_or(300) + 24;
+            write!(
+                add,
+                "<p>{}</p><iframe style=\"height:{height}px\" title=\"heap of {}, {} listings\" src=\"data:image/svg+xml;base64,{}\"></iframe>",
+                escape(&heap.sentence(way.way)),
+                way.way.name(),
+                thousands(heap.rows.into()),
+                STANDARD.encode(&heap.growth.svg)
+            )?;
+        }
     }
     write!(add, "</section>")?;
     Ok(())
@@ -208,10 +211,14 @@ fn notes(add: &mut String, report: &Report) -> Result<()> {
     if machine.development_build {
         write!(add, "<li><b>Development builds</b>: memory and processor time are not a release's.</li>")?;
     }
-    write!(
-        add,
-        "<li>The profiles lie beside this page, for <code>go tool pprof -base before-early.pb.gz before-late.pb.gz</code>.</li></ul></section>"
-    )?;
+    if let Some(rows) = report.settings.rows.first() {
+        write!(
+            add,
+            "<li>The profiles lie beside this page, for <code>go tool pprof -base before-{rows}-early.pb.gz \
+             before-{rows}-late.pb.gz</code>.</li>"
+        )?;
+    }
+    write!(add, "</ul></section>")?;
     Ok(())
 }
 

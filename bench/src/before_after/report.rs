@@ -41,10 +41,17 @@ pub(crate) struct WayReport {
     pub(crate) way: Way,
     /// In the order of the settings' rows.
     pub(crate) events: Vec<Figures>,
-    /// Listings of the event that the heap profiles are of.
-    pub(crate) profiled_rows: u32,
-    pub(crate) growth: Growth,
+    /// In the same order.
+    pub(crate) heaps: Vec<Heap>,
     pub(crate) points: Vec<Point>,
+}
+
+/// What holds memory in the middle of an event.
+#[derive(Debug, Serialize)]
+pub(crate) struct Heap {
+    /// Listings of the event.
+    pub(crate) rows: u32,
+    pub(crate) growth: Growth,
 }
 
 /// One event. Times are in seconds, memory in MiB.
@@ -115,7 +122,9 @@ impl Report {
             text.push('\n');
         }
         for way in &self.ways {
-            let _ = writeln!(text, "{}", way.sentence());
+            for heap in &way.heaps {
+                let _ = writeln!(text, "{}", heap.sentence(way.way));
+            }
         }
         if let Some(scaled) = self.scaled() {
             let _ = writeln!(text, "\n{scaled}");
@@ -135,13 +144,13 @@ impl Report {
     }
 }
 
-impl WayReport {
-    /// What holds its memory, in words.
-    pub(crate) fn sentence(&self) -> String {
-        let rows = thousands(self.profiled_rows.into());
+impl Heap {
+    /// What holds the memory of `way`, in words.
+    pub(crate) fn sentence(&self, way: Way) -> String {
+        let rows = thousands(self.rows.into());
         let mut text = format!(
             "{} holds {:.1} MiB more in the middle of {rows} listings than before",
-            self.way.name(),
+            way.name(),
             self.growth.mib
         );
         for (index, holder) in self.growth.holders.iter().enumerate() {
