@@ -30,8 +30,8 @@ struct Figure {
 const FIGURES: [Figure; 3] = [
     Figure {
         title: "Memory",
-        text: "The graph that raised the alerts. Shaded: from an event being sent to its last record; the third is taken apart \
-               by heap profiles, which cost memory themselves.",
+        text: "The graph that raised the alerts. Shaded: from an event being sent to its last record. What comes after is \
+               taken apart by heap profiles, which cost memory themselves.",
         unit: "MiB",
         curves: |way| vec![curve(way, "resident (RSS)", |p| p.rss_mib), curve(way, "live heap", |p| p.live_mib)],
     },
