@@ -302,9 +302,7 @@ async fn a_run_that_retention_begins_to_remove_meanwhile_is_no_gap() -> Result<(
     sqlx::query("LOCK TABLE listings IN ACCESS EXCLUSIVE MODE").execute(&mut *removal).await?;
     let child =
         world.command().args(["audit", "--json", "--since", "2020-01-01T00:00:00Z"]).stdout(Stdio::piped()).spawn()?;
-    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
-                   AND application_name = 'write-api' AND wait_event_type = 'Lock'";
-    until("an audit that waits", SOON, async || Ok((world.number(waiting).await? == 1).then_some(()))).await?;
+    until("an audit that waits", SOON, async || Ok((world.waiting_for_locks().await? == 1).then_some(()))).await?;
     sqlx::query("UPDATE runs SET pruned_since = now()").execute(&mut *removal).await?;
     sqlx::query("DELETE FROM valuations WHERE listing_id < 20").execute(&mut *removal).await?;
     removal.commit().await?;

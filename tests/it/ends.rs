@@ -13,10 +13,6 @@ use crate::harness::{LONG, Lane, SOON, Service, World, until};
 
 const TIME: &str = "2026-01-31T02:00:00Z";
 
-/// Statements of the service that wait for a lock.
-const WAITING: &str = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
-                       AND application_name = 'write-api' AND wait_event_type = 'Lock'";
-
 /// Log lines with this message.
 fn lines(service: &Service, message: &str) -> Result<usize> {
     let mut found = 0;
@@ -122,7 +118,7 @@ async fn an_end_is_written_when_postgres_is_back() -> Result<()> {
     world.finish(service).await
 }
 
-/// A claim that Postgres took and whose answer never came may have made the run ours: no attempt holds it longer than it lasts.
+/// A claim that Postgres took and whose answer never came may have made the run ours: it is held no longer than the attempt lasts.
 #[tokio::test]
 async fn an_attempt_that_never_hears_of_its_claim_gives_the_run_back() -> Result<()> {
     let mut world = World::new(Behaviour::default()).await?;
@@ -149,7 +145,7 @@ async fn an_attempt_that_never_hears_of_its_claim_gives_the_run_back() -> Result
     let mut lock = world.database.begin().await?;
     sqlx::query("LOCK TABLE listings IN ACCESS EXCLUSIVE MODE").execute(&mut *lock).await?;
     world.refresh(&["--id", "first"])?;
-    until("the opening", SOON, async || Ok((world.number(WAITING).await? > 0).then_some(()))).await?;
+    until("the opening", SOON, async || Ok((world.waiting_for_locks().await? > 0).then_some(()))).await?;
     cut("WITH found AS MATERIALIZED");
     lock.rollback().await?;
     given_back("first", "valuations.refresh", "runs").await?;
@@ -285,7 +281,7 @@ async fn a_cancelled_run_whose_commit_hangs_holds_no_turns() -> Result<()> {
     let mut lock = world.database.begin().await?;
     sqlx::query("LOCK TABLE valuations IN EXCLUSIVE MODE").execute(&mut *lock).await?;
     let first = world.refresh(&["--id", "first"])?;
-    until("a commit that waits", SOON, async || Ok((world.number(WAITING).await? > 0).then_some(()))).await?;
+    until("a commit that waits", SOON, async || Ok((world.waiting_for_locks().await? > 0).then_some(()))).await?;
     // The command waits for the end, which is far off.
     let mut cancel = world.command().args(["cancel", &first]).spawn()?;
     // It hears of it within a second or so, and begins no call after that.
@@ -298,7 +294,7 @@ async fn a_cancelled_run_whose_commit_hangs_holds_no_turns() -> Result<()> {
         Ok((seen.1.elapsed() > Duration::from_secs(3)).then_some(()))
     })
     .await?;
-    ensure!(world.number(WAITING).await? > 0, "the commit came through");
+    ensure!(world.waiting_for_locks().await? > 0, "the commit came through");
     let second = world.refresh(&["--id", "second", "--limit", "8"])?;
     until("calls of the second run", SOON, async || Ok((world.partner.stats().requests > seen.0).then_some(())))
         .await?;

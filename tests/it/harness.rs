@@ -441,6 +441,15 @@ impl World {
         Ok(sqlx::query_scalar(AssertSqlSafe(statement.to_owned())).fetch_one(&self.database).await?)
     }
 
+    /// How many statements of the program wait for a lock.
+    pub async fn waiting_for_locks(&self) -> Result<i64> {
+        self.number(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+             AND application_name = 'write-api' AND wait_event_type = 'Lock'",
+        )
+        .await
+    }
+
     /// Runs statements.
     pub async fn sql(&self, statements: &str) -> Result<()> {
         sqlx::raw_sql(AssertSqlSafe(statements.to_owned())).execute(&self.database).await?;

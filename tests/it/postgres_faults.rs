@@ -221,12 +221,7 @@ async fn a_deadlock_is_retried() -> Result<()> {
         .bind(LISTINGS)
         .execute(&mut *other)
         .await?;
-    until("the run to wait", SOON, async || {
-        let waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
-                       AND application_name = 'write-api' AND wait_event_type = 'Lock'";
-        Ok((world.number(waiting).await? > 0).then_some(()))
-    })
-    .await?;
+    until("the run to wait", SOON, async || Ok((world.waiting_for_locks().await? > 0).then_some(()))).await?;
     sqlx::query("UPDATE runs SET last_error = last_error WHERE run_id = $1").bind(&id).execute(&mut *other).await?;
     other.rollback().await?;
     until("the deadlock", SOON, async || Ok((deadlocks().await? > before).then_some(()))).await?;

@@ -133,8 +133,7 @@ type ValuedRow = (i64, i32, i64, Option<i64>, Option<f64>);
 
 /// Rows of a page, as the service publishes them by default.
 fn page_size() -> Result<usize> {
-    let defaults = Config::load(None, std::iter::empty(), &[])
-        .map_err(|errors| errors.iter().fold(anyhow!("no settings"), |all, error| all.context(error.to_string())))?;
+    let defaults = Config::load(None, std::iter::empty(), &[]).map_err(|errors| anyhow!("the defaults: {errors:?}"))?;
     Ok(defaults.kafka.page_size)
 }
 
