@@ -136,7 +136,8 @@ pub(super) fn hz(asked: u32) -> u32 {
 
 /// Keeps to the budget for as long as it is polled.
 pub async fn keep(profiling: config::Profiling) {
-    cost::calibrate();
+    // Not in a poll, whose own books would be in it, and not in the way of anything. What it says is asked for later.
+    let _ = task::park(task::spawn_blocking(cost::calibrate)).await;
     let mut controller = Controller::new(profiling.cpu_budget.as_secs_f64());
     let begin = Instant::now();
     loop {

@@ -154,6 +154,7 @@ impl Entered {
         let former = MARK.get();
         if former != mark {
             usage::change(former, mark);
+            usage::stage(mark);
             MARK.set(mark);
         }
         Entered { former }
@@ -188,7 +189,6 @@ impl<F: Future> Future for InStage<F> {
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
         let this = self.project();
         let _entered = Entered::new(Mark { stage: *this.stage, ..current() });
-        usage::stage();
         this.span.get_or_insert_with(Open::begin);
         let polled = this.future.poll(context);
         if polled.is_ready() {

@@ -136,6 +136,11 @@ pub(super) fn memory() -> u64 {
     (tasks.capacity() * (size_of::<(u64, Arc<Task>)>() + 1) + tasks.len() * each) as u64
 }
 
+/// How many tasks there have been in the process.
+pub(super) fn made() -> u64 {
+    NEXT.load(Ordering::Relaxed) - 1
+}
+
 /// How many tasks live now.
 pub fn count() -> usize {
     tasks().len()
@@ -176,7 +181,8 @@ pub(super) fn number() -> u32 {
 pub(super) fn waits_at(place: &'static Location<'static>, begins: bool) {
     with_current(|task| {
         if begins {
-            task.waits.fetch_add(1, Ordering::Relaxed);
+            // Written by the thread that polls the task, and by no other.
+            task.waits.store(task.waits.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
         }
         task.waits_at.store(ptr::from_ref(place).cast_mut(), Ordering::Relaxed);
     });
@@ -324,7 +330,8 @@ impl<'a> Turn<'a> {
         let now = Instant::now();
         let mark = Mark { kind: Kind::ALL[usize::from(task.kind.load(Ordering::Relaxed))], stage: Stage::Other };
         let outer = usage::begin_poll(&task.ledger, mark, now);
-        task.polls.fetch_add(1, Ordering::Relaxed);
+        // One thread at a time polls a task.
+        task.polls.store(task.polls.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
         task.turned(now);
         task.running.store(1, Ordering::Relaxed);
         Turn { task, former: CURRENT.replace(task), former_mark: mark::replace(mark), outer }

@@ -78,16 +78,16 @@ impl Ledger {
     }
 
     fn add_memory(&self, allocated: u64, freed: u64) {
-        self.allocated.fetch_add(allocated, Ordering::Relaxed);
-        self.freed.fetch_add(freed, Ordering::Relaxed);
+        add(&self.allocated, allocated);
+        add(&self.freed, freed);
     }
 
     fn add_busy(&self, busy: Duration) {
-        self.busy.fetch_add(busy.as_nanos() as u64, Ordering::Relaxed);
+        add(&self.busy, busy.as_nanos() as u64);
     }
 
     fn add_wait(&self, reason: usize, nanoseconds: u64) {
-        self.waits[reason].fetch_add(nanoseconds, Ordering::Relaxed);
+        add(&self.waits[reason], nanoseconds);
     }
 }
 
@@ -108,6 +108,9 @@ struct Total {
 static TOTALS: [Total; Mark::COUNT] =
     [const { Total { ledger: Ledger::new(), stages: AtomicU64::new(0), waits: AtomicU64::new(0) } }; Mark::COUNT];
 
+/// Marks of a thread, and reasons of their waits, that were added to what all threads share.
+static SETTLED: AtomicU64 = AtomicU64::new(0);
+
 /// How often books were kept since the start of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Kept {
@@ -117,6 +120,8 @@ pub(super) struct Kept {
     pub stages: u64,
     /// Of a wait.
     pub waits: u64,
+    /// Of a mark of a thread, or a reason of its waits, in the sums that all threads share.
+    pub settled: u64,
 }
 
 pub(super) fn kept() -> Kept {
@@ -125,6 +130,7 @@ pub(super) fn kept() -> Kept {
         polls: sum(|total| &total.ledger.polls),
         stages: sum(|total| &total.stages),
         waits: sum(|total| &total.waits),
+        settled: SETTLED.load(Ordering::Relaxed),
     }
 }
 
@@ -152,7 +158,7 @@ pub fn of_kind(kind: Kind) -> Used {
 }
 
 /// What a thread has used and not added to the sums that all threads share: a poll can go through hundreds of stages, and
-/// each would cost half a dozen atomic operations.
+/// each would cost some atomic operations.
 struct Pending {
     of: [Sums; Mark::COUNT],
     /// The marks that have anything, a bit for each.
@@ -162,8 +168,8 @@ struct Pending {
 struct Sums {
     allocated: Cell<u64>,
     freed: Cell<u64>,
-    stages: Cell<u32>,
-    waits: Cell<u32>,
+    stages: Cell<u64>,
+    waits: Cell<u64>,
     /// Nanoseconds waited, by reason.
     waited: [Cell<u64>; REASONS],
 }
@@ -182,36 +188,6 @@ impl Sums {
 
 const _: () = assert!(Mark::COUNT <= u32::BITS as usize);
 
-/// The counters of this thread as they were when last read.
-#[derive(Clone, Copy)]
-struct Counters {
-    /// Where the allocator counts; null: not asked for yet.
-    allocated_at: *const u64,
-    freed_at: *const u64,
-    allocated: u64,
-    freed: u64,
-    /// Beginning of what is not charged to anybody yet; none outside of polls.
-    since: Option<Instant>,
-    /// The event whose work is being polled.
-    ledger: *const Ledger,
-}
-
-thread_local! {
-    static COUNTERS: Cell<Counters> = const {
-        Cell::new(Counters {
-            allocated_at: ptr::null(),
-            freed_at: ptr::null(),
-            allocated: 0,
-            freed: 0,
-            since: None,
-            ledger: ptr::null(),
-        })
-    };
-    static PENDING: Pending = const {
-        Pending { of: [const { Sums::new() }; Mark::COUNT], marks: Cell::new(0) }
-    };
-}
-
 impl Pending {
     fn of(&self, mark: Mark) -> &Sums {
         self.marks.set(self.marks.get() | 1 << mark.index());
@@ -222,19 +198,24 @@ impl Pending {
     fn settle(&self, ledger: Option<&Ledger>) {
         let mut marks = self.marks.take();
         let (mut allocated, mut freed) = (0, 0);
+        let mut settled = u64::from(marks.count_ones());
         while marks != 0 {
             let index = marks.trailing_zeros() as usize;
             marks &= marks - 1;
             let (sums, total) = (&self.of[index], &TOTALS[index]);
             let memory = (sums.allocated.take(), sums.freed.take());
             total.ledger.add_memory(memory.0, memory.1);
-            total.stages.fetch_add(sums.stages.take().into(), Ordering::Relaxed);
-            total.waits.fetch_add(sums.waits.take().into(), Ordering::Relaxed);
-            for (reason, waited) in sums.waited.iter().enumerate().filter(|(_, waited)| waited.get() > 0) {
-                let waited = waited.take();
-                total.ledger.add_wait(reason, waited);
-                if let Some(ledger) = ledger {
-                    ledger.add_wait(reason, waited);
+            add(&total.stages, sums.stages.take());
+            let waits = sums.waits.take();
+            if waits > 0 {
+                add(&total.waits, waits);
+                for (reason, waited) in sums.waited.iter().enumerate().filter(|(_, waited)| waited.get() > 0) {
+                    let waited = waited.take();
+                    settled += 1;
+                    total.ledger.add_wait(reason, waited);
+                    if let Some(ledger) = ledger {
+                        ledger.add_wait(reason, waited);
+                    }
                 }
             }
             allocated += memory.0;
@@ -243,50 +224,90 @@ impl Pending {
         if let Some(ledger) = ledger {
             ledger.add_memory(allocated, freed);
         }
+        add(&SETTLED, settled);
     }
 }
 
-impl Counters {
+/// An atomic addition costs as much as all else that is done for a sum, and many are of nothing.
+fn add(to: &AtomicU64, more: u64) {
+    if more > 0 {
+        to.fetch_add(more, Ordering::Relaxed);
+    }
+}
+
+/// The books of one thread: what it has read, whom it works for, and what it has not settled yet.
+struct Here {
+    /// Where the allocator counts; null: not asked for yet.
+    allocated_at: Cell<*const u64>,
+    freed_at: Cell<*const u64>,
+    /// Those counters as they were when last read.
+    allocated: Cell<u64>,
+    freed: Cell<u64>,
+    /// Beginning of what is not charged to anybody yet; none outside of polls.
+    since: Cell<Option<Instant>>,
+    /// The event whose work is being polled.
+    ledger: Cell<*const Ledger>,
+    pending: Pending,
+}
+
+thread_local! {
+    static HERE: Here = const {
+        Here {
+            allocated_at: Cell::new(ptr::null()),
+            freed_at: Cell::new(ptr::null()),
+            allocated: Cell::new(0),
+            freed: Cell::new(0),
+            since: Cell::new(None),
+            ledger: Cell::new(ptr::null()),
+            pending: Pending { of: [const { Sums::new() }; Mark::COUNT], marks: Cell::new(0) },
+        }
+    };
+}
+
+impl Here {
     /// Finds out where the allocator counts for this thread. Without such an allocator it counts nowhere.
-    fn locate(&mut self) {
+    #[cold]
+    fn locate(&self) {
         static NOWHERE: u64 = 0;
         // SAFETY: both give a pointer to a counter that lives as long as the thread.
         let at = |name: &'static [u8]| unsafe { raw::read::<*const u64>(name) }.unwrap_or(&raw const NOWHERE);
-        (self.allocated_at, self.freed_at) = (at(b"thread.allocatedp\0"), at(b"thread.deallocatedp\0"));
+        self.allocated_at.set(at(b"thread.allocatedp\0"));
+        self.freed_at.set(at(b"thread.deallocatedp\0"));
         self.read();
     }
 
-    /// What was allocated and freed since the last reading.
-    fn read(&mut self) -> (u64, u64) {
+    /// What was allocated and freed since the last reading, once the counters are located.
+    fn read(&self) -> (u64, u64) {
+        debug_assert!(!self.allocated_at.get().is_null());
         // SAFETY: they were located on this thread.
-        let (allocated, freed) = unsafe { (*self.allocated_at, *self.freed_at) };
-        let used = (allocated.wrapping_sub(self.allocated), freed.wrapping_sub(self.freed));
-        (self.allocated, self.freed) = (allocated, freed);
-        used
+        let (allocated, freed) = unsafe { (*self.allocated_at.get(), *self.freed_at.get()) };
+        (allocated.wrapping_sub(self.allocated.replace(allocated)), freed.wrapping_sub(self.freed.replace(freed)))
     }
 
     /// Notes what was allocated and freed since the last reading as that of `mark`.
-    fn note(&mut self, mark: Mark) {
-        if self.allocated_at.is_null() {
+    fn note(&self, mark: Mark) {
+        if self.allocated_at.get().is_null() {
             return self.locate();
         }
         let (allocated, freed) = self.read();
-        PENDING.with(|pending| {
-            let sums = pending.of(mark);
-            sums.allocated.set(sums.allocated.get() + allocated);
-            sums.freed.set(sums.freed.get() + freed);
-        });
+        if allocated | freed == 0 {
+            return;
+        }
+        let sums = self.pending.of(mark);
+        sums.allocated.set(sums.allocated.get() + allocated);
+        sums.freed.set(sums.freed.get() + freed);
     }
 
     /// Charges everything until `now` to `mark`, and to the event that is being polled.
-    fn charge(&mut self, mark: Mark, now: impl FnOnce() -> Instant) {
+    fn charge(&self, mark: Mark, now: impl FnOnce() -> Instant) {
         self.note(mark);
         // SAFETY: the poll that set it holds it.
-        let ledger = unsafe { self.ledger.as_ref() };
-        PENDING.with(|pending| pending.settle(ledger));
-        if let Some(since) = &mut self.since {
+        let ledger = unsafe { self.ledger.get().as_ref() };
+        self.pending.settle(ledger);
+        if let Some(since) = self.since.get() {
             let now = now();
-            let busy = now.saturating_duration_since(std::mem::replace(since, now));
+            let busy = now.saturating_duration_since(since);
+            self.since.set(Some(now));
             TOTALS[mark.index()].ledger.add_busy(busy);
             if let Some(ledger) = ledger {
                 ledger.add_busy(busy);
@@ -298,61 +319,49 @@ impl Counters {
 /// The mark of this thread gives way to `next`. Sums and time are told apart by kind at once; between stages of the same kind
 /// only what was allocated is.
 pub(super) fn change(former: Mark, next: Mark) {
-    let mut counters = COUNTERS.get();
-    if former.kind == next.kind {
-        counters.note(former);
-    } else {
-        counters.charge(former, Instant::now);
-    }
-    COUNTERS.set(counters);
+    HERE.with(|here| {
+        if former.kind == next.kind {
+            here.note(former);
+        } else {
+            here.charge(former, Instant::now);
+        }
+    });
 }
 
 /// Charges what this thread has used until now, so that whoever reads the sums in the middle of a poll finds it there.
 pub(super) fn settle() {
-    let mut counters = COUNTERS.get();
-    counters.charge(mark::current(), Instant::now);
-    COUNTERS.set(counters);
+    HERE.with(|here| here.charge(mark::current(), Instant::now));
 }
 
-/// Counts a stage of a poll.
+/// Counts a stage of a poll, which has `mark`.
 #[inline]
-pub(super) fn stage() {
-    PENDING.with(|pending| {
-        let sums = pending.of(mark::current());
+pub(super) fn stage(mark: Mark) {
+    HERE.with(|here| {
+        let sums = here.pending.of(mark);
         sums.stages.set(sums.stages.get() + 1);
-    });
-}
-
-/// Counts a wait.
-#[inline]
-pub(super) fn wait() {
-    PENDING.with(|pending| {
-        let sums = pending.of(mark::current());
-        sums.waits.set(sums.waits.get() + 1);
     });
 }
 
 /// Begins a poll of a task at `now`: what is used until [`end_poll`] goes to `ledger` as well. The mark is the caller's to
 /// change, without a charge of its own. Returns what [`end_poll`] puts back.
 pub(super) fn begin_poll(ledger: &Arc<Ledger>, mark: Mark, now: Instant) -> Outer {
-    let mut counters = COUNTERS.get();
-    // What the thread did before, its scheduler's work, is not this task's.
-    counters.charge(mark::current(), || now);
-    let outer = Outer { ledger: counters.ledger, since: counters.since };
-    (counters.ledger, counters.since) = (Arc::as_ptr(ledger), Some(now));
-    COUNTERS.set(counters);
     ledger.polls.fetch_add(1, Ordering::Relaxed);
     TOTALS[mark.index()].ledger.polls.fetch_add(1, Ordering::Relaxed);
-    outer
+    HERE.with(|here| {
+        // What the thread did before, its scheduler's work, is not this task's.
+        here.charge(mark::current(), || now);
+        Outer { ledger: here.ledger.replace(Arc::as_ptr(ledger)), since: here.since.replace(Some(now)) }
+    })
 }
 
 /// Ends it at `now`.
 pub(super) fn end_poll(outer: &Outer, now: Instant) {
-    let mut counters = COUNTERS.get();
-    counters.charge(mark::current(), || now);
-    // A poll inside of another is not charged to it.
-    (counters.ledger, counters.since) = (outer.ledger, outer.since.map(|_| now));
-    COUNTERS.set(counters);
+    HERE.with(|here| {
+        here.charge(mark::current(), || now);
+        // A poll inside of another is not charged to it.
+        here.ledger.set(outer.ledger);
+        here.since.set(outer.since.map(|_| now));
+    });
 }
 
 /// What was polled when a poll began.
@@ -365,18 +374,22 @@ pub(super) struct Outer {
 /// are timed by it: they begin and end in polls, many in one, and a look at the clock costs as much as all else that is noted
 /// of them.
 pub(super) fn poll_began() -> Instant {
-    COUNTERS.get().since.unwrap_or_else(Instant::now)
+    HERE.with(|here| here.since.get()).unwrap_or_else(Instant::now)
 }
 
 /// Adds a wait that has ended to its kind and, in a poll, to the event that is polled.
 pub(super) fn waited(mark: Mark, reason: For, took: Duration) {
     let took = took.as_nanos() as u64;
-    if COUNTERS.get().since.is_some() {
-        PENDING.with(|pending| {
-            let waited = &pending.of(mark).waited[reason as usize];
+    HERE.with(|here| {
+        if here.since.get().is_some() {
+            let sums = here.pending.of(mark);
+            sums.waits.set(sums.waits.get() + 1);
+            let waited = &sums.waited[reason as usize];
             waited.set(waited.get() + took);
-        });
-    } else {
-        TOTALS[mark.index()].ledger.add_wait(reason as usize, took);
-    }
+        } else {
+            let total = &TOTALS[mark.index()];
+            add(&total.waits, 1);
+            total.ledger.add_wait(reason as usize, took);
+        }
+    });
 }

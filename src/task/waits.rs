@@ -22,7 +22,6 @@ struct Counted {
 
 impl Counted {
     fn begin(place: &'static Location<'static>, reason: For) -> Self {
-        usage::wait();
         let mark = mark::current();
         Counted { waiting: Waiting::begin(place, reason, mark.kind), reason, mark, since: now(reason) }
     }
@@ -34,10 +33,9 @@ fn now(reason: For) -> Instant {
 }
 
 /// Does for a wait that is over at once all that is done for one, for a trial of what it costs. Of the tables it leaves only its
-/// time, with that of the queue, where a tenth of a microsecond is nothing.
+/// time, with that of the queue, where some microseconds are nothing.
 pub(super) fn trial() {
     const REASON: For = For::Queue;
-    usage::wait();
     let (place, mark, since) = (Location::caller(), mark::current(), now(REASON));
     let waiting = Waiting::nowhere(place);
     registry::waits_at(place, true);

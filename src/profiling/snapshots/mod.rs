@@ -168,7 +168,10 @@ impl Writer {
                 self.trigger.due(Look { now: begin.elapsed(), rss, limit: self.limit, stretch })
             };
             if let Some(due) = due {
-                match self.write(&due) {
+                let written = self.write(&due);
+                // Who is told of it may ask what it took.
+                clock.turn();
+                match written {
                     Ok(bytes) => {
                         self.trigger.taken();
                         tell(Outcome::Written { bytes });
