@@ -22,7 +22,6 @@ use super::{Function, Label, Line, Location, Mapping, Profile, Sample};
 #[derive(Debug)]
 pub struct Builder {
     profile: Profile,
-    mappings: HashMap<Mapping, usize>,
     locations: HashMap<(Option<usize>, u64), usize>,
     places: HashMap<(String, String, i64), usize>,
     samples: HashMap<(Vec<usize>, Vec<Label>), usize>,
@@ -31,24 +30,18 @@ pub struct Builder {
 impl Builder {
     /// Begins with a profile that has its sample types and no samples yet.
     pub fn new(profile: Profile) -> Self {
-        Builder {
-            profile,
-            mappings: HashMap::new(),
-            locations: HashMap::new(),
-            places: HashMap::new(),
-            samples: HashMap::new(),
-        }
+        Builder { profile, locations: HashMap::new(), places: HashMap::new(), samples: HashMap::new() }
     }
 
     /// The index of a mapping, which is added if it is new.
     pub fn mapping(&mut self, mapping: &Mapping) -> usize {
-        if let Some(index) = self.mappings.get(mapping) {
-            return *index;
-        }
-        let index = self.profile.mappings.len();
-        self.profile.mappings.push(mapping.clone());
-        self.mappings.insert(mapping.clone(), index);
-        index
+        // There are some dozens at most, told apart by their first numbers: quicker than the hash of their texts, and asked for
+        // with each address.
+        let known = self.profile.mappings.iter().position(|known| known == mapping);
+        known.unwrap_or_else(|| {
+            self.profile.mappings.push(mapping.clone());
+            self.profile.mappings.len() - 1
+        })
     }
 
     /// The index of the location at an address of a mapping (or of none), which is added if it is new.
