@@ -66,7 +66,7 @@ pub use process::{Ending, Process};
 pub use program::{Program, allow_open_files};
 pub use python::Virtualenv;
 pub use s3::S3;
-pub use sampling::{Memory, Sample, Sampler, peak};
+pub use sampling::{Memory, Sample, Sampler, forget_peak, peak, peak_rss_mib};
 pub use sqs::Sqs;
 pub use sqs_proxy::{Action, Done, Scope, SqsFault, SqsProxy, WatchedCall, WatchedMessage};
 pub use stack::{Stack, StackOptions, shared};

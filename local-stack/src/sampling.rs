@@ -96,6 +96,20 @@ impl Drop for Sampler {
     }
 }
 
+/// Has Linux forget the most that was ever resident of a process of this user, but for what is resident now.
+pub fn forget_peak(process: u32) -> Result<()> {
+    let path = format!("/proc/{process}/clear_refs");
+    // proc(5): 5 resets the peak resident set size.
+    fs::write(&path, "5").with_context(|| format!("cannot write {path}: has the process ended?"))
+}
+
+/// The most that was resident of a process since its start or since [`forget_peak`], in MiB. Unlike samples, which are apart
+/// in time, it has what was there for a moment only.
+pub fn peak_rss_mib(process: u32) -> Result<f64> {
+    let (path, status) = status(process)?;
+    mib_in(&status, "VmHWM").with_context(|| format!("{path} has no VmHWM"))
+}
+
 /// The most of each figure, which need not be of the same moment.
 pub fn peak(samples: &[Sample]) -> Option<Memory> {
     samples.iter().map(|sample| sample.memory).reduce(|left, right| Memory {
@@ -105,17 +119,24 @@ pub fn peak(samples: &[Sample]) -> Option<Memory> {
 }
 
 fn memory_of(process: u32) -> Result<Memory> {
-    let path = format!("/proc/{process}/status");
-    let status = fs::read_to_string(&path).with_context(|| format!("cannot read {path}: has the process ended?"))?;
+    let (path, status) = status(process)?;
     memory_in(&status).with_context(|| format!("{path} has no VmRSS and RssAnon"))
 }
 
+/// The status of a process, with its path.
+fn status(process: u32) -> Result<(String, String)> {
+    let path = format!("/proc/{process}/status");
+    let status = fs::read_to_string(&path).with_context(|| format!("cannot read {path}: has the process ended?"))?;
+    Ok((path, status))
+}
+
 fn memory_in(status: &str) -> Option<Memory> {
-    let mib = |name: &str| {
-        let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-        Some(value.trim().strip_suffix(" kB")?.parse::<f64>().ok()? / 1024.0)
-    };
-    Some(Memory { rss_mib: mib("VmRSS")?, anonymous_mib: mib("RssAnon")? })
+    Some(Memory { rss_mib: mib_in(status, "VmRSS")?, anonymous_mib: mib_in(status, "RssAnon")? })
+}
+
+fn mib_in(status: &str, name: &str) -> Option<f64> {
+    let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    Some(value.trim().strip_suffix(" kB")?.parse::<f64>().ok()? / 1024.0)
 }
 
 /// Fields 14 and 15 of proc(5)'s stat. The command, field 2, may hold spaces and brackets.
@@ -139,6 +160,19 @@ mod tests {
     fn a_command_with_brackets_does_not_move_the_fields() {
         let stat = "17 (a ) b) S 1 17 17 0 -1 4194560 1 0 0 0 250 50 0 0 20 0 5 0 100 0 0";
         assert_eq!(cpu_ticks(stat), Some(300));
+    }
+
+    #[test]
+    fn a_peak_of_a_moment_is_told_until_it_is_forgotten() -> Result<()> {
+        let process = std::process::id();
+        drop(std::hint::black_box(vec![1_u8; 64 << 20]));
+        let peak = peak_rss_mib(process)?;
+        assert!(peak >= 64.0, "{peak}");
+        // Other tests hold memory as well, but less than that.
+        forget_peak(process)?;
+        let forgotten = peak_rss_mib(process)?;
+        assert!(forgotten <= peak - 32.0, "{forgotten} after {peak}");
+        Ok(())
     }
 
     #[test]

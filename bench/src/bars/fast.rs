@@ -16,6 +16,8 @@ const LISTINGS: u32 = 21_436;
 /// Events a second of the open loop, and how many.
 const RATE: u32 = 200;
 const OPEN: u32 = 2_000;
+/// Events of an open loop before it, after which connections and caches are there.
+const WARM_UP: u32 = 400;
 /// Slow events beside the fast ones, and the listings of each.
 const SLOW: u32 = 20;
 const NIGHTLY: u32 = 17_000;
@@ -24,11 +26,12 @@ async fn exposition(service: &Service) -> Result<Exposition> {
     Exposition::read(&service.program.environment().admin_url()).await
 }
 
-/// The time of 99 of 100 fast events from the start of their task to the commit, in milliseconds, when `RATE` a second come.
-async fn open_loop(service: &Service) -> Result<f64> {
+/// The time of 99 of 100 of so many fast events from the start of their task to the commit, in milliseconds, when `RATE` a
+/// second come.
+async fn open_loop(service: &Service, events: u32) -> Result<f64> {
     let before: Histogram = exposition(service).await?.fast_event_seconds();
-    let done = exposition(service).await?.fast_events_done() + u64::from(OPEN);
-    service.program.run(&["send", "upsert", "--sample", &OPEN.to_string(), "--rate", &RATE.to_string()]).await?;
+    let done = exposition(service).await?.fast_events_done() + u64::from(events);
+    service.program.run(&["send", "upsert", "--sample", &events.to_string(), "--rate", &RATE.to_string()]).await?;
     until("the fast events", Duration::from_secs(30), async || {
         Ok(exposition(service).await?.fast_events_done() >= done)
     })
@@ -77,7 +80,7 @@ pub(crate) async fn fast_events(ground: &mut Ground) -> Result<Vec<Outcome>> {
     let calls_each = (calls(ground) - calls_before) as f64 / f64::from(SATURATED);
     let cpu_each = (cpu_after - cpu_before) / (done - already) as f64 * 1e3;
     let bare_cpu_each = bare.cpu_seconds / bare.count * 1e3;
-    let p99 = open_loop(&service).await?;
+    let p99 = open_loop(&service, OPEN).await?;
     Ok(vec![
         Outcome::new(7, "fast events")
             .at_least("throughput against the bare loop", rate / (bare.count / bare.seconds), 0.9)
@@ -90,19 +93,45 @@ pub(crate) async fn fast_events(ground: &mut Ground) -> Result<Vec<Outcome>> {
     ])
 }
 
+/// As [`open_loop`], with `SLOW` events at work all the time.
+async fn beside_slow(ground: &Ground, service: &mut Service) -> Result<f64> {
+    let mut runs = Vec::new();
+    for _ in 0..SLOW {
+        runs.push(service.send(ground, NIGHTLY).await?);
+    }
+    let mut at_work = async || -> Result<i64> {
+        // Each with answers of its own, and more to come.
+        let of = "SELECT count(*) FROM runs WHERE run_id = ANY($1) AND owner IS NOT NULL AND completed_at IS NULL
+                  AND valued > 0";
+        Ok(sqlx::query_scalar(of).bind(&runs).fetch_one(&mut service.database).await?)
+    };
+    until("the slow events", Duration::from_secs(60), async || Ok(at_work().await? == i64::from(SLOW))).await?;
+    ensure!(ground.partner.stats().in_flight >= 900, "the slow events have few calls in flight");
+    let p99 = open_loop(service, OPEN).await?;
+    let left: i64 = sqlx::query_scalar("SELECT count(*) FROM runs WHERE run_id = ANY($1) AND completed_at IS NULL")
+        .bind(&runs)
+        .fetch_one(&mut service.database)
+        .await?;
+    ensure!(left == i64::from(SLOW), "{left} of {SLOW} slow events were at work until the last fast one");
+    Ok(p99)
+}
+
 /// Bar 8, by so many alternating pairs.
 pub(crate) async fn fast_beside_slow(ground: &mut Ground, pairs: u32) -> Result<Vec<Outcome>> {
     ground.seed(LISTINGS).await?;
     let (mut idle, mut busy) = (Vec::new(), Vec::new());
-    for _ in 0..pairs {
-        ground.partner(500, 0)?;
-        let service = ground.service(&[]).await?;
-        idle.push(open_loop(&service).await?);
-        for _ in 0..SLOW {
-            service.send(ground, NIGHTLY).await?;
+    for pair in 0..pairs {
+        // Who is first changes. Each is a service of its own, on the same data.
+        for is_busy in [pair % 2 == 1, pair % 2 == 0] {
+            ground.partner(500, 0)?;
+            let mut service = ground.service(&[]).await?;
+            open_loop(&service, WARM_UP).await?;
+            if is_busy {
+                busy.push(beside_slow(ground, &mut service).await?);
+            } else {
+                idle.push(open_loop(&service, OPEN).await?);
+            }
         }
-        until("the slow events", Duration::from_secs(30), async || Ok(ground.partner.stats().in_flight >= 900)).await?;
-        busy.push(open_loop(&service).await?);
     }
     let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
     let outcome = Outcome::new(8, "fast beside slow")

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail, ensure};
 use bench::event::send_refresh;
 use local_stack::{
-    Behaviour, Environment, Memory, Names, PartnerStub, Process, Program, Sampler, SqsProxy, Stack, StackOptions, peak,
+    Behaviour, Environment, Memory, Names, PartnerStub, Process, Program, Sampler, SqsProxy, Stack, StackOptions,
+    forget_peak, peak, peak_rss_mib,
 };
 use serde_json::json;
 use sqlx::{Connection, PgConnection};
@@ -122,6 +123,7 @@ pub(crate) struct Done {
     /// Of the service, from the sending until all was published.
     pub(crate) cpu_seconds: f64,
     pub(crate) before: Memory,
+    /// Of the resident memory as Linux keeps it, of heap and stacks the most of ten samples a second.
     pub(crate) peak: Memory,
 }
 
@@ -153,13 +155,17 @@ impl Service {
 
     /// As [`refresh`](Self::refresh), while others may talk to the partner too.
     pub(crate) async fn refresh_beside(&mut self, ground: &Ground, listings: u32) -> Result<Done> {
+        let process = self.process.id();
+        forget_peak(process)?;
         let (sent, sample) = (now(), self.sampler.now());
         let (before, cpu) = (self.sampler.memory()?, self.sampler.cpu_seconds()?);
         let id = self.send(ground, listings).await?;
         let mut looks = Looks::default();
         let Times { complete, publishing, published } = self.published(&id, &mut looks).await?;
         let cpu_seconds = self.sampler.cpu_seconds()? - cpu;
-        let peak = peak(&self.sampler.samples_from(sample)).context("no sample of the memory")?;
+        let Memory { anonymous_mib, .. } =
+            peak(&self.sampler.samples_from(sample)).context("no sample of the memory")?;
+        let peak = Memory { rss_mib: peak_rss_mib(process)?, anonymous_mib };
         let publishing_busy = looks.between(publishing, published);
         Ok(Done { sent, complete, publishing, published, publishing_busy, cpu_seconds, before, peak })
     }

@@ -21,6 +21,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, value_parser};
 use serde::{Deserialize, Serialize};
+use tokio::process::Command;
 
 use ground::Ground;
 use outcome::{Outcome, compare};
@@ -44,10 +45,10 @@ struct Arguments {
     /// Those that take seconds, with loose limits
     #[arg(long, conflicts_with = "full")]
     quick: bool,
-    /// As often and as long as the bars say: hours
+    /// As often and as long as the bars say: more than an hour
     #[arg(long)]
     full: bool,
-    /// Write all figures to this file
+    /// Write all figures to this file [default: bench.json in the build's target directory]
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Figures of an earlier time, to tell what changed beyond noise
@@ -58,6 +59,9 @@ struct Arguments {
 /// The figures with what they were taken on.
 #[derive(Debug, Serialize, Deserialize)]
 struct Report {
+    /// `--quick`, `--full` or neither.
+    #[serde(default)]
+    profile: String,
     machine: Machine,
     outcomes: Vec<Outcome>,
 }
@@ -66,6 +70,14 @@ struct Report {
 struct Machine {
     version: String,
     development_build: bool,
+    /// The sources that lie there, by git; they may be younger than the programs.
+    #[serde(default)]
+    sources: String,
+    /// Versions of libraries that do the work.
+    #[serde(default)]
+    libraries: Vec<(String, String)>,
+    #[serde(default)]
+    processor: String,
     processors: usize,
     memory_gib: f64,
     kernel: String,
@@ -114,15 +126,15 @@ async fn measure(arguments: Arguments) -> Result<ExitCode> {
     };
     let began = Instant::now();
     let mut ground = Ground::start().await?;
-    let machine = machine(&ground).await?;
-    println!(
-        "WriteApi {}{}, {} processors, {:.0} GiB, {}\n",
-        machine.version,
-        if machine.development_build { " (development build)" } else { "" },
-        machine.processors,
-        machine.memory_gib,
-        machine.kernel
-    );
+    let machine = Machine::of(&ground).await?;
+    let profile = if quick {
+        "quick"
+    } else if full {
+        "full"
+    } else {
+        "default"
+    };
+    println!("{}, {profile}\n", machine.text());
     let mut outcomes: Vec<Outcome> = Vec::new();
     let mut failed = Vec::new();
     for bar in &wanted {
@@ -142,9 +154,9 @@ async fn measure(arguments: Arguments) -> Result<ExitCode> {
             11 => Box::pin(profiler::profiler_on(ground, if full { 30 } else { 5 })).await,
             12 => Box::pin(life::start_and_idle(ground, if full { 300 } else { 60 })).await,
             13 => Box::pin(life::stop(ground)).await,
-            14 => Box::pin(life::recovery(ground)).await,
+            14 => Box::pin(life::recovery(ground, full)).await,
             15 => Box::pin(life::leases(ground, if full { 120 } else { 60 })).await,
-            _ => build(),
+            _ => build(full).await,
         };
         match measured {
             Ok(measured) => {
@@ -155,6 +167,7 @@ async fn measure(arguments: Arguments) -> Result<ExitCode> {
             }
             Err(error) => {
                 println!("{bar:>2}  could not be measured: {error:#}\n");
+                outcomes.push(Outcome::new(*bar, "").not_measured(format!("{error:#}")));
                 failed.push(*bar);
             }
         }
@@ -166,48 +179,144 @@ async fn measure(arguments: Arguments) -> Result<ExitCode> {
     }
     if let Some(older) = &older {
         let changes = compare(&older.outcomes, &outcomes, NOISE);
-        println!("\nchanged by more than {:.0} %: {}", NOISE * 100.0, if changes.is_empty() { "nothing" } else { "" });
+        println!("\nolder: {}, {}", older.machine.text(), older.profile);
+        println!("changed by more than {:.0} %: {}", NOISE * 100.0, if changes.is_empty() { "nothing" } else { "" });
         for change in changes {
             println!("  {change}");
         }
     }
     let collapsed: Vec<u32> =
         outcomes.iter().filter(|outcome| !outcome.holds(QUICK_SLACK)).map(|outcome| outcome.bar).collect();
-    if let Some(file) = &arguments.json {
-        let text = serde_json::to_vec_pretty(&Report { machine, outcomes })?;
-        std::fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))?;
-        println!("\nall figures: {}", file.display());
-    }
+    let file = match arguments.json {
+        Some(file) => file,
+        None => local_stack::cache_directory()?.with_file_name("bench.json"),
+    };
+    let text = serde_json::to_vec_pretty(&Report { profile: profile.to_owned(), machine, outcomes })?;
+    std::fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
+    println!("\nall figures: {}", file.display());
     ensure!(failed.is_empty(), "could not be measured: {failed:?}");
     ensure!(!quick || collapsed.is_empty(), "even {QUICK_SLACK} times its limit is missed by: {collapsed:?}");
     Ok(ExitCode::SUCCESS)
 }
 
-/// Bar 16, as far as it can be told from what is built.
-fn build() -> Result<Vec<Outcome>> {
-    let lock = include_str!("../../../Cargo.lock");
-    let packages = lock.matches("[[package]]").count();
+/// The packages that everything is built from, as cargo locks them.
+const LOCK: &str = include_str!("../../../Cargo.lock");
+
+/// Bar 16; the program is built anew if `full`.
+async fn build(full: bool) -> Result<Vec<Outcome>> {
     let binary = local_stack::workspace_binary("write-api")?;
     let mib = std::fs::metadata(&binary)?.len() as f64 / 1024.0 / 1024.0;
-    Ok(vec![
-        Outcome::new(16, "build")
-            .at_most("packages in the lock file", packages as f64, 420.0)
-            .beside("the program, MiB", mib)
-            .not_measured("a clean release build, and the image: tests/compose/run builds and weighs it"),
-    ])
+    let mut outcome = Outcome::new(16, "build")
+        .at_most("packages in the lock file", LOCK.matches("[[package]]").count() as f64, 420.0)
+        .beside("the program, MiB", mib);
+    let mut missing = Vec::new();
+    if full {
+        outcome = outcome.at_most("clean release build, minutes", clean_build().await?, 12.0);
+    } else {
+        missing.push("a clean release build (--full)".to_owned());
+    }
+    match image_bytes("write-api").await {
+        Ok(bytes) => outcome = outcome.at_most("image write-api, MB", bytes as f64 / 1e6, 120.0),
+        Err(error) => missing.push(format!("the image: {error:#} (docker build --tag write-api .)")),
+    }
+    Ok(vec![outcome.not_measured(missing.join("; "))])
 }
 
-async fn machine(ground: &Ground) -> Result<Machine> {
-    let memory = std::fs::read_to_string("/proc/meminfo")?;
-    let total = memory.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"));
-    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
-    let program = local_stack::Program::new(None, ground.base.clone(), "bench")?;
-    Ok(Machine {
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        development_build: program.is_development_build(),
-        processors: std::thread::available_parallelism().map_or(0, usize::from),
-        memory_gib: total.context("/proc/meminfo has no MemTotal")?.parse::<f64>()? / 1024.0 / 1024.0,
-        kernel: format!("Linux {}", kernel.trim()),
-        postgres: ground.stack.postgres().settings().await?,
-    })
+/// Minutes that it takes to build everything from nothing but the sources of all packages.
+async fn clean_build() -> Result<f64> {
+    let target = tempfile::tempdir_in(local_stack::cache_directory()?)?;
+    let began = Instant::now();
+    let output = Command::new("cargo")
+        .args(["build", "--release", "--locked", "--workspace", "--bins"])
+        .current_dir(SOURCES)
+        .env("CARGO_TARGET_DIR", target.path())
+        // The metadata in .sqlx stand in for a database while compiling.
+        .env_remove("DATABASE_URL")
+        .kill_on_drop(true)
+        .output()
+        .await
+        .context("cannot run cargo")?;
+    ensure!(output.status.success(), "no clean build: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(began.elapsed().as_secs_f64() / 60.0)
+}
+
+/// The size of an image, all of its layers together.
+async fn image_bytes(name: &str) -> Result<u64> {
+    let inspected = Command::new("docker").args(["image", "inspect", "--format", "{{.Size}}", name]).output().await;
+    let output = inspected.context("docker cannot be run")?;
+    ensure!(output.status.success(), "docker has none of the name {name}");
+    String::from_utf8_lossy(&output.stdout).trim().parse().context("docker told no size")
+}
+
+const SOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+
+impl Machine {
+    async fn of(ground: &Ground) -> Result<Self> {
+        let read = |path: &str| std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"));
+        let total = read("/proc/meminfo")?
+            .lines()
+            .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse::<f64>().ok())
+            .context("/proc/meminfo has no MemTotal")?;
+        let cpuinfo = read("/proc/cpuinfo")?;
+        let processor = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+        let program = local_stack::Program::new(None, ground.base.clone(), "bench")?;
+        let described = Command::new("git")
+            .args(["describe", "--always", "--dirty"])
+            .current_dir(SOURCES)
+            .output()
+            .await
+            .ok()
+            .filter(|output| output.status.success());
+        Ok(Machine {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            development_build: program.is_development_build(),
+            sources: described.map_or_else(
+                || "no git repository".to_owned(),
+                |output| String::from_utf8_lossy(&output.stdout).trim().to_owned(),
+            ),
+            libraries: ["tokio", "sqlx", "rdkafka-sys", "aws-sdk-sqs", "tikv-jemalloc-sys"]
+                .map(|name| (name.to_owned(), locked_version(name).unwrap_or_default().to_owned()))
+                .to_vec(),
+            processor: processor.map_or_else(String::new, |(_, name)| name.to_owned()),
+            processors: std::thread::available_parallelism().map_or(0, usize::from),
+            memory_gib: total / 1024.0 / 1024.0,
+            kernel: format!("Linux {}", read("/proc/sys/kernel/osrelease")?.trim()),
+            postgres: ground.stack.postgres().settings().await?,
+        })
+    }
+
+    fn text(&self) -> String {
+        let postgres = self.postgres.iter().find(|(name, _)| name == "server_version");
+        let libraries: Vec<String> = self.libraries.iter().map(|(name, version)| format!("{name} {version}")).collect();
+        format!(
+            "WriteApi {} at {}{}, {} x {}, {:.0} GiB, {}, PostgreSQL {}, {}",
+            self.version,
+            self.sources,
+            if self.development_build { " (development build)" } else { "" },
+            self.processors,
+            self.processor,
+            self.memory_gib,
+            self.kernel,
+            postgres.map_or("?", |(_, version)| version),
+            libraries.join(", ")
+        )
+    }
+}
+
+/// The version of a package that everything is built with.
+fn locked_version(name: &str) -> Option<&'static str> {
+    let package = format!("name = \"{name}\"\nversion = \"");
+    LOCK.split_once(&package)?.1.split('"').next()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_those_that_cargo_has_locked() {
+        let version = locked_version("bench").expect("a member of the workspace");
+        assert_eq!(version, env!("CARGO_PKG_VERSION"));
+        assert_eq!(locked_version("no such package"), None);
+    }
 }
