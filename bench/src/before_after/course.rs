@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use bench::event::send_refresh;
-use local_stack::{Environment, KafkaTap, PartnerStub, Process, Program, SqsProxy, thousands};
+use local_stack::{
+    Environment, KafkaTap, PartnerStub, Process, Program, SqsProxy, forget_peak, peak_rss_mib, thousands,
+};
 use serde_json::json;
 use time::OffsetDateTime;
 
@@ -14,7 +16,7 @@ use write_api::profiling::pprof::Profile;
 
 use crate::heap;
 use crate::report::{Figures, Heap, Settings, WayReport};
-use crate::timeline::{Point, Timeline, Watched};
+use crate::timeline::{Timeline, Watched};
 use crate::way::Way;
 
 /// The listings of the first event, after which connections and caches are there.
@@ -27,8 +29,6 @@ const AFTER: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(10);
 /// How long an event may go on without a call and without a record.
 const PATIENCE: Duration = Duration::from_secs(180);
-/// The most calls that the old way makes for an event whose memory is looked into.
-const CALLS_OF_PROFILED_EVENT: u32 = 200;
 
 /// Everything that one way needs.
 pub(crate) struct Course<'a> {
@@ -55,8 +55,9 @@ impl Course<'_> {
     pub(crate) async fn run(&self) -> Result<WayReport> {
         let (binary, arguments) = self.way.command();
         let binary = local_stack::workspace_binary(binary)?;
-        let program =
-            Program::new(Some(&binary), self.environment.clone(), &format!("before-after-{}", self.way.file_name()))?;
+        let mut environment = self.environment.clone();
+        environment.set_variable("MALLOC_CONF", self.way.allocator());
+        let program = Program::new(Some(&binary), environment, &format!("before-after-{}", self.way.file_name()))?;
         let process = program.serve_as(arguments).await?;
         let timeline = Timeline::start(Watched {
             process: process.id(),
@@ -87,7 +88,8 @@ impl Course<'_> {
 
     /// What an event holds in its middle that was not held before it.
     async fn profile(&self, process: &Process, rows: u32) -> Result<Heap> {
-        let calls = if self.way == Way::Before { CALLS_OF_PROFILED_EVENT.min(rows) } else { rows };
+        let limit = self.settings.calls_of_the_old_ways_profiles().filter(|_| self.way == Way::Before);
+        let calls = limit.map_or(rows, |limit| limit.min(rows));
         let file = |when: &str| self.directory.join(format!("{}-{rows}-{when}.pb.gz", self.way.file_name()));
         let early = heap::take(&self.environment.profiling_url(), &file("early")).await?;
         let late = self.finish(process, Event { rows, calls }, Some(&file("late"))).await?.context("no profile")?;
@@ -106,10 +108,11 @@ impl Course<'_> {
     async fn measure(&self, process: &Process, timeline: &Timeline, event: Event) -> Result<Figures> {
         self.partner.reset();
         let sqs = sqs_calls(self.sqs);
+        forget_peak(process.id())?;
         let began = timeline.now();
         let (rows, calls) = (event.rows, event.calls);
         self.finish(process, event, None).await?;
-        let ended = timeline.now();
+        let (ended, rss_peak_mib) = (timeline.now(), peak_rss_mib(process.id())?);
         let sqs_calls = sqs_calls(self.sqs) - sqs;
         tokio::time::sleep(AFTER).await;
         let stats = self.partner.stats();
@@ -123,27 +126,28 @@ impl Course<'_> {
         // What comes before the first call, the one query above all, is done once; the rest is done for each call.
         let sent = OffsetDateTime::now_utc().unix_timestamp_nanos() as f64 / 1e9 - (timeline.now() - began);
         let until_first_call = (first_call - sent).clamp(0.0, ended - began);
-        let scaled = |once: f64, all: f64| once + (all - once) * f64::from(rows) / f64::from(calls);
         let (before, end, after) = (at(began)?, at(ended)?, at(timeline.now())?);
-        let cpu_until_first_call = at(began + until_first_call)?.cpu_seconds - before.cpu_seconds;
-        let peak = |part: fn(&Point) -> f64| {
-            let within = points.iter().filter(|point| (began..=ended + 1.0).contains(&point.seconds));
-            within.map(part).fold(part(&before), f64::max)
-        };
+        // A busy process may be looked at some calls later only.
+        let once = points.iter().find(|point| point.seconds >= began + until_first_call).copied().unwrap_or(end);
+        let calls_by_then = (once.calls - before.calls) as f64;
+        let part = (f64::from(rows) - calls_by_then) / (f64::from(calls) - calls_by_then).max(1.0);
+        let cpu_seconds = once.cpu_seconds - before.cpu_seconds + (end.cpu_seconds - once.cpu_seconds) * part;
+        let within = points.iter().filter(|point| (began..=ended + 1.0).contains(&point.seconds));
+        let live_peak_mib = within.map(|point| point.live_mib).fold(before.live_mib, f64::max);
         Ok(Figures {
             rows,
             calls,
             began,
             ended,
-            wall_seconds: scaled(until_first_call, ended - began),
+            wall_seconds: until_first_call + (ended - began - until_first_call) * f64::from(rows) / f64::from(calls),
             calls_a_second: f64::from(calls) / (last_answer - first_call).max(f64::EPSILON),
             most_in_flight: stats.max_in_flight,
-            cpu_seconds: scaled(cpu_until_first_call, end.cpu_seconds - before.cpu_seconds),
+            cpu_seconds,
             rss_before_mib: before.rss_mib,
-            rss_peak_mib: peak(|point| point.rss_mib),
+            rss_peak_mib,
             rss_after_mib: after.rss_mib,
             live_before_mib: before.live_mib,
-            live_peak_mib: peak(|point| point.live_mib),
+            live_peak_mib,
             live_after_mib: after.live_mib,
             sqs_calls,
         })

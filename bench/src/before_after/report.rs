@@ -27,6 +27,13 @@ pub(crate) struct Settings {
     pub(crate) calls_of_the_old_way: Option<u32>,
 }
 
+impl Settings {
+    /// The most calls that the old way makes for an event whose memory is looked into, which all calls hold alike; `None`: all.
+    pub(crate) fn calls_of_the_old_ways_profiles(&self) -> Option<u32> {
+        self.calls_of_the_old_way.map(|calls| calls.min(200))
+    }
+}
+
 #[derive(Debug, Serialize)]
 pub(crate) struct Machine {
     pub(crate) cpus: usize,
@@ -84,18 +91,25 @@ pub(crate) struct Figures {
 type Row = (&'static str, fn(&Figures) -> String);
 
 /// The rows of the table.
-pub(crate) const ROWS: [Row; 10] = [
+pub(crate) const ROWS: [Row; 11] = [
     ("wall time", |f| format!("{}{}", about(f), duration(f.wall_seconds))),
     ("peak RSS, MiB", |f| format!("{:.1}", f.rss_peak_mib)),
     ("peak RSS above before, MiB", |f| format!("{:.1}", f.rss_peak_mib - f.rss_before_mib)),
-    ("RSS 10 s after, against before, MiB", |f| format!("{:+.1}", f.rss_after_mib - f.rss_before_mib)),
+    ("RSS 10 s after, MiB", |f| format!("{:.1}", f.rss_after_mib)),
+    ("RSS 10 s after, above before, MiB", |f| format!("{:+.1}", f.rss_after_mib - f.rss_before_mib)),
     ("live heap at its peak, MiB", |f| format!("{:.1}", f.live_peak_mib)),
     ("live heap kept 10 s after, MiB", |f| format!("{:+.1}", f.live_after_mib - f.live_before_mib)),
     ("CPU, s", |f| format!("{}{:.2}", about(f), f.cpu_seconds)),
     ("calls a second", |f| thousands(f.calls_a_second as u64)),
     ("most calls in flight", |f| thousands(f.most_in_flight)),
-    ("SQS calls", |f| f.sqs_calls.to_string()),
+    ("SQS calls", sqs_calls),
 ];
+
+/// Most are polls, so that those of a part of an event say nothing of the whole.
+fn sqs_calls(figures: &Figures) -> String {
+    let of_a_part = format!(" in {}", duration(figures.ended - figures.began));
+    format!("{}{}", figures.sqs_calls, if figures.calls < figures.rows { &of_a_part } else { "" })
+}
 
 /// Marks what was worked out from a part of the calls.
 fn about(figures: &Figures) -> &'static str {
@@ -134,13 +148,14 @@ impl Report {
 
     /// What was scaled, if anything was.
     pub(crate) fn scaled(&self) -> Option<String> {
-        self.settings.calls_of_the_old_way.map(|calls| {
-            format!(
-                "≈: the old way read and held all rows but made only {} of its calls, one after another; wall time and CPU are \
-                 what all of them would take at that rate. --full makes them all.",
-                thousands(calls.into())
-            )
-        })
+        let (calls, profiled) = (self.settings.calls_of_the_old_way?, self.settings.calls_of_the_old_ways_profiles()?);
+        Some(format!(
+            "≈: the old way read and held all rows but made only {} of its calls, one after another ({} in the events of its \
+             heap profiles); wall time and CPU are what all of them would take at that rate. Its curves and SQS calls are those \
+             of the part that ran. --full makes them all.",
+            thousands(calls.into()),
+            thousands(profiled.into())
+        ))
     }
 }
 

@@ -44,6 +44,15 @@ impl Way {
         }
     }
 
+    /// What its allocator is told beyond what all three are, as jemalloc's `MALLOC_CONF`: to keep what was freed, as the
+    /// runtime of the story's service did.
+    pub(crate) fn allocator(self) -> &'static str {
+        match self {
+            Way::Before | Way::Article => "dirty_decay_ms:-1,muzzy_decay_ms:-1",
+            Way::Ours => "",
+        }
+    }
+
     /// The program's name in the workspace, and its arguments.
     pub(crate) fn command(self) -> (&'static str, &'static [&'static str]) {
         match self {
