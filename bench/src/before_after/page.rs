@@ -155,7 +155,7 @@ fn charts(add: &mut String, report: &Report, figure: &Figure) -> Result<()> {
 /// What a shaded stretch is.
 fn label(event: &Figures) -> String {
     let rows = thousands(event.rows.into());
-    if event.calls < event.rows { format!("{rows}, {} calls", thousands(event.calls.into())) } else { rows }
+    if event.is_of_a_part() { format!("{rows}, {} calls", thousands(event.calls.into())) } else { rows }
 }
 
 fn heaps(add: &mut String, report: &Report) -> Result<()> {

@@ -30,7 +30,8 @@ pub(crate) struct Settings {
 impl Settings {
     /// The most calls that the old way makes for an event whose memory is looked into, which all calls hold alike; `None`: all.
     pub(crate) fn calls_of_the_old_ways_profiles(&self) -> Option<u32> {
-        self.calls_of_the_old_way.map(|calls| calls.min(200))
+        const MOST: u32 = 200;
+        self.calls_of_the_old_way.map(|calls| calls.min(MOST))
     }
 }
 
@@ -107,13 +108,22 @@ pub(crate) const ROWS: [Row; 11] = [
 
 /// Most are polls, so that those of a part of an event say nothing of the whole.
 fn sqs_calls(figures: &Figures) -> String {
-    let of_a_part = format!(" in {}", duration(figures.ended - figures.began));
-    format!("{}{}", figures.sqs_calls, if figures.calls < figures.rows { &of_a_part } else { "" })
+    match figures.is_of_a_part() {
+        true => format!("{} in {}", figures.sqs_calls, duration(figures.ended - figures.began)),
+        false => figures.sqs_calls.to_string(),
+    }
 }
 
 /// Marks what was worked out from a part of the calls.
 fn about(figures: &Figures) -> &'static str {
-    if figures.calls < figures.rows { "≈ " } else { "" }
+    if figures.is_of_a_part() { "≈ " } else { "" }
+}
+
+impl Figures {
+    /// Whether not all calls of the event were made.
+    pub(crate) fn is_of_a_part(&self) -> bool {
+        self.calls < self.rows
+    }
 }
 
 impl Report {
