@@ -18,7 +18,7 @@ use super::{Events, UNFINISHED_RUN_WAIT, optional};
 use crate::db::publications::{OwnedPublication, PublicationClaim, PublishedRange, Quarantined};
 use crate::db::{DbError, valuations};
 use crate::fault;
-use crate::kafka::{PublishError, Published, Record, Records, Valuation};
+use crate::kafka::{PublishError, Published, Records, Valuation};
 use crate::queue::lease::{Role, StopReason};
 use crate::queue::{Delivery, Outcome, Refusal};
 use crate::task::{Stage, in_stage};
@@ -233,10 +233,9 @@ impl<'a> Publishing<'a> {
         let (events, event_id, records) = (self.events, self.event_id, self.records);
         let sent = async move {
             let Page { after, last, valuations } = page;
-            let batch: Vec<Record> = valuations.iter().map(|valuation| records.record(&input(valuation))).collect();
-            drop(valuations);
             fault::point("publish.before_send", event_id);
-            let published = events.publisher.publish_page(&batch).await?;
+            let record = |valuation: &valuations::Valuation| records.record(&input(valuation));
+            let published = events.publisher.publish_page(&valuations, record).await?;
             fault::point("publish.after_reports", event_id);
             let quarantined = quarantine(&published);
             Ok(PublishedRange { after, last, published: published.records as i64, quarantined })

@@ -3,7 +3,9 @@
 //! While nothing is published the producer holds its connections, a thread for each broker and three more, all asleep, and
 //! no records: librdkafka frees a record when its report was served, and the allocator gives the pages back.
 
+use std::borrow::Borrow;
 use std::collections::HashSet;
+use std::iter;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -65,23 +67,33 @@ impl Publisher {
         Ok(Publisher { shared: Arc::new(Shared { kafka: kafka.clone(), client, metrics, producer }) })
     }
 
-    /// Sends all records in parallel and returns when each was reported of: delivered to all in-sync replicas, refused,
-    /// or given up after `kafka.delivery_timeout`. Waits for room where librdkafka's queue is full; drops nothing.
+    /// Sends the records of all items in parallel and returns when each was reported of: delivered to all in-sync replicas,
+    /// refused, or given up after `kafka.delivery_timeout`. Waits for room where librdkafka's queue is full; drops nothing.
+    ///
+    /// `record` makes the record of an item, the same one each time. It is made when it is handed over, and freed then, since
+    /// librdkafka has its own copy: made beforehand, those of a page would be held twice.
     ///
     /// Brokers refuse a batch for one of its records, so those refused are sent again, each alone, and only those refused
     /// again count as refused. Want of rights is the topic's before it is a record's: such a record counts as refused only
     /// if the topic takes another of the page right afterwards; else the page is an error.
     ///
     /// Abandoning the future abandons the reports, not the records: those handed over may still be delivered.
-    pub async fn publish_page(&self, records: &[Record]) -> Result<Published, PublishError> {
+    pub async fn publish_page<T: Sync>(
+        &self,
+        items: &[T],
+        record: impl Fn(&T) -> Record + Sync,
+    ) -> Result<Published, PublishError> {
         if fault::planted("no-kafka-flush") {
             let (page, producer) = (Page::new(), self.shared.producer());
-            for record in records {
-                self.hand_over(&producer, record, &page).await;
+            for item in items {
+                self.hand_over(&producer, &record(item), &page).await;
             }
-            return Ok(Published { records: records.len(), refused: Vec::new() });
+            return Ok(Published { records: items.len(), refused: Vec::new() });
         }
-        let together = self.send(records).await?;
+        let together = self.send(items.iter().map(&record)).await?;
+        if together.failures.refused.is_empty() {
+            return Ok(Published { records: together.delivered, refused: Vec::new() });
+        }
         let suspects: HashSet<&str> = together.failures.refused.iter().map(|record| record.key.as_str()).collect();
         let mut published = Published { records: together.delivered, refused: Vec::new() };
         let mut rights_in_doubt = together.lack_rights();
@@ -90,15 +102,13 @@ impl Publisher {
         }
         let mut topic_is_open = false;
         // One that was taken with the others stands for the topic.
-        let taken = records.iter().find(|record| !suspects.contains(record.key.as_str()));
-        for record in records {
-            if !suspects.contains(record.key.as_str()) {
-                continue;
-            }
-            let alone = self.send_after(rights_in_doubt, record).await?;
+        let is_suspect = |record: &Record| suspects.contains(record.key.as_str());
+        let taken = items.iter().map(&record).find(|record| !is_suspect(record));
+        for suspect in items.iter().map(&record).filter(is_suspect) {
+            let alone = self.send_after(rights_in_doubt, &suspect).await?;
             rights_in_doubt = alone.lack_rights();
             if rights_in_doubt && !topic_is_open {
-                topic_is_open = match taken {
+                topic_is_open = match &taken {
                     Some(taken) => !self.send_after(true, taken).await?.lack_rights(),
                     None => false,
                 };
@@ -115,11 +125,11 @@ impl Publisher {
 
     /// Sends records in parallel and awaits their reports. An error if any failed for a reason that passes, or if the
     /// producer came to its end.
-    async fn send(&self, records: &[Record]) -> Result<Reports, PublishError> {
+    async fn send(&self, records: impl Iterator<Item: Borrow<Record>>) -> Result<Reports, PublishError> {
         let producer = self.shared.producer();
         let page = Page::new();
         for record in records {
-            self.hand_over(&producer, record, &page).await;
+            self.hand_over(&producer, record.borrow(), &page).await;
             // Handing over takes a microsecond or two; a page of them must not keep the thread from other tasks.
             tokio::task::consume_budget().await;
         }
@@ -144,7 +154,7 @@ impl Publisher {
             // The record tells, which is sent all the same.
             tracing::debug!(%error, "the topic could not be looked at again");
         }
-        self.send(std::slice::from_ref(record)).await
+        self.send(iter::once(record)).await
     }
 
     fn topic(&self) -> &str {

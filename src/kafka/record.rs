@@ -38,7 +38,7 @@ pub struct Valuation {
 }
 
 /// A message ready to be sent.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Record {
     /// The listing id as decimal text, so that the records of a listing stay in order in one partition.
     pub key: String,

@@ -91,7 +91,7 @@ async fn until_published(what: &str, publisher: &Publisher, records: &[Record]) 
     let mut verdicts = Vec::new();
     let begun = Instant::now();
     loop {
-        match publisher.publish_page(records).await {
+        match publisher.publish_page(records, Record::clone).await {
             Ok(published) => {
                 assert_eq!(published, all(records.len()), "{what}");
                 return verdicts;

@@ -6,7 +6,7 @@ use super::*;
 async fn a_page_is_delivered_whole_and_can_be_read_back() {
     let (_cluster, kafka) = cluster();
     let (publisher, metrics) = publisher(&kafka);
-    assert_eq!(publisher.publish_page(&page(500)).await, Ok(all(500)));
+    assert_eq!(publisher.publish_page(&page(500), Record::clone).await, Ok(all(500)));
     assert_eq!(metrics.kafka_deliveries.with_label_values(&["ok"]).get(), 500);
 
     let read = read_all(&kafka, 500);
@@ -27,7 +27,7 @@ async fn a_page_is_delivered_whole_and_can_be_read_back() {
 async fn an_empty_page_is_delivered_at_once() {
     let (_cluster, kafka) = cluster();
     let (publisher, _) = publisher(&kafka);
-    assert_eq!(publisher.publish_page(&page(0)).await, Ok(all(0)));
+    assert_eq!(publisher.publish_page(&page(0), Record::clone).await, Ok(all(0)));
 }
 
 #[tokio::test]
@@ -40,7 +40,7 @@ async fn errors_that_pass_are_retried_and_nothing_is_stored_twice() {
         RDKafkaRespErr::RD_KAFKA_RESP_ERR__TRANSPORT,
     ];
     cluster.request_errors(RDKafkaApiKey::Produce, &passing);
-    assert_eq!(publisher.publish_page(&page(100)).await, Ok(all(100)));
+    assert_eq!(publisher.publish_page(&page(100), Record::clone).await, Ok(all(100)));
     assert_eq!(read_all(&kafka, 100).len(), 100);
 }
 
@@ -51,11 +51,11 @@ async fn a_lost_delivery_report_is_waited_for_and_repeats_have_the_same_ids() {
     let mut settings = client::producer(&kafka);
     settings.set("socket.timeout.ms", "500");
     let publisher = Publisher::with_client(&kafka, settings, Arc::new(Metrics::new())).expect("a producer");
-    assert_eq!(publisher.publish_page(&page(1)).await, Ok(all(1)));
+    assert_eq!(publisher.publish_page(&page(1), Record::clone).await, Ok(all(1)));
     // librdkafka looks for timeouts once a second: it gives the answer up within 1.5 s, and later on a busy machine.
     cluster.broker_round_trip_time(-1, Duration::from_secs(4)).expect("a delay");
     let records = page(100);
-    let (published, ()) = tokio::join!(publisher.publish_page(&records), async {
+    let (published, ()) = tokio::join!(publisher.publish_page(&records, Record::clone), async {
         tokio::time::sleep(Duration::from_millis(3_000)).await;
         cluster.broker_round_trip_time(-1, Duration::ZERO).expect("no delay");
     });
@@ -71,10 +71,10 @@ async fn a_lost_delivery_report_is_waited_for_and_repeats_have_the_same_ids() {
 async fn a_broker_that_comes_back_gets_everything() {
     let (cluster, kafka) = cluster();
     let (publisher, _) = publisher(&kafka);
-    assert_eq!(publisher.publish_page(&page(1)).await, Ok(all(1)));
+    assert_eq!(publisher.publish_page(&page(1), Record::clone).await, Ok(all(1)));
     cluster.broker_down(-1).expect("down");
     let records = page(100);
-    let (result, ()) = tokio::join!(publisher.publish_page(&records), async {
+    let (result, ()) = tokio::join!(publisher.publish_page(&records, Record::clone), async {
         tokio::time::sleep(Duration::from_millis(500)).await;
         cluster.broker_up(-1).expect("up");
     });
@@ -89,12 +89,12 @@ async fn a_broker_that_stays_away_is_an_error_to_retry_within_the_delivery_timeo
     let (publisher, _) = publisher(&kafka);
     cluster.broker_down(-1).expect("down");
     let begin = Instant::now();
-    let error = publisher.publish_page(&page(5)).await.expect_err("nobody there");
+    let error = publisher.publish_page(&page(5), Record::clone).await.expect_err("nobody there");
     assert_eq!((error.verdict, error.code), (Verdict::Retry, RDKafkaErrorCode::MessageTimedOut));
     assert_eq!((error.delivered, error.failed), (0, 5));
     assert!(begin.elapsed() < Duration::from_secs(4), "{:?}", begin.elapsed());
     cluster.broker_up(-1).expect("up");
-    let delivered = async { while publisher.publish_page(&page(5)).await != Ok(all(5)) {} };
+    let delivered = async { while publisher.publish_page(&page(5), Record::clone).await != Ok(all(5)) {} };
     tokio::time::timeout(TIMEOUT, delivered).await.expect("the same page goes out once the broker is back");
 }
 
@@ -104,7 +104,7 @@ async fn a_full_queue_makes_the_page_wait_and_drops_nothing() {
     let mut tiny = client::producer(&kafka);
     tiny.set("queue.buffering.max.messages", "10");
     let publisher = Publisher::with_client(&kafka, tiny, Arc::new(Metrics::new())).expect("a producer");
-    assert_eq!(publisher.publish_page(&page(300)).await, Ok(all(300)));
+    assert_eq!(publisher.publish_page(&page(300), Record::clone).await, Ok(all(300)));
     assert_eq!(read_all(&kafka, 300).len(), 300);
 }
 
@@ -112,7 +112,7 @@ async fn a_full_queue_makes_the_page_wait_and_drops_nothing() {
 async fn a_producer_at_its_end_is_replaced() {
     let (_cluster, kafka) = cluster();
     let (publisher, _) = publisher(&kafka);
-    assert_eq!(publisher.publish_page(&page(1)).await, Ok(all(1)));
+    assert_eq!(publisher.publish_page(&page(1), Record::clone).await, Ok(all(1)));
     // SAFETY: the producer lives as long as the publisher, and the reason is a text that ends in zero.
     unsafe {
         rdkafka::bindings::rd_kafka_test_fatal_error(
@@ -121,9 +121,9 @@ async fn a_producer_at_its_end_is_replaced() {
             c"for the test".as_ptr(),
         );
     }
-    let error = publisher.publish_page(&page(5)).await.expect_err("the end");
+    let error = publisher.publish_page(&page(5), Record::clone).await.expect_err("the end");
     assert_eq!((error.verdict, error.failed), (Verdict::Restarted, 5));
-    assert_eq!(publisher.publish_page(&page(5)).await, Ok(all(5)));
+    assert_eq!(publisher.publish_page(&page(5), Record::clone).await, Ok(all(5)));
 }
 
 #[tokio::test]
@@ -135,9 +135,9 @@ async fn the_producer_is_idempotent() {
         RDKafkaApiKey::InitProducerId,
         &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_CLUSTER_AUTHORIZATION_FAILED],
     );
-    let error = publisher.publish_page(&page(1)).await.expect_err("no id");
+    let error = publisher.publish_page(&page(1), Record::clone).await.expect_err("no id");
     assert_eq!(error.verdict, Verdict::Restarted);
-    assert_eq!(publisher.publish_page(&page(1)).await, Ok(all(1)));
+    assert_eq!(publisher.publish_page(&page(1), Record::clone).await, Ok(all(1)));
 }
 
 #[tokio::test]
@@ -145,7 +145,8 @@ async fn pages_of_several_runs_are_counted_apart() {
     let (_cluster, kafka) = cluster();
     let (publisher, _) = publisher(&kafka);
     let (first, second) = (page(200), page(300));
-    let (a, b) = tokio::join!(publisher.publish_page(&first), publisher.publish_page(&second));
+    let (a, b) =
+        tokio::join!(publisher.publish_page(&first, Record::clone), publisher.publish_page(&second, Record::clone));
     assert_eq!((a, b), (Ok(all(200)), Ok(all(300))));
 }
 
@@ -153,7 +154,7 @@ async fn pages_of_several_runs_are_counted_apart() {
 async fn an_abandoned_page_is_flushed() {
     let (_cluster, kafka) = cluster();
     let (publisher, _) = publisher(&kafka);
-    let abandoned = tokio::time::timeout(Duration::ZERO, publisher.publish_page(&page(50))).await;
+    let abandoned = tokio::time::timeout(Duration::ZERO, publisher.publish_page(&page(50), Record::clone)).await;
     assert!(abandoned.is_err());
     assert!(publisher.flush(TIMEOUT).await);
     assert_eq!(read_all(&kafka, 50).len(), 50);
@@ -175,5 +176,5 @@ fn pages_are_published_from_any_thread() {
     fn send<T: Send>(_: T) {}
     let (_cluster, kafka) = cluster();
     let (publisher, _) = publisher(&kafka);
-    send(publisher.publish_page(&page(1)));
+    send(publisher.publish_page(&page(1), Record::clone));
 }

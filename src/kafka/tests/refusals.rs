@@ -35,18 +35,18 @@ async fn a_batch_refused_for_one_record_costs_only_that_record() {
     // The batch, then records 0, 1 and 2 alone; the broker takes all but the third.
     let none = RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR;
     cluster.request_errors(RDKafkaApiKey::Produce, &[TOO_LARGE, none, none, TOO_LARGE]);
-    let published = publisher.publish_page(&page(10)).await.expect("the others flow");
+    let published = publisher.publish_page(&page(10), Record::clone).await.expect("the others flow");
     assert_eq!(published.refused, refused(&["2"], RDKafkaErrorCode::MessageSizeTooLarge));
     assert_eq!(published.records, 9);
     assert_eq!(keys(&kafka, 9), [0, 1, 3, 4, 5, 6, 7, 8, 9]);
-    assert_eq!(publisher.publish_page(&page(10)).await, Ok(all(10)));
+    assert_eq!(publisher.publish_page(&page(10), Record::clone).await, Ok(all(10)));
 }
 
 #[tokio::test]
 async fn a_refusal_that_is_not_repeated_is_none() {
     let (cluster, kafka, publisher) = in_batches(10);
     cluster.request_errors(RDKafkaApiKey::Produce, &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_RECORD_LIST_TOO_LARGE]);
-    assert_eq!(publisher.publish_page(&page(10)).await, Ok(all(10)));
+    assert_eq!(publisher.publish_page(&page(10), Record::clone).await, Ok(all(10)));
     assert_eq!(keys(&kafka, 10), (0..10).collect::<Vec<_>>());
 }
 
@@ -56,7 +56,7 @@ async fn a_record_larger_than_the_client_allows_is_refused_alone() {
     let (publisher, metrics) = publisher(&kafka);
     let mut records = page(10);
     records[7].value.resize(2_000_000, b' ');
-    let published = publisher.publish_page(&records).await.expect("the others flow");
+    let published = publisher.publish_page(&records, Record::clone).await.expect("the others flow");
     assert_eq!(published.refused, refused(&["7"], RDKafkaErrorCode::MessageSizeTooLarge));
     assert_eq!(published.records, 9);
     assert_eq!(read_all(&kafka, 9).len(), 9);
@@ -67,14 +67,14 @@ async fn a_record_larger_than_the_client_allows_is_refused_alone() {
 async fn a_topic_that_is_closed_to_us_refuses_no_record_for_good() {
     let (cluster, kafka, publisher) = in_batches(5);
     cluster.request_errors(RDKafkaApiKey::Produce, &[NOT_AUTHORIZED; 2]);
-    let error = publisher.publish_page(&page(10)).await.expect_err("no right to write");
+    let error = publisher.publish_page(&page(10), Record::clone).await.expect_err("no right to write");
     assert_eq!((error.verdict, error.code), (Verdict::NotAuthorized, RDKafkaErrorCode::TopicAuthorizationFailed));
     assert_eq!((error.delivered, error.failed), (0, 10));
     let text = error.to_string();
     assert!(text.contains("one-partition") && text.contains("right to write"), "{text}");
     // Given the right, the same producer goes on as soon as it has looked at the topic, as `/readyz` has it do.
     publisher.check(TIMEOUT).await.expect("the topic");
-    assert_eq!(publisher.publish_page(&page(10)).await, Ok(all(10)));
+    assert_eq!(publisher.publish_page(&page(10), Record::clone).await, Ok(all(10)));
     assert_eq!(keys(&kafka, 10), (0..10).collect::<Vec<_>>());
 }
 
@@ -84,7 +84,7 @@ async fn a_topic_that_closes_in_the_middle_of_a_page_refuses_no_record_for_good(
     // Half of the page is taken; the first of the others is refused alone as well, and then one that was taken before.
     let none = RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR;
     cluster.request_errors(RDKafkaApiKey::Produce, &[none, NOT_AUTHORIZED, NOT_AUTHORIZED, NOT_AUTHORIZED]);
-    let error = publisher.publish_page(&page(10)).await.expect_err("no right to write");
+    let error = publisher.publish_page(&page(10), Record::clone).await.expect_err("no right to write");
     assert_eq!(error.verdict, Verdict::NotAuthorized);
 }
 
@@ -93,7 +93,7 @@ async fn a_record_that_alone_lacks_rights_is_refused_where_the_topic_takes_anoth
     let (cluster, kafka, publisher) = in_batches(5);
     let none = RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR;
     cluster.request_errors(RDKafkaApiKey::Produce, &[none, NOT_AUTHORIZED, NOT_AUTHORIZED]);
-    let published = publisher.publish_page(&page(10)).await.expect("the others flow");
+    let published = publisher.publish_page(&page(10), Record::clone).await.expect("the others flow");
     let key = published.refused.first().expect("one is refused").key.clone();
     assert_eq!(published.refused, refused(&[&key], RDKafkaErrorCode::TopicAuthorizationFailed));
     assert_eq!(published.records, 9);

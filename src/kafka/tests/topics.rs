@@ -38,10 +38,10 @@ async fn an_absent_broker_is_told_with_its_address_in_time() {
 async fn a_reading_ends_where_the_topic_ended_when_it_began() {
     let (_cluster, kafka) = cluster();
     let (publisher, _) = publisher(&kafka);
-    publisher.publish_page(&page(2_500)).await.expect("published");
+    publisher.publish_page(&page(2_500), Record::clone).await.expect("published");
     let reader = TopicReader::open(&kafka).await.expect("a topic");
     assert_eq!(reader.extents().values().map(|extent| extent.high - extent.low).sum::<i64>(), 2_500);
-    publisher.publish_page(&page(100)).await.expect("published");
+    publisher.publish_page(&page(100), Record::clone).await.expect("published");
     let mut batches = reader.read(TIMEOUT);
     let mut keys = Vec::new();
     while let Some(batch) = batches.recv().await {
