@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use super::mark::{self, STAGES, Stage};
+use super::mark::{self, Stage};
 use super::registry::{self, Tracked};
 use super::{contention, places, trace, usage, waits};
 
@@ -90,12 +90,11 @@ pub fn cpu(part: Part) -> Duration {
         Part::Bookkeeping => {
             let kept = usage::kept();
             let counted = [
-                (BOOKS.task, registry::made()),
-                (BOOKS.poll, kept.polls),
-                (BOOKS.settled, kept.settled),
-                (BOOKS.stage, kept.stages),
-                (BOOKS.wait, kept.waits),
-                (BOOKS.span, trace::noted()),
+                (PRICES.task, registry::made()),
+                (PRICES.poll, kept.polls),
+                (PRICES.stage, kept.stages),
+                (PRICES.wait, kept.waits),
+                (PRICES.span, trace::noted()),
             ];
             Duration::from_nanos(counted.into_iter().map(|(each, count)| each * count as f64).sum::<f64>() as u64)
         }
@@ -161,13 +160,11 @@ pub fn heap_sample(work: impl FnOnce()) {
 
 /// What the books cost, in nanoseconds.
 #[derive(Debug)]
-struct Books {
+struct Prices {
     /// To list a task and to take it off the list.
     task: f64,
-    /// A poll of a task, without what is settled at its beginning and its end.
+    /// A poll of a task, with what is added at its end to the event's ledger: memory, time, and waits for one reason.
     poll: f64,
-    /// What a thread has of one mark, or of one reason of its waits, in the sums that all threads share.
-    settled: f64,
     /// A stage in a poll.
     stage: f64,
     /// A wait.
@@ -176,7 +173,7 @@ struct Books {
     span: f64,
 }
 
-impl Books {
+impl Prices {
     /// A trial of each. What is measured of one is little beside what comes between, so it may be anything, below zero too.
     fn tried() -> Self {
         const TIMES: u32 = 100;
@@ -219,46 +216,41 @@ impl Books {
             });
             (with - more(&|times| tracked(times, work))) / (MANY - 1) as f64
         }
-        fn staged(stage: Stage) {
-            mark::stage(stage, || work(0));
-        }
-        // All but the first, which is the mark of the poll itself.
-        let others = STAGES - 1;
-        let different = tracked(others, |index| staged(Stage::ALL[1 + index]));
-        let settled = (different - tracked(others, |_| staged(Stage::Call))) / (others - 1) as f64;
-        Books {
+        let wait = next(|_| waits::trial());
+        let with_a_wait = tracked(1, |index| {
+            work(index);
+            waits::trial();
+        });
+        Prices {
             task: timed(|| drop(Tracked::inherit("trial of a task", Location::caller(), std::future::ready(())))),
-            // What was used before a poll is settled at its beginning, and what was used in it at its end.
-            poll: tracked(1, work) - polled(repeated(1, work)) - 2.0 * settled,
-            settled,
+            poll: with_a_wait - wait - polled(repeated(1, work)),
             stage: next(|_| mark::stage(Stage::Call, trace::trial_of_one_left_out)),
-            wait: next(|_| waits::trial()),
+            wait,
             span: next(|_| trace::trial()),
         }
     }
 }
 
-static BOOKS: LazyLock<Books> = LazyLock::new(|| {
+static PRICES: LazyLock<Prices> = LazyLock::new(|| {
     const TRIALS: usize = 9;
-    let trials: [Books; TRIALS] = std::array::from_fn(|_| Books::tried());
-    let median = |of: fn(&Books) -> f64| {
+    let trials: [Prices; TRIALS] = std::array::from_fn(|_| Prices::tried());
+    let median = |of: fn(&Prices) -> f64| {
         let mut all = trials.each_ref().map(of);
         all.sort_unstable_by(f64::total_cmp);
         all[TRIALS / 2].max(0.0)
     };
-    Books {
-        task: median(|books| books.task),
-        poll: median(|books| books.poll),
-        settled: median(|books| books.settled),
-        stage: median(|books| books.stage),
-        wait: median(|books| books.wait),
-        span: median(|books| books.span),
+    Prices {
+        task: median(|prices| prices.task),
+        poll: median(|prices| prices.poll),
+        stage: median(|prices| prices.stage),
+        wait: median(|prices| prices.wait),
+        span: median(|prices| prices.span),
     }
 });
 
 /// Makes the trial of the books, which takes some milliseconds, unless it was made before.
 pub fn calibrate() {
-    LazyLock::force(&BOOKS);
+    LazyLock::force(&PRICES);
 }
 
 /// By how much everything that gives way is sampled less than it was asked for; 1 for not at all.
@@ -327,10 +319,10 @@ mod tests {
     #[test]
     fn what_is_counted_inside_of_other_work_has_a_cost() {
         calibrate();
-        println!("the books: {:?}", *BOOKS);
-        let Books { task, poll, settled, stage, wait, span } = *BOOKS;
+        println!("the books: {:?}", *PRICES);
+        let Prices { task, poll, stage, wait, span } = *PRICES;
         let each = [task, poll, stage, wait, span];
-        assert!(each.iter().all(|each| *each > 0.0 && *each < 50_000.0) && settled < 50_000.0, "{:?}", *BOOKS);
+        assert!(each.iter().all(|each| *each > 0.0 && *each < 50_000.0), "{:?}", *PRICES);
         let (heap, books, kept) = (cpu(Part::HeapSamples), cpu(Part::Bookkeeping), usage::kept());
         // Twice as many as are asked for: other tests have samples that are under way.
         for _ in 0..128 {
@@ -349,11 +341,8 @@ mod tests {
         }
         let after = usage::kept();
         assert!(after.polls - kept.polls >= POLLS, "{kept:?} {after:?}");
-        assert!(
-            after.stages - kept.stages >= 2 * POLLS && after.settled - kept.settled >= 2 * POLLS,
-            "{kept:?} {after:?}"
-        );
-        let least = POLLS as f64 * (poll + 2.0 * stage + 2.0 * settled);
+        assert!(after.stages - kept.stages >= 2 * POLLS, "{kept:?} {after:?}");
+        let least = POLLS as f64 * (poll + 2.0 * stage);
         assert!(cpu(Part::Bookkeeping) - books >= Duration::from_nanos(least as u64 - 1));
     }
 

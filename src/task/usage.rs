@@ -6,8 +6,8 @@
 
 use std::cell::Cell;
 use std::ptr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tikv_jemalloc_ctl::raw;
@@ -76,19 +76,6 @@ impl Ledger {
             waits: std::array::from_fn(|reason| nanoseconds(&self.waits[reason])),
         }
     }
-
-    fn add_memory(&self, allocated: u64, freed: u64) {
-        add(&self.allocated, allocated);
-        add(&self.freed, freed);
-    }
-
-    fn add_busy(&self, busy: Duration) {
-        add(&self.busy, busy.as_nanos() as u64);
-    }
-
-    fn add_wait(&self, reason: usize, nanoseconds: u64) {
-        add(&self.waits[reason], nanoseconds);
-    }
 }
 
 impl Default for Ledger {
@@ -97,19 +84,55 @@ impl Default for Ledger {
     }
 }
 
-/// Everything since the start, of one mark.
-struct Total {
-    ledger: Ledger,
+/// What one thread has used since it began, and those before it that had the same books: written by that thread alone, so that no
+/// addition has to be atomic, and read by whoever asks.
+struct Books {
+    of: [Sums; Mark::COUNT],
+}
+
+/// Of one mark.
+struct Sums {
+    used: Ledger,
     stages: AtomicU64,
     waits: AtomicU64,
 }
 
-/// By mark.
-static TOTALS: [Total; Mark::COUNT] =
-    [const { Total { ledger: Ledger::new(), stages: AtomicU64::new(0), waits: AtomicU64::new(0) } }; Mark::COUNT];
+impl Books {
+    const fn new() -> Self {
+        Books {
+            of: [const { Sums { used: Ledger::new(), stages: AtomicU64::new(0), waits: AtomicU64::new(0) } };
+                Mark::COUNT],
+        }
+    }
+}
 
-/// Marks of a thread, and reasons of their waits, that were added to what all threads share.
-static SETTLED: AtomicU64 = AtomicU64::new(0);
+/// The books of all threads.
+static BOOKS: Mutex<Shelf> = Mutex::new(Shelf { all: Vec::new(), free: Vec::new() });
+
+struct Shelf {
+    all: Vec<&'static Books>,
+    /// Of threads that have ended. The next that begin go on with them.
+    free: Vec<&'static Books>,
+}
+
+fn shelf() -> MutexGuard<'static, Shelf> {
+    BOOKS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shelf {
+    fn take(&mut self) -> &'static Books {
+        self.free.pop().unwrap_or_else(|| {
+            let books: &'static Books = Box::leak(Box::new(Books::new()));
+            self.all.push(books);
+            books
+        })
+    }
+}
+
+/// Adds to what no other thread writes.
+fn add_own(to: &AtomicU64, more: u64) {
+    to.store(to.load(Ordering::Relaxed) + more, Ordering::Relaxed);
+}
 
 /// How often books were kept since the start of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,31 +143,26 @@ pub(super) struct Kept {
     pub stages: u64,
     /// Of a wait.
     pub waits: u64,
-    /// Of a mark of a thread, or a reason of its waits, in the sums that all threads share.
-    pub settled: u64,
 }
 
 pub(super) fn kept() -> Kept {
-    let sum = |of: fn(&Total) -> &AtomicU64| TOTALS.iter().map(|total| of(total).load(Ordering::Relaxed)).sum();
-    Kept {
-        polls: sum(|total| &total.ledger.polls),
-        stages: sum(|total| &total.stages),
-        waits: sum(|total| &total.waits),
-        settled: SETTLED.load(Ordering::Relaxed),
-    }
+    let shelf = shelf();
+    let all = || shelf.all.iter().flat_map(|books| &books.of);
+    let sum = |of: fn(&Sums) -> &AtomicU64| all().map(|sums| of(sums).load(Ordering::Relaxed)).sum();
+    Kept { polls: sum(|sums| &sums.used.polls), stages: sum(|sums| &sums.stages), waits: sum(|sums| &sums.waits) }
 }
 
-/// Bytes of the sums, without those of each thread.
+/// Bytes of the books of all threads.
 pub(super) fn memory() -> u64 {
-    size_of_val(&TOTALS) as u64
+    (shelf().all.len() * size_of::<Books>()) as u64
 }
 
 /// What all work of a kind has used since the start of the process.
 pub fn of_kind(kind: Kind) -> Used {
     let mut sum = Used::default();
-    for (index, total) in TOTALS.iter().enumerate() {
-        if Mark::from_index(index).kind == kind {
-            let used = total.ledger.read();
+    for books in &shelf().all {
+        for (_, sums) in books.of.iter().enumerate().filter(|(index, _)| Mark::from_index(*index).kind == kind) {
+            let used = sums.used.read();
             sum.allocated += used.allocated;
             sum.freed += used.freed;
             sum.busy += used.busy;
@@ -157,74 +175,26 @@ pub fn of_kind(kind: Kind) -> Used {
     sum
 }
 
-/// What a thread has used and not added to the sums that all threads share: a poll can go through hundreds of stages, and
-/// each would cost some atomic operations.
+/// What was used in a poll and not added to the event's ledger, which other threads write too: a poll can go through hundreds of
+/// stages and waits, and each would cost some atomic operations.
 struct Pending {
-    of: [Sums; Mark::COUNT],
-    /// The marks that have anything, a bit for each.
-    marks: Cell<u32>,
-}
-
-struct Sums {
     allocated: Cell<u64>,
     freed: Cell<u64>,
-    stages: Cell<u64>,
-    waits: Cell<u64>,
     /// Nanoseconds waited, by reason.
     waited: [Cell<u64>; REASONS],
+    has_waited: Cell<bool>,
 }
-
-impl Sums {
-    const fn new() -> Self {
-        Sums {
-            allocated: Cell::new(0),
-            freed: Cell::new(0),
-            stages: Cell::new(0),
-            waits: Cell::new(0),
-            waited: [const { Cell::new(0) }; REASONS],
-        }
-    }
-}
-
-const _: () = assert!(Mark::COUNT <= u32::BITS as usize);
 
 impl Pending {
-    fn of(&self, mark: Mark) -> &Sums {
-        self.marks.set(self.marks.get() | 1 << mark.index());
-        &self.of[mark.index()]
-    }
-
-    /// Adds all of it to the sums that are shared, and to that of `ledger`.
-    fn settle(&self, ledger: Option<&Ledger>) {
-        let mut marks = self.marks.take();
-        let (mut allocated, mut freed) = (0, 0);
-        let mut settled = u64::from(marks.count_ones());
-        while marks != 0 {
-            let index = marks.trailing_zeros() as usize;
-            marks &= marks - 1;
-            let (sums, total) = (&self.of[index], &TOTALS[index]);
-            let memory = (sums.allocated.take(), sums.freed.take());
-            total.ledger.add_memory(memory.0, memory.1);
-            add(&total.stages, sums.stages.take());
-            let waits = sums.waits.take();
-            if waits > 0 {
-                add(&total.waits, waits);
-                for (reason, waited) in sums.waited.iter().enumerate().filter(|(_, waited)| waited.get() > 0) {
-                    let waited = waited.take();
-                    settled += 1;
-                    total.ledger.add_wait(reason, waited);
-                    if let Some(ledger) = ledger {
-                        ledger.add_wait(reason, waited);
-                    }
-                }
+    /// Adds all of it to `ledger`.
+    fn settle(&self, ledger: &Ledger) {
+        add(&ledger.allocated, self.allocated.take());
+        add(&ledger.freed, self.freed.take());
+        if self.has_waited.take() {
+            for (sum, waited) in ledger.waits.iter().zip(&self.waited) {
+                add(sum, waited.take());
             }
-            allocated += memory.0;
-            freed += memory.1;
         }
-        if let Some(ledger) = ledger {
-            ledger.add_memory(allocated, freed);
-        }
-        add(&SETTLED, settled);
     }
 }
 
@@ -235,9 +205,11 @@ fn add(to: &AtomicU64, more: u64) {
     }
 }
 
-/// The books of one thread: what it has read, whom it works for, and what it has not settled yet.
+/// What a thread keeps its books by.
 struct Here {
-    /// Where the allocator counts; null: not asked for yet.
+    /// None: not asked for yet, or the thread is at its end.
+    books: Cell<Option<&'static Books>>,
+    /// Where the allocator counts, once there are books.
     allocated_at: Cell<*const u64>,
     freed_at: Cell<*const u64>,
     /// Those counters as they were when last read.
@@ -253,27 +225,53 @@ struct Here {
 thread_local! {
     static HERE: Here = const {
         Here {
+            books: Cell::new(None),
             allocated_at: Cell::new(ptr::null()),
             freed_at: Cell::new(ptr::null()),
             allocated: Cell::new(0),
             freed: Cell::new(0),
             since: Cell::new(None),
             ledger: Cell::new(ptr::null()),
-            pending: Pending { of: [const { Sums::new() }; Mark::COUNT], marks: Cell::new(0) },
+            pending: Pending {
+                allocated: Cell::new(0),
+                freed: Cell::new(0),
+                waited: [const { Cell::new(0) }; REASONS],
+                has_waited: Cell::new(false),
+            },
         }
     };
+
+    /// Puts the books of the thread back when it ends.
+    static BORROWED: Borrowed = Borrowed(shelf().take());
+}
+
+struct Borrowed(&'static Books);
+
+impl Drop for Borrowed {
+    fn drop(&mut self) {
+        HERE.with(|here| here.books.set(None));
+        shelf().free.push(self.0);
+    }
 }
 
 impl Here {
-    /// Finds out where the allocator counts for this thread. Without such an allocator it counts nowhere.
+    /// The books of this thread; none once it is at its end.
+    fn books(&self) -> Option<&'static Books> {
+        self.books.get().or_else(|| self.open())
+    }
+
+    /// Finds books for this thread, and where the allocator counts for it. Without such an allocator it counts nowhere.
     #[cold]
-    fn locate(&self) {
+    fn open(&self) -> Option<&'static Books> {
         static NOWHERE: u64 = 0;
+        let books = BORROWED.try_with(|borrowed| borrowed.0).ok()?;
         // SAFETY: both give a pointer to a counter that lives as long as the thread.
         let at = |name: &'static [u8]| unsafe { raw::read::<*const u64>(name) }.unwrap_or(&raw const NOWHERE);
         self.allocated_at.set(at(b"thread.allocatedp\0"));
         self.freed_at.set(at(b"thread.deallocatedp\0"));
         self.read();
+        self.books.set(Some(books));
+        Some(books)
     }
 
     /// What was allocated and freed since the last reading, once the counters are located.
@@ -286,16 +284,18 @@ impl Here {
 
     /// Notes what was allocated and freed since the last reading as that of `mark`.
     fn note(&self, mark: Mark) {
-        if self.allocated_at.get().is_null() {
-            return self.locate();
-        }
+        let Some(books) = self.books() else { return };
         let (allocated, freed) = self.read();
         if allocated | freed == 0 {
             return;
         }
-        let sums = self.pending.of(mark);
-        sums.allocated.set(sums.allocated.get() + allocated);
-        sums.freed.set(sums.freed.get() + freed);
+        let used = &books.of[mark.index()].used;
+        add_own(&used.allocated, allocated);
+        add_own(&used.freed, freed);
+        if !self.ledger.get().is_null() {
+            self.pending.allocated.set(self.pending.allocated.get() + allocated);
+            self.pending.freed.set(self.pending.freed.get() + freed);
+        }
     }
 
     /// Charges everything until `now` to `mark`, and to the event that is being polled.
@@ -303,14 +303,18 @@ impl Here {
         self.note(mark);
         // SAFETY: the poll that set it holds it.
         let ledger = unsafe { self.ledger.get().as_ref() };
-        self.pending.settle(ledger);
+        if let Some(ledger) = ledger {
+            self.pending.settle(ledger);
+        }
         if let Some(since) = self.since.get() {
             let now = now();
-            let busy = now.saturating_duration_since(since);
+            let busy = now.saturating_duration_since(since).as_nanos() as u64;
             self.since.set(Some(now));
-            TOTALS[mark.index()].ledger.add_busy(busy);
+            if let Some(books) = self.books() {
+                add_own(&books.of[mark.index()].used.busy, busy);
+            }
             if let Some(ledger) = ledger {
-                ledger.add_busy(busy);
+                add(&ledger.busy, busy);
             }
         }
     }
@@ -337,17 +341,20 @@ pub(super) fn settle() {
 #[inline]
 pub(super) fn stage(mark: Mark) {
     HERE.with(|here| {
-        let sums = here.pending.of(mark);
-        sums.stages.set(sums.stages.get() + 1);
+        if let Some(books) = here.books() {
+            add_own(&books.of[mark.index()].stages, 1);
+        }
     });
 }
 
 /// Begins a poll of a task at `now`: what is used until [`end_poll`] goes to `ledger` as well. The mark is the caller's to
 /// change, without a charge of its own. Returns what [`end_poll`] puts back.
 pub(super) fn begin_poll(ledger: &Arc<Ledger>, mark: Mark, now: Instant) -> Outer {
-    ledger.polls.fetch_add(1, Ordering::Relaxed);
-    TOTALS[mark.index()].ledger.polls.fetch_add(1, Ordering::Relaxed);
+    add(&ledger.polls, 1);
     HERE.with(|here| {
+        if let Some(books) = here.books() {
+            add_own(&books.of[mark.index()].used.polls, 1);
+        }
         // What the thread did before, its scheduler's work, is not this task's.
         here.charge(mark::current(), || now);
         Outer { ledger: here.ledger.replace(Arc::as_ptr(ledger)), since: here.since.replace(Some(now)) }
@@ -381,15 +388,40 @@ pub(super) fn poll_began() -> Instant {
 pub(super) fn waited(mark: Mark, reason: For, took: Duration) {
     let took = took.as_nanos() as u64;
     HERE.with(|here| {
-        if here.since.get().is_some() {
-            let sums = here.pending.of(mark);
-            sums.waits.set(sums.waits.get() + 1);
-            let waited = &sums.waited[reason as usize];
+        if let Some(books) = here.books() {
+            let sums = &books.of[mark.index()];
+            add_own(&sums.waits, 1);
+            add_own(&sums.used.waits[reason as usize], took);
+        }
+        if !here.ledger.get().is_null() {
+            let waited = &here.pending.waited[reason as usize];
             waited.set(waited.get() + took);
-        } else {
-            let total = &TOTALS[mark.index()];
-            add(&total.waits, 1);
-            total.ledger.add_wait(reason as usize, took);
+            here.pending.has_waited.set(true);
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use std::hint::black_box;
+    use std::thread;
+
+    use super::*;
+    use crate::task::mark::{Stage, stage};
+
+    #[test]
+    fn what_a_thread_has_used_stays_when_it_ends_and_the_next_goes_on_with_its_books() {
+        const THREADS: usize = 200;
+        const EACH: u64 = 1 << 20;
+        let (before, books) = (of_kind(Kind::Service), shelf().all.len());
+        for _ in 0..THREADS {
+            thread::spawn(|| stage(Stage::Write, || drop(black_box(vec![0_u8; EACH as usize])))).join().unwrap();
+        }
+        let after = of_kind(Kind::Service);
+        assert!(after.allocated - before.allocated >= THREADS as u64 * EACH, "{before:?} {after:?}");
+        assert!(after.freed - before.freed >= THREADS as u64 * EACH, "{before:?} {after:?}");
+        // Other tests have threads too, but not so many at a time.
+        let more = shelf().all.len() - books;
+        assert!(more < THREADS / 2, "{more} more");
+    }
 }
