@@ -118,8 +118,6 @@ pub(crate) struct Done {
     /// When its publishing began.
     pub(crate) publishing: f64,
     pub(crate) published: f64,
-    /// Processor time of the whole machine from then until then.
-    pub(crate) publishing_busy: f64,
     /// Of the service, from the sending until all was published.
     pub(crate) cpu_seconds: f64,
     pub(crate) before: Memory,
@@ -160,17 +158,15 @@ impl Service {
         let (sent, sample) = (now(), self.sampler.now());
         let (before, cpu) = (self.sampler.memory()?, self.sampler.cpu_seconds()?);
         let id = self.send(ground, listings).await?;
-        let mut looks = Looks::default();
-        let Times { complete, publishing, published } = self.published(&id, &mut looks).await?;
+        let Times { complete, publishing, published } = self.published(&id).await?;
         let cpu_seconds = self.sampler.cpu_seconds()? - cpu;
         let Memory { anonymous_mib, .. } =
             peak(&self.sampler.samples_from(sample)).context("no sample of the memory")?;
         let peak = Memory { rss_mib: peak_rss_mib(process)?, anonymous_mib };
-        let publishing_busy = looks.between(publishing, published);
-        Ok(Done { sent, complete, publishing, published, publishing_busy, cpu_seconds, before, peak })
+        Ok(Done { sent, complete, publishing, published, cpu_seconds, before, peak })
     }
 
-    fn is_alive(&self) -> Result<()> {
+    pub(crate) fn is_alive(&self) -> Result<()> {
         if let Some(status) = self.process.exited()? {
             bail!("write-api serve ended ({status}); the end of its log:\n{}", self.process.log_tail());
         }
@@ -192,12 +188,12 @@ impl Service {
         Ok((published - publishing, looks.between(publishing, published)))
     }
 
-    /// Waits until all of the event is published, and looks at the processors meanwhile.
-    pub(crate) async fn published(&mut self, id: &str, looks: &mut Looks) -> Result<Times> {
-        self.published_after(0, id, looks).await
+    /// Waits until all of the event is published.
+    pub(crate) async fn published(&mut self, id: &str) -> Result<Times> {
+        self.published_after(0, id, &mut Looks::default()).await
     }
 
-    /// As [`published`](Self::published), of a publication that has so many `before` it.
+    /// As [`published`](Self::published), of a publication that has so many `before` it; looks at the processors meanwhile.
     async fn published_after(&mut self, before: i64, run: &str, looks: &mut Looks) -> Result<Times> {
         let began = Instant::now();
         loop {

@@ -9,7 +9,6 @@ use serde_json::json;
 
 use crate::ground::{Ground, Service, until};
 use crate::outcome::Outcome;
-use crate::processors::Looks;
 
 const NIGHTLY: u32 = 17_000;
 /// Calls after which a process is stopped or killed: the middle of the event.
@@ -68,7 +67,7 @@ pub(crate) async fn stop(ground: &mut Ground) -> Result<Vec<Outcome>> {
     let visible = until("the message", Duration::from_secs(120), look).await?;
     drop(service);
     let mut heir = Service::start(environment).await?;
-    heir.published(&id, &mut Looks::default()).await?;
+    heir.published(&id).await?;
     Ok(vec![
         Outcome::new(13, "stop")
             .at_most("SIGTERM to exit, s", exit.as_secs_f64(), 5.0)
@@ -105,7 +104,7 @@ async fn recovery_within(ground: &mut Ground, visibility_seconds: u32) -> Result
     let before = ground.partner.stats().requests;
     until("calls again", Duration::from_secs(120), async || Ok(ground.partner.stats().requests > before)).await?;
     let working = killed.elapsed().as_secs_f64();
-    heir.published(&id, &mut Looks::default()).await?;
+    heir.published(&id).await?;
     Ok((working, ground.partner.stats().repeated_requests as f64))
 }
 

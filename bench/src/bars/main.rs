@@ -148,7 +148,7 @@ async fn measure(arguments: Arguments) -> Result<ExitCode> {
             2 | 4 | 6 => Box::pin(slow::latency_bound(ground, quick)).await,
             3 | 9 => Box::pin(slow::processor_time(ground)).await,
             5 => Box::pin(slow::memory_against_rows(ground, full)).await,
-            7 => Box::pin(fast::fast_events(ground)).await,
+            7 => Box::pin(fast::fast_events(ground, if full { 3 } else { 1 })).await,
             8 => Box::pin(fast::fast_beside_slow(ground, if full { 5 } else { 2 })).await,
             10 => Box::pin(slow::statements(ground)).await,
             11 => Box::pin(profiler::profiler_on(ground, if full { 30 } else { 5 })).await,

@@ -31,6 +31,13 @@ pub(crate) enum Limit {
     Exactly(f64),
 }
 
+/// The one in the middle by `key`.
+pub(crate) fn median<T>(mut all: Vec<T>, key: impl Fn(&T) -> f64) -> T {
+    all.sort_by(|one, other| key(one).total_cmp(&key(other)));
+    let middle = all.len() / 2;
+    all.swap_remove(middle)
+}
+
 impl Outcome {
     pub(crate) fn new(bar: u32, name: &str) -> Self {
         Self { bar, name: name.to_owned(), figures: Vec::new(), not_measured: String::new() }
