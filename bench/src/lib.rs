@@ -2,4 +2,5 @@
 //! figures that it holds itself to.
 
 pub mod event;
+pub mod machine;
 pub mod text;

@@ -19,7 +19,9 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use bench::machine::{LOCK, Machine, SOURCES};
 use clap::{Parser, value_parser};
+use local_stack::Program;
 use serde::{Deserialize, Serialize};
 use tokio::process::Command;
 
@@ -66,24 +68,6 @@ struct Report {
     outcomes: Vec<Outcome>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
-struct Machine {
-    version: String,
-    development_build: bool,
-    /// The sources that lie there, by git; they may be younger than the programs.
-    #[serde(default)]
-    sources: String,
-    /// Versions of libraries that do the work.
-    #[serde(default)]
-    libraries: Vec<(String, String)>,
-    #[serde(default)]
-    processor: String,
-    processors: usize,
-    memory_gib: f64,
-    kernel: String,
-    postgres: Vec<(String, String)>,
-}
-
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
@@ -126,7 +110,8 @@ async fn measure(arguments: Arguments) -> Result<ExitCode> {
     };
     let began = Instant::now();
     let mut ground = Ground::start().await?;
-    let machine = Machine::of(&ground).await?;
+    let program = Program::new(None, ground.base.clone(), "bench")?;
+    let machine = Machine::of(ground.stack.postgres(), &program).await?;
     let profile = if quick {
         "quick"
     } else if full {
@@ -199,9 +184,6 @@ async fn measure(arguments: Arguments) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The packages that everything is built from, as cargo locks them.
-const LOCK: &str = include_str!("../../../Cargo.lock");
-
 /// Bar 16; the program is built anew if `full`.
 async fn build(full: bool) -> Result<Vec<Outcome>> {
     let binary = local_stack::workspace_binary("write-api")?;
@@ -246,77 +228,4 @@ async fn image_bytes(name: &str) -> Result<u64> {
     let output = inspected.context("docker cannot be run")?;
     ensure!(output.status.success(), "docker has none of the name {name}");
     String::from_utf8_lossy(&output.stdout).trim().parse().context("docker told no size")
-}
-
-const SOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
-
-impl Machine {
-    async fn of(ground: &Ground) -> Result<Self> {
-        let read = |path: &str| std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"));
-        let total = read("/proc/meminfo")?
-            .lines()
-            .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse::<f64>().ok())
-            .context("/proc/meminfo has no MemTotal")?;
-        let cpuinfo = read("/proc/cpuinfo")?;
-        let processor = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-        let program = local_stack::Program::new(None, ground.base.clone(), "bench")?;
-        let described = Command::new("git")
-            .args(["describe", "--always", "--dirty"])
-            .current_dir(SOURCES)
-            .output()
-            .await
-            .ok()
-            .filter(|output| output.status.success());
-        Ok(Machine {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            development_build: program.is_development_build(),
-            sources: described.map_or_else(
-                || "no git repository".to_owned(),
-                |output| String::from_utf8_lossy(&output.stdout).trim().to_owned(),
-            ),
-            libraries: ["tokio", "sqlx", "rdkafka-sys", "aws-sdk-sqs", "tikv-jemalloc-sys"]
-                .map(|name| (name.to_owned(), locked_version(name).unwrap_or_default().to_owned()))
-                .to_vec(),
-            processor: processor.map_or_else(String::new, |(_, name)| name.to_owned()),
-            processors: std::thread::available_parallelism().map_or(0, usize::from),
-            memory_gib: total / 1024.0 / 1024.0,
-            kernel: format!("Linux {}", read("/proc/sys/kernel/osrelease")?.trim()),
-            postgres: ground.stack.postgres().settings().await?,
-        })
-    }
-
-    fn text(&self) -> String {
-        let postgres = self.postgres.iter().find(|(name, _)| name == "server_version");
-        let libraries: Vec<String> = self.libraries.iter().map(|(name, version)| format!("{name} {version}")).collect();
-        format!(
-            "WriteApi {} at {}{}, {} x {}, {:.0} GiB, {}, PostgreSQL {}, {}",
-            self.version,
-            self.sources,
-            if self.development_build { " (development build)" } else { "" },
-            self.processors,
-            self.processor,
-            self.memory_gib,
-            self.kernel,
-            postgres.map_or("?", |(_, version)| version),
-            libraries.join(", ")
-        )
-    }
-}
-
-/// The version of a package that everything is built with.
-fn locked_version(name: &str) -> Option<&'static str> {
-    let package = format!("name = \"{name}\"\nversion = \"");
-    LOCK.split_once(&package)?.1.split('"').next()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn versions_are_those_that_cargo_has_locked() {
-        let version = locked_version("bench").expect("a member of the workspace");
-        assert_eq!(version, env!("CARGO_PKG_VERSION"));
-        assert_eq!(locked_version("no such package"), None);
-    }
 }

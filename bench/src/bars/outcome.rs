@@ -31,13 +31,6 @@ pub(crate) enum Limit {
     Exactly(f64),
 }
 
-/// The one in the middle by `key`.
-pub(crate) fn median<T>(mut all: Vec<T>, key: impl Fn(&T) -> f64) -> T {
-    all.sort_by(|one, other| key(one).total_cmp(&key(other)));
-    let middle = all.len() / 2;
-    all.swap_remove(middle)
-}
-
 impl Outcome {
     pub(crate) fn new(bar: u32, name: &str) -> Self {
         Self { bar, name: name.to_owned(), figures: Vec::new(), not_measured: String::new() }
@@ -139,9 +132,21 @@ pub(crate) fn compare(old: &[Outcome], new: &[Outcome], noise: f64) -> Vec<Strin
     lines
 }
 
+/// The one in the middle by `key`.
+pub(crate) fn median<T>(mut all: Vec<T>, key: impl Fn(&T) -> f64) -> T {
+    all.sort_by(|one, other| key(one).total_cmp(&key(other)));
+    let middle = all.len() / 2;
+    all.swap_remove(middle)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_median_is_the_one_in_the_middle() {
+        assert_eq!(median(vec![3.0, 9.0, 1.0], |value| *value), 3.0);
+    }
 
     #[test]
     fn a_bar_holds_if_all_its_figures_do() {

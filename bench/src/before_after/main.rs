@@ -17,11 +17,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use bench::machine::Machine;
 use clap::{Parser, value_parser};
 use local_stack::{Behaviour, Environment, KafkaTap, Names, PartnerStub, Program, SqsProxy, Stack, StackOptions};
 
 use course::Course;
-use report::{Machine, Report, Settings};
+use report::{Report, Settings};
 use way::Way;
 
 /// The old way, its first repair and WriteApi on the same data, the same partner, in the same minutes; writes report.html
@@ -104,11 +105,7 @@ async fn compare(arguments: Arguments) -> Result<()> {
             };
             ways.push(course.run().await?);
         }
-        let machine = Machine {
-            cpus: std::thread::available_parallelism().map_or(0, usize::from),
-            development_build: service.is_development_build(),
-            postgres: stack.postgres().settings().await?,
-        };
+        let machine = Machine::of(stack.postgres(), &service).await?;
         anyhow::Ok(Report { settings, machine, ways })
     };
     let report = tokio::select! {

@@ -195,9 +195,10 @@ fn notes(add: &mut String, report: &Report) -> Result<()> {
     let machine = &report.machine;
     write!(
         add,
-        "<li>One after another on one machine of {} processors, which also ran Postgres, SQS, Kafka and the partner, who answers \
-         after {} ms. Each is one process that first got an event of 100 listings.</li>",
-        machine.cpus, report.settings.partner_latency_ms
+        "<li>One after another on one machine, which also ran Postgres, SQS, Kafka and the partner, who answers after {} ms. Each is \
+         one process that first got an event of 100 listings.</li><li>{}.</li>",
+        report.settings.partner_latency_ms,
+        escape(&machine.text())
     )?;
     let settings: Vec<String> =
         machine.postgres.iter().map(|(name, value)| format!("{} = {}", escape(name), escape(value))).collect();

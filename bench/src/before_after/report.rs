@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use bench::machine::Machine;
 use bench::text::duration;
 use local_stack::thousands;
 use serde::Serialize;
@@ -33,15 +34,6 @@ impl Settings {
         const MOST: u32 = 200;
         self.calls_of_the_old_way.map(|calls| calls.min(MOST))
     }
-}
-
-#[derive(Debug, Serialize)]
-pub(crate) struct Machine {
-    pub(crate) cpus: usize,
-    /// Whether the programs were compiled without optimising everything.
-    pub(crate) development_build: bool,
-    /// Settings of Postgres that matter.
-    pub(crate) postgres: Vec<(String, String)>,
 }
 
 #[derive(Debug, Serialize)]

@@ -82,6 +82,12 @@ impl SqsProxy {
         self.state.witness.calls_by_action()
     }
 
+    /// How many messages the emulator has deleted, as it said.
+    #[must_use]
+    pub fn deleted(&self) -> u64 {
+        self.state.witness.deleted()
+    }
+
     /// How often each fault has really happened, by [name](SqsFault::name).
     #[must_use]
     pub fn hits(&self) -> BTreeMap<String, u64> {

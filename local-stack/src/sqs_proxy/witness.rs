@@ -78,6 +78,8 @@ struct Book {
     counts: BTreeMap<String, u64>,
     /// Those that are about messages.
     calls: Vec<WatchedCall>,
+    /// Messages that were deleted.
+    deleted: u64,
     /// How long the emulator took for each answer, long polls without the time that they may be parked.
     took: Vec<Duration>,
 }
@@ -126,6 +128,11 @@ impl Witness {
         self.book().counts.clone()
     }
 
+    /// How many messages the emulator has deleted, as it says.
+    pub(super) fn deleted(&self) -> u64 {
+        self.book().deleted
+    }
+
     /// The emulator has answered.
     pub(super) fn took(&self, time: Duration) {
         self.book().took.push(time);
@@ -157,6 +164,12 @@ impl Watched<'_> {
                 self.set(Some(all), Done::No);
                 self.set(Some(answer["Successful"].as_array().map_or(&[], Vec::as_slice)), Done::Yes);
             }
+        }
+        let Some(place) = self.place else { return };
+        let book = &mut *self.witness.book();
+        let call = &book.calls[place];
+        if call.action == Action::Delete {
+            book.deleted += call.messages.iter().filter(|message| message.done == Done::Yes).count() as u64;
         }
     }
 

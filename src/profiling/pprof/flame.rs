@@ -12,6 +12,10 @@ const NARROWEST: f64 = 0.3;
 const CHARACTER: f64 = 7.0;
 
 /// Click: the box takes the whole width. A click on the lowest one shows all again.
+/// Paper and the ink on it, by day and by night; boxes have bright colours of their own, and dark names.
+const STYLE: &str = ".paper{fill:#fffdf8}.ink{fill:#1c1e21}\
+                     @media(prefers-color-scheme:dark){.paper{fill:#16181b}.ink{fill:#e6e8ea}}";
+
 const SCRIPT: &str = "
 document.querySelectorAll('g').forEach(function (box, _, all) {
   box.addEventListener('click', function () {
@@ -102,13 +106,15 @@ impl FlameGraph {
         let mut write = |text: std::fmt::Arguments| svg.write_fmt(text).expect("memory takes every text");
         write(format_args!(
             "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} \
-             {height}\" width=\"{WIDTH}\" height=\"{height}\" font-family=\"monospace\" font-size=\"11.6\">\n<rect \
-             width=\"100%\" height=\"100%\" fill=\"#fffdf8\"/>\n<text x=\"600\" y=\"24\" text-anchor=\"middle\" \
-             font-size=\"16\">{}</text>\n",
+             {height}\" width=\"{WIDTH}\" height=\"{height}\" font-family=\"monospace\" font-size=\"11.6\">\n<style>{STYLE}</style>\n\
+             <rect class=\"paper\" width=\"100%\" height=\"100%\"/>\n<text class=\"ink\" x=\"600\" y=\"24\" \
+             text-anchor=\"middle\" font-size=\"16\">{}</text>\n",
             escape(&self.title)
         ));
         if boxes.is_empty() {
-            write(format_args!("<text x=\"600\" y=\"42\" text-anchor=\"middle\">nothing to draw</text>\n"));
+            write(format_args!(
+                "<text class=\"ink\" x=\"600\" y=\"42\" text-anchor=\"middle\">nothing to draw</text>\n"
+            ));
         }
         for (node, x, width, row) in boxes {
             let y = HEAD + (deepest - row) * ROW;
