@@ -16,6 +16,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use super::mark::{self, Stage};
+use super::places::For;
 use super::registry::{self, Tracked};
 use super::{contention, places, trace, usage, waits};
 
@@ -94,6 +95,8 @@ pub fn cpu(part: Part) -> Duration {
                 (PRICES.poll, kept.polls),
                 (PRICES.stage, kept.stages),
                 (PRICES.wait, kept.waits),
+                (PRICES.charge, kept.charges),
+                (PRICES.reason, kept.reasons),
                 (PRICES.span, trace::noted()),
             ];
             Duration::from_nanos(counted.into_iter().map(|(each, count)| each * count as f64).sum::<f64>() as u64)
@@ -163,12 +166,16 @@ pub fn heap_sample(work: impl FnOnce()) {
 struct Prices {
     /// To list a task and to take it off the list.
     task: f64,
-    /// A poll of a task, with what is added at its end to the event's ledger: memory, time, and waits for one reason.
+    /// A poll of a task, with the charges at its beginning and its end.
     poll: f64,
     /// A stage in a poll.
     stage: f64,
     /// A wait.
     wait: f64,
+    /// A charge in the middle of a poll: the work turns to another kind, or somebody reads the ledger.
+    charge: f64,
+    /// Adding the waits for one reason to the event's ledger.
+    reason: f64,
     /// A span of the trace.
     span: f64,
 }
@@ -216,16 +223,22 @@ impl Prices {
             });
             (with - more(&|times| tracked(times, work))) / (MANY - 1) as f64
         }
-        let wait = next(|_| waits::trial());
-        let with_a_wait = tracked(1, |index| {
-            work(index);
-            waits::trial();
-        });
+        // Of both, services wait for seconds and more, in which the microseconds of a trial are nothing.
+        const REASONS: [For; 2] = [For::Queue, For::Permit];
+        let twice = |reasons: [For; 2]| tracked(2, move |index| waits::trial(reasons[index]));
         Prices {
             task: timed(|| drop(Tracked::inherit("trial of a task", Location::caller(), std::future::ready(())))),
-            poll: with_a_wait - wait - polled(repeated(1, work)),
-            stage: next(|_| mark::stage(Stage::Call, trace::trial_of_one_left_out)),
-            wait,
+            poll: tracked(1, work) - polled(repeated(1, work)),
+            // In a real one something is allocated. What that costs by itself is in neither.
+            stage: next(|index| {
+                mark::stage(Stage::Call, || {
+                    trace::trial_of_one_left_out();
+                    work(index);
+                });
+            }) - next(work),
+            wait: next(|_| waits::trial(For::Queue)),
+            charge: next(|_| usage::settle()),
+            reason: twice(REASONS) - twice([For::Queue; 2]),
             span: next(|_| trace::trial()),
         }
     }
@@ -244,6 +257,8 @@ static PRICES: LazyLock<Prices> = LazyLock::new(|| {
         poll: median(|prices| prices.poll),
         stage: median(|prices| prices.stage),
         wait: median(|prices| prices.wait),
+        charge: median(|prices| prices.charge),
+        reason: median(|prices| prices.reason),
         span: median(|prices| prices.span),
     }
 });
@@ -320,9 +335,9 @@ mod tests {
     fn what_is_counted_inside_of_other_work_has_a_cost() {
         calibrate();
         println!("the books: {:?}", *PRICES);
-        let Prices { task, poll, stage, wait, span } = *PRICES;
-        let each = [task, poll, stage, wait, span];
-        assert!(each.iter().all(|each| *each > 0.0 && *each < 50_000.0), "{:?}", *PRICES);
+        let Prices { task, poll, stage, wait, charge, reason, span } = *PRICES;
+        let each = [task, poll, stage, wait, charge, span];
+        assert!(each.iter().all(|each| *each > 0.0 && *each < 50_000.0) && reason < 50_000.0, "{:?}", *PRICES);
         let (heap, books, kept) = (cpu(Part::HeapSamples), cpu(Part::Bookkeeping), usage::kept());
         // Twice as many as are asked for: other tests have samples that are under way.
         for _ in 0..128 {

@@ -33,17 +33,16 @@ fn now(reason: For) -> Instant {
 }
 
 /// Does for a wait that is over at once all that is done for one, for a trial of what it costs. Of the tables it leaves only its
-/// time, with that of the queue, where some microseconds are nothing.
-pub(super) fn trial() {
-    const REASON: For = For::Queue;
-    let (place, mark, since) = (Location::caller(), mark::current(), now(REASON));
+/// time, with that of the reason, where some microseconds should be nothing.
+pub(super) fn trial(reason: For) {
+    let (place, mark, since) = (Location::caller(), mark::current(), now(reason));
     let waiting = Waiting::nowhere(place);
     registry::waits_at(place, true);
     // Not zero, which would be added to nothing.
-    let took = now(REASON).saturating_duration_since(since).max(Duration::from_nanos(1));
+    let took = now(reason).saturating_duration_since(since).max(Duration::from_nanos(1));
     waiting.ended(took);
-    usage::waited(mark, REASON, took);
-    let _ = std::hint::black_box(contention::draw(REASON, took));
+    usage::waited(mark, reason, took);
+    let _ = std::hint::black_box(contention::draw(reason, took));
     registry::waited();
 }
 
