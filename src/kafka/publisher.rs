@@ -71,7 +71,7 @@ impl Publisher {
     /// refused, or given up after `kafka.delivery_timeout`. Waits for room where librdkafka's queue is full; drops nothing.
     ///
     /// `record` makes the record of an item, the same one each time. It is made when it is handed over, and freed then, since
-    /// librdkafka has its own copy: made beforehand, those of a page would be held twice.
+    /// librdkafka has its own copy: made beforehand, those of a page would be held twice. Where some are refused they are made again.
     ///
     /// Brokers refuse a batch for one of its records, so those refused are sent again, each alone, and only those refused
     /// again count as refused. Want of rights is the topic's before it is a record's: such a record counts as refused only
@@ -101,15 +101,15 @@ impl Publisher {
             return Err(together.error(self.topic(), Verdict::NotAuthorized));
         }
         let mut topic_is_open = false;
-        // One that was taken with the others stands for the topic.
         let is_suspect = |record: &Record| suspects.contains(record.key.as_str());
-        let taken = items.iter().map(&record).find(|record| !is_suspect(record));
         for suspect in items.iter().map(&record).filter(is_suspect) {
             let alone = self.send_after(rights_in_doubt, &suspect).await?;
             rights_in_doubt = alone.lack_rights();
             if rights_in_doubt && !topic_is_open {
-                topic_is_open = match &taken {
-                    Some(taken) => !self.send_after(true, taken).await?.lack_rights(),
+                // One that was taken with the others stands for the topic.
+                let taken = items.iter().map(&record).find(|record| !is_suspect(record));
+                topic_is_open = match taken {
+                    Some(taken) => !self.send_after(true, &taken).await?.lack_rights(),
                     None => false,
                 };
                 if !topic_is_open {
@@ -130,7 +130,7 @@ impl Publisher {
         let page = Page::new();
         for record in records {
             self.hand_over(&producer, record.borrow(), &page).await;
-            // Handing over takes a microsecond or two; a page of them must not keep the thread from other tasks.
+            // Making one and handing it over takes some microseconds; a page of them must not keep the thread from other tasks.
             tokio::task::consume_budget().await;
         }
         let reports = page.wait().await;

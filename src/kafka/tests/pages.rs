@@ -1,5 +1,7 @@
 //! Pages reach the topic, whatever becomes of brokers, answers and producers.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use super::*;
 
 #[tokio::test]
@@ -106,6 +108,33 @@ async fn a_full_queue_makes_the_page_wait_and_drops_nothing() {
     let publisher = Publisher::with_client(&kafka, tiny, Arc::new(Metrics::new())).expect("a producer");
     assert_eq!(publisher.publish_page(&page(300), Record::clone).await, Ok(all(300)));
     assert_eq!(read_all(&kafka, 300).len(), 300);
+}
+
+/// What waits for room is not made yet: a page of records is never held beside librdkafka's copies of them.
+#[tokio::test]
+async fn a_record_is_made_when_it_is_handed_over() {
+    let (cluster, kafka) = cluster();
+    let mut tiny = client::producer(&kafka);
+    tiny.set("queue.buffering.max.messages", "10");
+    let publisher = Publisher::with_client(&kafka, tiny, Arc::new(Metrics::new())).expect("a producer");
+    assert_eq!(publisher.publish_page(&page(1), Record::clone).await, Ok(all(1)));
+    cluster.broker_down(-1).expect("down");
+    let made = AtomicUsize::new(0);
+    let records = page(300);
+    let count = |record: &Record| {
+        made.fetch_add(1, Ordering::Relaxed);
+        record.clone()
+    };
+    let (published, ()) = tokio::join!(publisher.publish_page(&records, count), async {
+        // Its first poll goes on until there is no room.
+        while made.load(Ordering::Relaxed) < 11 {
+            tokio::task::yield_now().await;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert_eq!(made.load(Ordering::Relaxed), 11);
+        cluster.broker_up(-1).expect("up");
+    });
+    assert_eq!((published, made.into_inner()), (Ok(all(300)), 300));
 }
 
 #[tokio::test]
