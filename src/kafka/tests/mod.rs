@@ -1,6 +1,7 @@
 //! The publisher against librdkafka's mock cluster: real sockets, real protocol, failures on demand.
 
 mod codes;
+mod ending;
 mod pages;
 mod refusals;
 mod topics;
