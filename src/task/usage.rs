@@ -4,7 +4,7 @@
 //! differences belong to the mark before. A block is charged to who allocates it and credited to who frees it, so
 //! that what one kind hands to another shows as a difference at both.
 //!
-//! Each thread keeps [`Books`]: sums by kind and stage that it alone writes, and that readers add up over all threads. An event has
+//! Each thread keeps books: sums by kind and stage that it alone writes, and that readers add up over all threads. An event has
 //! a [`Ledger`], which every thread that polls a task of it adds to, at the end of the poll: what it has until then is pending.
 
 use std::cell::Cell;

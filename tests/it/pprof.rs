@@ -221,6 +221,9 @@ async fn every_mode_has_every_form() -> Result<()> {
         ensure!(status.is_success(), "{path}: {status}: {}", text(&body));
         Ok(body.to_vec())
     };
+    // No call ends in a minute, and stacks of the other waits are drawn by lot.
+    until("the stack of a wait", SOON, async || Ok(text(&get("block?debug=1").await?).contains('@').then_some(())))
+        .await?;
     let opened = async |path: &str| -> Result<String> {
         let file = world.path("profile");
         std::fs::write(&file, get(path).await?)?;
