@@ -9,6 +9,7 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesOrdered;
 use futures::{FutureExt, StreamExt};
 use serde::Deserialize;
+use tokio::task::JoinSet;
 
 use super::attempts::{quarantined, used};
 use super::envelope::Event;
@@ -21,7 +22,7 @@ use crate::fault;
 use crate::kafka::{PublishError, Published, Records, Valuation};
 use crate::queue::lease::{Role, StopReason};
 use crate::queue::{Delivery, Outcome, Refusal};
-use crate::task::{Stage, in_stage};
+use crate::task::{self, Stage, in_stage};
 
 /// Kept of the time to stop for giving the run and the message back.
 const HANDOVER: Duration = Duration::from_secs(1);
@@ -119,8 +120,8 @@ struct Page {
 /// What the cursor was moved past, and how many pages those were.
 type Advanced = Result<(PublishedRange, usize), Ended>;
 
-/// One owner's publishing of a run. All that it does at the same time is polled in one place: what is begun goes on, so that
-/// nothing holds a connection of the pool while it waits for something that needs one.
+/// One owner's publishing of a run. All that it does at the same time is polled in one place, or in a task of its own: what is begun
+/// goes on, so that nothing holds a connection of the pool while it waits for something that needs one.
 struct Publishing<'a> {
     events: &'a Events,
     event_id: &'a str,
@@ -144,7 +145,9 @@ impl<'a> Publishing<'a> {
     async fn run(mut self) -> Ended {
         let mut stopped = std::pin::pin!(self.delivery.lease.stopped());
         let mut probation = std::pin::pin!(tokio::time::sleep(PROBATION));
-        let mut reading: Option<BoxFuture<'a, Result<Vec<valuations::Valuation>, DbError>>> = None;
+        // In a task of its own, so that a page is decoded on one processor while another's records are made on the other. Given up with
+        // this.
+        let mut reading: JoinSet<Result<Vec<valuations::Valuation>, DbError>> = JoinSet::new();
         let mut sending: FuturesOrdered<BoxFuture<'a, Result<PublishedRange, PublishError>>> = FuturesOrdered::new();
         let mut advancing: Option<BoxFuture<'a, Advanced>> = None;
         let mut outliving: Option<BoxFuture<'a, ()>> = None;
@@ -167,10 +170,10 @@ impl<'a> Publishing<'a> {
                 self.in_flight += 1;
                 sending.push_back(self.send(page));
             }
-            if goes_on && reading.is_none() && self.ahead.is_none() && !self.exhausted {
-                reading = Some(self.read());
+            if goes_on && reading.is_empty() && self.ahead.is_none() && !self.exhausted {
+                task::spawn_in(&mut reading, "valuations", self.read());
             }
-            if sending.is_empty() && advancing.is_none() && reading.is_none() {
+            if sending.is_empty() && advancing.is_none() && reading.is_empty() {
                 let all = self.exhausted && self.ahead.is_none();
                 return match (failure, stop) {
                     (Some(error), _) => Ended::Failed(error),
@@ -196,13 +199,12 @@ impl<'a> Publishing<'a> {
                         failure = failure.or(Some(error.into()));
                     }
                 },
-                page = optional(&mut reading) => {
-                    reading = None;
-                    match page {
-                        Ok(valuations) => self.page_read(valuations),
-                        Err(error) => failure = failure.or(Some(error.into())),
-                    }
-                }
+                Some(page) = reading.join_next(), if !reading.is_empty() => match page {
+                    Ok(Ok(valuations)) => self.page_read(valuations),
+                    Ok(Err(error)) => failure = failure.or(Some(error.into())),
+                    // As if it had panicked here: nobody else ends the task.
+                    Err(ended) => std::panic::resume_unwind(ended.into_panic()),
+                },
                 // Where Kafka is away, what is under way can last for longer than a stop may.
                 () = self.delivery.lease.nearly_over(HANDOVER) => return Ended::Stopped(StopReason::Shutdown),
                 reason = &mut stopped, if stop.is_none() => stop = Some(reason),
@@ -216,9 +218,10 @@ impl<'a> Publishing<'a> {
         }
     }
 
-    fn read(&self) -> BoxFuture<'a, Result<Vec<valuations::Valuation>, DbError>> {
-        let read = self.events.database.read_valuations(self.run_id, self.read_to, self.events.publish_page_size);
-        in_stage(Stage::Read, read).boxed()
+    fn read(&self) -> impl Future<Output = Result<Vec<valuations::Valuation>, DbError>> + 'static {
+        let (database, run_id) = (self.events.database.clone(), self.run_id.to_owned());
+        let (after, rows) = (self.read_to, self.events.publish_page_size);
+        in_stage(Stage::Read, async move { database.read_valuations(&run_id, after, rows).await })
     }
 
     fn page_read(&mut self, valuations: Vec<valuations::Valuation>) {
