@@ -199,7 +199,7 @@ impl<'a> Publishing<'a> {
                         failure = failure.or(Some(error.into()));
                     }
                 },
-                Some(page) = reading.join_next(), if !reading.is_empty() => match page {
+                Some(page) = task::park(reading.join_next()), if !reading.is_empty() => match page {
                     Ok(Ok(valuations)) => self.page_read(valuations),
                     Ok(Err(error)) => failure = failure.or(Some(error.into())),
                     // As if it had panicked here: nobody else ends the task.
