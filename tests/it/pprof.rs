@@ -222,8 +222,12 @@ async fn every_mode_has_every_form() -> Result<()> {
         Ok(body.to_vec())
     };
     // No call ends in a minute, and stacks of the other waits are drawn by lot.
-    until("the stack of a wait", SOON, async || Ok(text(&get("block?debug=1").await?).contains('@').then_some(())))
-        .await?;
+    until("the stack of a wait", SOON, async || {
+        // Profiles may be asked for once a second, and those below use up what may be asked for at once.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        Ok(text(&get("block?debug=1").await?).contains('@').then_some(()))
+    })
+    .await?;
     let opened = async |path: &str| -> Result<String> {
         let file = world.path("profile");
         std::fs::write(&file, get(path).await?)?;
