@@ -1,6 +1,6 @@
 //! `valuations.publish`: post-processing of a complete run. A page of valuations, all its records in parallel, then the
-//! cursor. Pages overlap: the next one is sent while the reports of one come in and its cursor is written, and one more is read
-//! meanwhile; cursors are written in order. Records that Kafka refuses for good are quarantined as the cursor passes them.
+//! cursor. Pages overlap: the next one is sent while the cursor of one is written, and one more is read meanwhile; cursors are
+//! written in order. Records that Kafka refuses for good are quarantined as the cursor passes them.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -163,8 +163,11 @@ impl<'a> Publishing<'a> {
                 advancing = PublishedRange::joined(reported.drain(..)).map(|range| self.advance(range, pages));
             }
             let goes_on = stop.is_none() && failure.is_none();
+            // Those that are being sent hold the most memory, librdkafka's copies of their records; the others wait for a cursor.
+            let most = self.events.publish_pages_in_flight;
             if goes_on
-                && self.in_flight < self.events.publish_pages_in_flight
+                && self.in_flight < most
+                && sending.len() < most.div_ceil(2)
                 && let Some(page) = self.ahead.take()
             {
                 self.in_flight += 1;

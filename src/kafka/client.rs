@@ -76,7 +76,7 @@ pub(super) fn producer(kafka: &config::Kafka) -> ClientConfig {
         // Handing a page over takes some milliseconds, in which batches form; a request costs both sides as much as many records do.
         // A longer one is time lost on each page where few are in flight.
         .set("linger.ms", "1")
-        // Full is back-pressure, not an error. 20,000 records are ten pages of the default size: five publications fill it.
+        // Full is back-pressure, not an error. Of pages of the default size each publication sends one: seven fill it.
         .set("queue.buffering.max.messages", "20000")
         .set("queue.buffering.max.kbytes", "65536");
     client

@@ -64,6 +64,8 @@ pub(super) fn apply(environment: &mut Environment, size: Size) {
         ("partner.total_timeout", "30m".to_owned()),
         ("refresh.page_size", size.page.to_string()),
         ("kafka.page_size", size.page.to_string()),
+        // So that one page can fail while another is being sent behind it.
+        ("kafka.pages_in_flight", "4".to_owned()),
         ("kafka.delivery_timeout", "5s".to_owned()),
         ("outbox.poll_interval", "500ms".to_owned()),
         ("outbox.claim_timeout", "5s".to_owned()),
