@@ -258,7 +258,8 @@ pub struct Kafka {
     pub delivery_timeout: Duration,
     /// Valuations a page.
     pub page_size: usize,
-    /// Pages of a publication whose records are out and whose cursor is not written; at most half of them are being sent.
+    /// Pages of a publication whose records are out and whose cursor is not written; at most half of them, rounded up, are being
+    /// sent.
     pub pages_in_flight: usize,
     /// Encryption, `None` for plain text.
     pub tls: Option<KafkaTls>,

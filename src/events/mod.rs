@@ -100,7 +100,8 @@ pub struct Events {
     pub pages: Arc<Semaphore>,
     /// Valuations a page of post-processing.
     pub publish_page_size: usize,
-    /// Pages of a publication whose records are out and whose cursor is not written; at most half of them are being sent.
+    /// Pages of a publication whose records are out and whose cursor is not written; at most half of them, rounded up, are being
+    /// sent.
     pub publish_pages_in_flight: usize,
     /// Writes listings of several events together.
     pub upserts: GroupCommit,
