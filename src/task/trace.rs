@@ -139,7 +139,7 @@ pub(super) fn trial_of_one_left_out() {
 }
 
 fn put(spans: &Mutex<VecDeque<Packed>>, most: usize, mark: Mark, task: u32, since: Instant) {
-    let begin = since.saturating_duration_since(*START);
+    let begin = Duration::from_nanos(since_start(since));
     let packed = Packed::new(mark, task, begin, begin + since.elapsed());
     let mut spans = spans.lock().unwrap_or_else(PoisonError::into_inner);
     if spans.len() == most {
