@@ -1,10 +1,11 @@
 //! The job that the service exists for: 17,000 listings, a call each, and all that follows from it.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use local_stack::Behaviour;
+use local_stack::kafka::Order;
+use local_stack::{Behaviour, Kafka};
 use serde_json::Value;
 
 use crate::harness::{LONG, SOON, World, until};
@@ -50,6 +51,37 @@ async fn the_partner_is_never_asked_faster_than_agreed() -> Result<()> {
     let stats = world.partner.stats();
     ensure!(!stats.by_status.contains_key(&429) && stats.requests == 3_500, "{stats:?}");
     ensure!(stats.max_in_one_second <= u64::from(MOST), "{stats:?}");
+    world.finish(service).await
+}
+
+/// Records that are being sent hold the most memory, so of the pages in flight at most half are. A broker far away shows it: each
+/// of its round trips delivers so many and no more. A late look only allows for more of them, so it can fail nothing.
+#[tokio::test]
+async fn at_most_half_of_the_pages_in_flight_are_being_sent() -> Result<()> {
+    const PAGE: u64 = 20;
+    const SENT: u64 = 2;
+    const TRIPS: u64 = 5;
+    const TRIP: Duration = Duration::from_secs(2);
+    let mut world = World::new(Behaviour { latency_ms: 0, ..Behaviour::default() }).await?;
+    let kafka = Kafka::separate().await?;
+    // One partition, so one request for all that is handed over at a time.
+    kafka.create_topic(&world.environment().names().topic, 1).await?;
+    world.set("kafka.brokers", kafka.bootstrap()).set("kafka.page_size", PAGE).set("kafka.pages_in_flight", 2 * SENT);
+    world.listings((TRIPS * SENT * PAGE) as i64).await?;
+    let service = world.serve().await?;
+    service.ready().await?;
+    kafka.order(&Order::Delay { milliseconds: TRIP.as_millis() as u64 }).await?;
+    let began = Instant::now();
+    let id = world.refresh(&[])?;
+    until("the records", LONG, async || {
+        let delivered = service.metric(r#"write_api_kafka_deliveries_total{result="ok"}"#).await? as u64;
+        let trips = began.elapsed().as_secs() / TRIP.as_secs();
+        ensure!(delivered <= trips * SENT * PAGE, "{delivered} records were delivered in {trips} round trips");
+        Ok((delivered == TRIPS * SENT * PAGE).then_some(()))
+    })
+    .await?;
+    kafka.order(&Order::Delay { milliseconds: 0 }).await?;
+    world.published(&id, LONG).await?;
     world.finish(service).await
 }
 

@@ -131,7 +131,7 @@ async fn measure(arguments: Arguments) -> Result<ExitCode> {
         let measured = match bar {
             1 => Box::pin(slow::rate_bound(ground)).await,
             2 | 4 | 6 => Box::pin(slow::latency_bound(ground, quick)).await,
-            3 | 9 => Box::pin(slow::processor_time(ground)).await,
+            3 | 9 => Box::pin(slow::processor_time(ground, if full { 9 } else { 3 })).await,
             5 => Box::pin(slow::memory_against_rows(ground, full)).await,
             7 => Box::pin(fast::fast_events(ground, if full { 3 } else { 1 })).await,
             8 => Box::pin(fast::fast_beside_slow(ground, if full { 5 } else { 2 })).await,
