@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::Context;
 use futures::FutureExt;
 use tokio::net::TcpListener;
+use tokio::runtime::Handle;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
@@ -61,6 +62,7 @@ const KEEPER_SILENCE: Duration = Duration::from_secs(60);
 /// The service, built and not yet running.
 pub struct App {
     config: Config,
+    for_fast_events: Handle,
     metrics: Arc<Metrics>,
     health: Health,
     database: Database,
@@ -79,8 +81,9 @@ struct Listeners {
 }
 
 impl App {
-    /// Builds every part and binds the listeners. Neighbours that are away are no error: the service waits for them.
-    pub async fn build(config: Config, recording: Option<Recording>) -> anyhow::Result<App> {
+    /// Builds every part and binds the listeners. Neighbours that are away are no error: the service waits for them. Events of the
+    /// common lane are worked on by the runtime `for_fast_events`, all else by the one that this is called in.
+    pub async fn build(config: Config, recording: Option<Recording>, for_fast_events: Handle) -> anyhow::Result<App> {
         let metrics = Arc::new(Metrics::new());
         let health = Health::new();
         profiling::sample_allocations(config.profiling.enabled)?;
@@ -135,6 +138,7 @@ impl App {
             events,
             listeners: Some(listeners),
             snapshots,
+            for_fast_events,
             config,
         })
     }
@@ -253,10 +257,11 @@ impl App {
         let silence = queue.wait_time + queue.request_timeout * 2 + Duration::from_secs(10);
         let company = Company::new();
         let mut set = JoinSet::new();
-        for (name, settings) in [
-            (lane::EVENTS, &lanes.events),
-            (lane::VALUATIONS, &lanes.valuations),
-            (lane::POST_PROCESSING, &lanes.post_processing),
+        let for_slow_events = Handle::current();
+        for (name, settings, runtime) in [
+            (lane::EVENTS, &lanes.events, &self.for_fast_events),
+            (lane::VALUATIONS, &lanes.valuations, &for_slow_events),
+            (lane::POST_PROCESSING, &lanes.post_processing, &for_slow_events),
         ] {
             let parts = ConsumerParts {
                 lane: name,
@@ -271,6 +276,7 @@ impl App {
                 beat: self.health.beat(format!("poll {name}"), silence),
                 dependency: self.health.dependency(format!("queue {}", settings.queue)),
             };
+            let _entered = runtime.enter();
             task::spawn_in(&mut set, "lane", consume(parts, company.clone()));
         }
         set

@@ -40,6 +40,14 @@ Exit codes: 0 stopped in order, 1 failed (a port in use, a part that ended by it
 pub(super) fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let recording = options.record.map(|file| Recording { file, limit_bytes: options.record_limit });
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("worker").build()?;
+    // One thread for all fast events: those that are received together become ready together, and two threads would wake each other
+    // for them again and again, which takes a third of their processor time. It is kept from slow events, too.
+    let for_fast_events = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .thread_name("fast events")
+        .build()?;
+    let handle = for_fast_events.handle().clone();
     // On a worker, whose stack is deep already by the work of others: the main thread's would keep for ever what only the start
     // needs, a third of a megabyte.
     let service = async move {
@@ -52,7 +60,7 @@ pub(super) fn run(config: Config, options: Options) -> anyhow::Result<()> {
                 _ = interrupt.recv() => "SIGINT",
             }
         };
-        let app = App::build(config, recording).await?;
+        let app = App::build(config, recording, handle).await?;
         let stop = async {
             let first = name().await;
             tracing::info!(signal = first, "stopping; a second signal exits at once");
@@ -68,5 +76,6 @@ pub(super) fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let done = done.unwrap_or_else(|ended| std::panic::resume_unwind(ended.into_panic()));
     // Whatever still runs on a blocking thread is bounded elsewhere; the process need not wait for it.
     runtime.shutdown_background();
+    for_fast_events.shutdown_background();
     done
 }

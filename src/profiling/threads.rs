@@ -32,7 +32,7 @@ fn creator(name: &str) -> &'static str {
     match name {
         name if name.starts_with("rdk:") => "the Kafka client",
         name if name.starts_with("jemalloc") => "jemalloc",
-        "worker" => "tokio: workers and blocking calls",
+        "worker" | "fast events" => "tokio: workers and blocking calls",
         name if name.starts_with("profile ") => "a profiling request",
         _ => "the service",
     }

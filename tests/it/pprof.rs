@@ -1,5 +1,6 @@
 //! Profiles of the running service, read with Go's own tools as an operator would.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
@@ -8,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use local_stack::{Behaviour, http_client};
+use write_api::profiling::pprof::Profile;
 
 use crate::harness::{LONG, SOON, Service, World, text, until};
 
@@ -331,6 +333,33 @@ async fn cpu_time_is_told_by_kind_of_event() -> Result<()> {
     }
     let calls = go_pprof(&directory, &["-top", "-cum", "-tagfocus=stage=call", &file])?;
     ensure!(calls.contains("partner::"), "{calls}");
+    world.finish(service).await
+}
+
+/// Whatever slow events do, they never keep the thread that fast ones are worked on by, and the fast ones none of theirs.
+#[tokio::test]
+async fn fast_events_have_a_thread_of_their_own() -> Result<()> {
+    let mut world = World::new(Behaviour { latency_ms: 0, ..Behaviour::default() }).await?;
+    world.set("partner.rate_per_second", 1_000).set("shutdown.grace", "3s");
+    world.expect_work_left();
+    world.listings(20_000).await?;
+    let service = world.serve().await?;
+    service.ready().await?;
+    let url = format!("{}/debug/pprof/profile?seconds=3&hz=500", service.profiling_url());
+    world.refresh(&[])?;
+    let mut sending = world.command().args(["send", "upsert", "--sample", "2000", "--rate", "500"]).spawn()?;
+    let (status, profile) = http_client::get(&url).await?;
+    ensure!(status.is_success(), "{status}: {}", text(&profile));
+    ensure!(sending.wait()?.success(), "the fast events were not sent");
+    let profile = Profile::decode(&profile)?;
+    let mut threads: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for sample in &profile.samples {
+        let (kind, thread) =
+            (sample.label("event_kind").context("no kind")?, sample.label("thread").context("no thread")?);
+        threads.entry(kind).or_default().insert(thread);
+    }
+    ensure!(threads.get("listing.upsert") == Some(&BTreeSet::from(["fast events"])), "{threads:?}");
+    ensure!(threads.get("valuations.refresh") == Some(&BTreeSet::from(["worker"])), "{threads:?}");
     world.finish(service).await
 }
 
