@@ -12,6 +12,7 @@
 //! | for the answer to what runs on it, a transaction of several statements included | `database.statement_timeout` by the server, `CLIENT_MARGIN` more by us |
 //! | for a connection to go back to the pool, or to be closed | `pooled::GIVE_BACK` |
 //! | for all tries of `run!` | `RETRY_FOR`, and one more try |
+//! | for a turn to commit answers | `RETRY_FOR` |
 //! | health: the ping, and the reason for none | 5 s, and `CLIENT_MARGIN` |
 //! | health: the migrations | as a statement |
 //! | the keeper's renewals, connecting included | a quarter of the visibility timeout, at most 15 s (`queue/keeper.rs`) |
@@ -44,6 +45,7 @@ use std::time::Duration;
 use futures::FutureExt;
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgPoolOptions};
 use sqlx::{ConnectOptions, Connection};
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::{Instant, timeout};
 
 use self::pooled::{Connections, Pooled};
@@ -96,6 +98,10 @@ pub struct Database {
     acquire_timeout: Duration,
     lock_timeout: Duration,
     bound: Duration,
+    /// Turns to commit answers, for half of the connections. The calls of all runs may be answered at the same moment, and then as
+    /// many runs commit as may; those over the same listings also wait for each other's rows. Fast events would wait for all of it
+    /// if there were no connections left.
+    commit_turns: Arc<Semaphore>,
 }
 
 impl Database {
@@ -114,6 +120,7 @@ impl Database {
             acquire_timeout: config.acquire_timeout,
             lock_timeout: config.statement_timeout,
             bound: config.statement_timeout + CLIENT_MARGIN,
+            commit_turns: Arc::new(Semaphore::new((config.max_connections / 2).max(1) as usize)),
         })
     }
 
@@ -189,6 +196,15 @@ impl Database {
     #[track_caller]
     fn connection(&self) -> impl Future<Output = sqlx::Result<Pooled>> {
         wait(For::Database, Arc::clone(&self.connections).acquire())
+    }
+
+    /// A turn to commit answers, held until they are committed.
+    #[track_caller]
+    fn commit_turn(&self) -> impl Future<Output = Result<SemaphorePermit<'_>, DbError>> {
+        wait(For::Database, timeout(RETRY_FOR, self.commit_turns.acquire())).map(|turn| match turn {
+            Ok(turn) => Ok(turn.expect("the semaphore is never closed")),
+            Err(_) => Err(DbError::Unavailable { what: "a turn to commit answers", source: sqlx::Error::PoolTimedOut }),
+        })
     }
 
     /// The longest that one piece of work takes, with all its tries.

@@ -185,6 +185,7 @@ impl Database {
             true => super::planted::owner(self, run_id, token).await?,
             false => token,
         };
+        let _turn = self.commit_turn().await?;
         run!(self, "a batch of valuations", connection => {
             sqlx::query_as!(
                 Progress,

@@ -1,4 +1,5 @@
-//! tokio's own dump of its tasks (`goroutine?dump=1`): the chain of futures from each task to where it waits.
+//! tokio's own dump of its tasks (`goroutine?dump=1`): the chain of futures from each task to where it waits. Of one runtime, so
+//! without the tasks of the common lane.
 //!
 //! Only in programs built for it, because tokio takes the dump by stopping its workers and polling every idle task once more,
 //! which may take as long as the slowest of those polls, and needs a second unwinder.

@@ -30,6 +30,39 @@ pub(crate) async fn missing(service: &Service) -> Result<Vec<String>> {
     Ok(names)
 }
 
+/// The answers of all runs may come at the same moment. Committing them takes half of the connections at most, however long it
+/// takes, and fast events go on with the others.
+#[tokio::test]
+async fn commits_of_answers_leave_connections_for_fast_events() -> Result<()> {
+    const RUNS: u64 = 6;
+    const ROWS: u64 = 200;
+    const CONNECTIONS: i64 = 4;
+    let mut world = World::new(Behaviour { latency_ms: 0, ..Behaviour::default() }).await?;
+    world.set("database.max_connections", CONNECTIONS).set("database.statement_timeout", "60s");
+    world.set("partner.rate_per_second", 0);
+    world.listings(ROWS as i64).await?;
+    let service = world.serve().await?;
+    // What commits answers writes this table too, and nothing else does.
+    let mut lock = world.database.begin().await?;
+    sqlx::query("LOCK TABLE listing_valuations IN EXCLUSIVE MODE").execute(&mut *lock).await?;
+    let commits = "SELECT count(*) FROM pg_locks WHERE relation = 'listing_valuations'::regclass AND NOT granted";
+    let runs = (0..RUNS).map(|_| world.refresh(&[])).collect::<Result<Vec<_>>>()?;
+    until("the answers of all runs", LONG, async || Ok((world.partner.stats().requests == RUNS * ROWS).then_some(())))
+        .await?;
+    until("the commits", SOON, async || Ok((world.number(commits).await? >= CONNECTIONS / 2).then_some(()))).await?;
+
+    world.done(&["send", "upsert", "--sample", "20"])?;
+    let done = r#"write_api_events_total{kind="listing.upsert",outcome="done"}"#;
+    until("the fast events", SOON, async || Ok((service.metric(done).await? == 20.0).then_some(()))).await?;
+    ensure!(world.number(commits).await? == CONNECTIONS / 2, "the commits have not waited, or too many have");
+    lock.rollback().await?;
+    for run in &runs {
+        world.published(run, LONG).await?;
+    }
+    world.quiet(LONG).await?;
+    world.finish(service).await
+}
+
 /// Breaks a wire in the middle of a run, mends it later, and wants every effect once.
 async fn outage(world: &World, service: Service, wire: &Wire, flow: Flow, length: Duration) -> Result<()> {
     service.expect_errors();

@@ -4,14 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use local_stack::{Behaviour, http_client};
 use write_api::profiling::pprof::Profile;
 
-use crate::harness::{LONG, SOON, Service, World, text, until};
+use crate::harness::{LONG, Lane, SOON, Service, World, text, until};
 
 /// What a flame graph says that has no box.
 const NOTHING: &str = "nothing to draw";
@@ -336,7 +336,7 @@ async fn cpu_time_is_told_by_kind_of_event() -> Result<()> {
     world.finish(service).await
 }
 
-/// Whatever slow events do, they never keep the thread that fast ones are worked on by, and the fast ones none of theirs.
+/// Slow events are not worked on by the thread of the fast ones, but for being forwarded, nor fast ones by theirs.
 #[tokio::test]
 async fn fast_events_have_a_thread_of_their_own() -> Result<()> {
     let mut world = World::new(Behaviour { latency_ms: 0, ..Behaviour::default() }).await?;
@@ -345,18 +345,22 @@ async fn fast_events_have_a_thread_of_their_own() -> Result<()> {
     world.listings(20_000).await?;
     let service = world.serve().await?;
     service.ready().await?;
+    let id = world.refresh(&[])?;
+    world.run_until(&id, SOON, |run| run.valued > 0).await?;
+    until("the end of the forwarding", SOON, async || Ok((world.depth(Lane::Events).await? == (0, 0)).then_some(())))
+        .await?;
+    let mut sender = tokio::process::Command::from(world.command());
+    sender.args(["send", "upsert", "--sample", "2000", "--rate", "500"]).stdout(Stdio::null()).kill_on_drop(true);
+    let mut sender = sender.spawn()?;
     let url = format!("{}/debug/pprof/profile?seconds=3&hz=500", service.profiling_url());
-    world.refresh(&[])?;
-    let mut sending = world.command().args(["send", "upsert", "--sample", "2000", "--rate", "500"]).spawn()?;
     let (status, profile) = http_client::get(&url).await?;
     ensure!(status.is_success(), "{status}: {}", text(&profile));
-    ensure!(sending.wait()?.success(), "the fast events were not sent");
+    ensure!(sender.wait().await?.success(), "the fast events were not sent");
     let profile = Profile::decode(&profile)?;
     let mut threads: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     for sample in &profile.samples {
-        let (kind, thread) =
-            (sample.label("event_kind").context("no kind")?, sample.label("thread").context("no thread")?);
-        threads.entry(kind).or_default().insert(thread);
+        let label = |key| sample.label(key).with_context(|| format!("a sample without {key}"));
+        threads.entry(label("event_kind")?).or_default().insert(label("thread")?);
     }
     ensure!(threads.get("listing.upsert") == Some(&BTreeSet::from(["fast events"])), "{threads:?}");
     ensure!(threads.get("valuations.refresh") == Some(&BTreeSet::from(["worker"])), "{threads:?}");
