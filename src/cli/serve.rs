@@ -41,7 +41,7 @@ pub(super) fn run(config: Config, options: Options) -> anyhow::Result<()> {
     let recording = options.record.map(|file| Recording { file, limit_bytes: options.record_limit });
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("worker").build()?;
     // One worker for all fast events: those that are received together become ready together, and two would wake each other for them
-    // again and again. That takes a third and more of what an event costs beyond its calls to SQS. Slow events do not keep it from them.
+    // again and again. That takes a third and more of what an event costs beyond its calls to SQS. Slow events have the other workers.
     let for_fast_events = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()

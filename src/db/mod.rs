@@ -12,7 +12,7 @@
 //! | for the answer to what runs on it, a transaction of several statements included | `database.statement_timeout` by the server, `CLIENT_MARGIN` more by us |
 //! | for a connection to go back to the pool, or to be closed | `pooled::GIVE_BACK` |
 //! | for all tries of `run!` | `RETRY_FOR`, and one more try |
-//! | for a turn to commit answers | `RETRY_FOR` |
+//! | for a turn to commit answers | the longest that one before it may take with all its tries, `longest` |
 //! | health: the ping, and the reason for none | 5 s, and `CLIENT_MARGIN` |
 //! | health: the migrations | as a statement |
 //! | the keeper's renewals, connecting included | a quarter of the visibility timeout, at most 15 s (`queue/keeper.rs`) |
@@ -99,8 +99,8 @@ pub struct Database {
     lock_timeout: Duration,
     bound: Duration,
     /// Turns to commit answers, for half of the connections. The calls of all runs may be answered at the same moment, and then as
-    /// many runs commit as may; those over the same listings also wait for each other's rows. Fast events would wait for all of it
-    /// if there were no connections left.
+    /// many runs commit as may; those over the same listings also wait for each other's rows. Without connections left, fast events
+    /// would wait for all of it.
     commit_turns: Arc<Semaphore>,
 }
 
@@ -198,16 +198,21 @@ impl Database {
         wait(For::Database, Arc::clone(&self.connections).acquire())
     }
 
-    /// A turn to commit answers, held until they are committed.
+    /// A turn to commit answers, held until they are committed. Whoever has one has bounds, so it comes.
     #[track_caller]
     fn commit_turn(&self) -> impl Future<Output = Result<SemaphorePermit<'_>, DbError>> {
-        wait(For::Database, timeout(RETRY_FOR, self.commit_turns.acquire())).map(|turn| match turn {
+        let bound = self.longest();
+        wait(For::Database, timeout(bound, self.commit_turns.acquire())).map(move |turn| match turn {
             Ok(turn) => Ok(turn.expect("the semaphore is never closed")),
-            Err(_) => Err(DbError::Unavailable { what: "a turn to commit answers", source: sqlx::Error::PoolTimedOut }),
+            Err(_) => {
+                let problem = format!("the batches before it were not committed within {bound:?}");
+                let source = sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, problem));
+                Err(DbError::Unavailable { what: "a batch of valuations", source })
+            }
         })
     }
 
-    /// The longest that one piece of work takes, with all its tries.
+    /// The longest that one piece of work takes, with all its tries; without the wait for a turn.
     pub fn longest(&self) -> Duration {
         RETRY_FOR + RETRY.cap + self.acquire_timeout + self.bound
     }

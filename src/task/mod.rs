@@ -63,7 +63,8 @@ where
 }
 
 /// Lets those run first that are ready now, so that what they bring can be taken together. Unlike [`tokio::task::yield_now`], which
-/// has a task wait until its own thread has nothing else to do, this puts it at the end of the queue, where any thread of the runtime may take it.
+/// has a task wait until its own thread has nothing else to do, this puts it at the end of the queue, where any thread of the
+/// runtime may take it.
 pub async fn after_those_ready() {
     let mut waited = false;
     let turn = poll_fn(|context| {

@@ -47,7 +47,7 @@ async fn commits_of_answers_leave_connections_for_fast_events() -> Result<()> {
     sqlx::query("LOCK TABLE listing_valuations IN EXCLUSIVE MODE").execute(&mut *lock).await?;
     let commits = "SELECT count(*) FROM pg_locks WHERE relation = 'listing_valuations'::regclass AND NOT granted";
     let runs = (0..RUNS).map(|_| world.refresh(&[])).collect::<Result<Vec<_>>>()?;
-    until("the answers of all runs", LONG, async || Ok((world.partner.stats().requests == RUNS * ROWS).then_some(())))
+    until("the answers of all runs", LONG, async || Ok((world.partner.stats().requests >= RUNS * ROWS).then_some(())))
         .await?;
     until("the commits", SOON, async || Ok((world.number(commits).await? >= CONNECTIONS / 2).then_some(()))).await?;
 

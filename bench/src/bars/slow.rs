@@ -226,7 +226,7 @@ enum Part {
 const PAGE_READ: &str = "FROM listings AS l WHERE listing_id > $1";
 const ANSWERS_WRITTEN: &str = "INSERT INTO valuations";
 
-/// And of the two of publishing's pages, which are larger. One cursor may be of several.
+/// Of the two that publishing needs: one for each of its pages, which are larger, and one for one or more of them.
 const VALUATIONS_READ: &str = "FROM valuations WHERE run_id = $1 AND listing_id > $2 AND failure IS NULL";
 const CURSOR_WRITTEN: &str = "published = p.published";
 
