@@ -205,8 +205,7 @@ impl Database {
         wait(For::Database, timeout(bound, self.commit_turns.acquire())).map(move |turn| match turn {
             Ok(turn) => Ok(turn.expect("the semaphore is never closed")),
             Err(_) => {
-                let problem = format!("the batches before it were not committed within {bound:?}");
-                let source = sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, problem));
+                let source = timed_out(format!("the batches before it were not committed within {bound:?}"));
                 Err(DbError::Unavailable { what: "a batch of valuations", source })
             }
         })
@@ -221,13 +220,14 @@ impl Database {
     #[track_caller]
     fn bounded<T>(&self, work: impl Future<Output = sqlx::Result<T>>) -> impl Future<Output = sqlx::Result<T>> {
         let bound = self.bound;
-        wait(For::Database, timeout(bound, work)).map(move |answered| {
-            answered.unwrap_or_else(|_| {
-                let problem = format!("no answer within {bound:?}");
-                Err(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, problem)))
-            })
-        })
+        wait(For::Database, timeout(bound, work))
+            .map(move |answered| answered.unwrap_or_else(|_| Err(timed_out(format!("no answer within {bound:?}")))))
     }
+}
+
+/// A bound of this side was passed.
+fn timed_out(problem: String) -> sqlx::Error {
+    sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, problem))
 }
 
 /// Runs statements on a connection, bounded, and again while they fail for a reason that passes: `run!(database, "what

@@ -310,6 +310,7 @@ pub(crate) async fn statements(ground: &mut Ground) -> Result<Vec<Outcome>> {
             "{seen} statements with {words:?} were seen, and there must be {least}: nothing was measured"
         );
     }
+    ensure!(3.0 * publishing >= 2.0 * pages, "{publishing} statements of publishing were seen, for {pages} pages");
     Ok(vec![
         outcome
             .at_most("statements a page of 1,000, refresh and what comes with time", (refreshing + others) / pages, 4.0)
